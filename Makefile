@@ -50,7 +50,8 @@ test: .venv/test readers strace chromium
 test-rest: .venv/test readers strace chromium
 	$(PYTEST) --level rest
 
-test-all: test test-rest
+test-all: .venv/test readers strace chromium  # both in one go: what the levels share is done once
+	$(PYTEST)
 
 guard: .venv/test valgrind  # a row costs no more instructions than it did (docs/benchmarks.md)
 	$(BIN)/python benchmarks/row.py --guard
@@ -61,7 +62,7 @@ valgrind:
 		echo "install valgrind: make guard counts instructions with it"
 # What users open results with, in an environment of its own: numpy, which pandas brings, changes what pyarrow does.
 READERS := datasets==5.2.0 duckdb==2.0.1 pandas==3.1.1 polars==2.1.0 pyarrow
-.venv/readers/installed: Makefile .venv/test
+.venv/readers/installed: Makefile
 	$(PYTHON) -m venv .venv/readers
 	.venv/readers/bin/pip install --quiet --disable-pip-version-check $(READERS)
 	@touch $@

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -13,7 +14,6 @@ from typing import BinaryIO, Literal, TypedDict, Unpack
 import msgspec
 
 from batchrun import engine, on_end, preflight, simulated, streams
-from batchrun.credentials import Credentials
 from batchrun.destination import place as destination
 from batchrun.dispatch.hooks import GRACE_S, Hooks, Host
 from batchrun.engine import Runtime
@@ -21,11 +21,10 @@ from batchrun.errors import BatchrunError, ExitCode, JobError, RunStoppedError
 from batchrun.job.job import Job
 from batchrun.job.load import checked, load
 from batchrun.limits import deadline as deadlines
-from batchrun.limits.deadline import Deadline
 from batchrun.on_end import End
 from batchrun.records import Notice, Status
 from batchrun.row_status import failing
-from batchrun.run_summary import Shard, Summary
+from batchrun.run_summary import Summary
 from batchrun.source import Rows, as_file
 from batchrun.startup import shard as shards
 from batchrun.startup.run_options import RunOptions
@@ -38,6 +37,10 @@ _LOG = logging.getLogger("batchrun")
 
 RETRIED = frozenset(str(status) for status in Status if status is not Status.OK)
 """The statuses whose rows can be retried."""
+
+
+MOST_DATES = 5
+"""Dates of unfinished runs that are named."""
 
 
 class Options(TypedDict, total=False):
@@ -88,7 +91,11 @@ def run(job: Job | str | Path, rows: Rows | None = None, **options: Unpack[Optio
         BatchrunError: the run could not start or continue; what was received is on disk.
         RuntimeError: an event loop runs in this thread, which this call would block.
     """
-    if _loop_runs():
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass  # as it should be
+    else:
         raise RuntimeError("an event loop runs in this thread; use `async with batchrun.Runner(…)` instead")
     try:
         return begin(job, rows, options)
@@ -110,7 +117,7 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     text = options.get("deadline")
     deadline = None if text is None else deadlines.read(text, datetime.now().astimezone(), time.monotonic())
     wanted, shard = shards.part_of(_job(job, rows, options), options.get("shard"), note)
-    wanted, directory, command = _placed(wanted, options, note)
+    wanted, directory, command = _place(wanted, options, note)
     began_at = datetime.now(UTC)
     views = Views(wanted, directory, note, shard)
 
@@ -122,14 +129,33 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         environ = options.get("environ", os.environ)
         preflight.require_settings(wanted, directory)
         keys = preflight.key(wanted, environ)
-        hooks = _hooks(options, note, host, command, views)
+        grace_s, progress = options.get("grace_s"), options.get("progress", lambda summary: None)
+        hooks = Hooks(progress, note, host, command, GRACE_S if grace_s is None else grace_s, views)
         with (
             simulated.endpoint_of(wanted) as pointed,
             _stream(wanted, rows, directory) as stream,
             _runtime(pointed, environ, note) as runtime,
         ):
-            run_options = _run_options(pointed, options, stream, note, deadline, shard, host)
-            summary = _invoke(pointed, directory, keys, run_options, hooks, runtime)
+            run_options = RunOptions(
+                skip_invalid=options.get("skip_invalid", False),
+                accept_changes=options.get("accept_changes", False),
+                accept_canary=options.get("accept_canary", False),
+                limit=options.get("limit"),
+                deadline=deadline,
+                retry=_retried(pointed, options.get("retry_failed", False)),
+                shard=shard,
+                stdin=stream,
+                problem=options.get("note", _LOG.warning),  # seen also where a program has configured no logging
+                note=note,
+                checked=_checked(options, host),
+            )
+
+            def work(mirror: Mirror | None = None) -> Summary:
+                mirrored = msgspec.structs.replace(hooks, mirror=mirror)
+                return engine.run(pointed, directory, keys, run_options, mirrored, runtime)
+
+            url = rundir.published_at(pointed.output, directory.path)
+            summary = work() if url is None else destination.run(pointed, directory, url, work, note)
     except BaseException as error:
         ended(int(error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR), str(error))
         raise
@@ -137,61 +163,6 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     if not summary.complete:
         raise RunIncompleteError(summary)
     return summary
-
-
-def _placed(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Job, RunDirectory, str | None]:
-    """The job on its date, its directory, and the command line that resumes it there."""
-    directory, date = _place(job, options, note)
-    command = options.get("command")
-    if (dated := job.on(date)) is not job and command is not None:
-        command = f"{command} --date {date}"
-    if (url := rundir.published_at(job.output, directory.path)) and command is not None:
-        command = destination.command(command, job, url)
-    return dated, directory, command
-
-
-def _hooks(
-    options: Options, note: Callable[[str], None], host: Host | None, command: str | None, views: Views
-) -> Hooks:
-    grace_s = options.get("grace_s")
-    progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
-    return Hooks(progress, note, host, command, GRACE_S if grace_s is None else grace_s, views)
-
-
-def _run_options(
-    job: Job,
-    options: Options,
-    stream: BinaryIO | None,
-    note: Callable[[str], None],
-    deadline: Deadline | None,
-    shard: Shard | None,
-    host: Host | None,
-) -> RunOptions:
-    return RunOptions(
-        skip_invalid=options.get("skip_invalid", False),
-        accept_changes=options.get("accept_changes", False),
-        accept_canary=options.get("accept_canary", False),
-        limit=options.get("limit"),
-        deadline=deadline,
-        retry=_retried(job, options.get("retry_failed", False)),
-        shard=shard,
-        stdin=stream,
-        problem=options.get("note", _LOG.warning),  # a program that configured no logging should still see these
-        note=note,
-        checked=_checked(options, host),
-    )
-
-
-def _invoke(
-    job: Job, directory: RunDirectory, keys: Credentials, options: RunOptions, hooks: Hooks, runtime: Runtime
-) -> Summary:
-    """The run; with a URL as `output.path`, its result is published there."""
-
-    def work(mirror: Mirror | None = None) -> Summary:
-        return engine.run(job, directory, keys, options, msgspec.structs.replace(hooks, mirror=mirror), runtime)
-
-    url = rundir.published_at(job.output, directory.path)
-    return work() if url is None else destination.run(job, directory, url, work, hooks.note)
 
 
 def _checked(options: Options, host: Host | None) -> Callable[[int], None]:
@@ -221,11 +192,11 @@ def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
     return job
 
 
-def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[RunDirectory, str]:
-    """The run's directory, and its logical date."""
+def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Job, RunDirectory, str | None]:
+    """The job with its input of the run's logical date, the run's directory, and the command line that resumes it."""
     now = datetime.now().astimezone()
     pattern, new = rundir.pattern_of(job.output), options.get("new", False)
-    taken, elsewhere = destination.taken(job), destination.elsewhere(job)
+    taken, elsewhere = functools.partial(destination.is_taken, job), functools.partial(destination.elsewhere, job)
     date = options.get("date")
     path, earlier = rundir.place(pattern, job.name, date=date, now=now, new=new, taken=taken, elsewhere=elsewhere)
     if earlier is not None:
@@ -235,22 +206,22 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Run
         raise JobError(
             f"output.path {shown}: holds bytes that are not UTF-8, as the run's log is; name another directory"
         )
-    if left := rundir.unfinished(pattern, job.name, path):
-        note(Notice(_left_in_words(left), "unfinished runs", dates=[earlier for earlier, _ in left]))
-    return RunDirectory(path), rundir.logical_date(options.get("date") or earlier, now)
-
-
-MOST_DATES = 5
-"""Dates of unfinished runs that are named."""
-
-
-def _left_in_words(left: list[tuple[str, Path]]) -> str:
-    """The unfinished earlier runs of the job, oldest first, and how to finish them."""
-    dates = [date for date, _ in left]
-    named = ", ".join(dates[:MOST_DATES]) + (f" and {len(dates) - MOST_DATES:,} more" if dates[MOST_DATES:] else "")
-    if len(dates) == 1:
-        return f"an earlier run of this job is unfinished: {named}; this command with --date {named} finishes it"
-    return f"earlier runs of this job are unfinished: {named}; this command with --date {dates[0]} finishes the first"
+    if dates := [left for left, _ in rundir.unfinished(pattern, job.name, path)]:
+        more = f" and {len(dates) - MOST_DATES:,} more" if dates[MOST_DATES:] else ""
+        named = ", ".join(dates[:MOST_DATES]) + more
+        if len(dates) == 1:
+            line = f"an earlier run of this job is unfinished: {named}; this command with --date {named} finishes it"
+        else:
+            finish = f"this command with --date {dates[0]} finishes the first"
+            line = f"earlier runs of this job are unfinished: {named}; {finish}"
+        note(Notice(line, "unfinished runs", dates=dates))
+    logical_date = rundir.logical_date(date or earlier, now)
+    dated, command = job.on(logical_date), options.get("command")
+    if command is not None and dated is not job:
+        command = f"{command} --date {logical_date}"
+    if command is not None and (url := rundir.published_at(job.output, path)) is not None:
+        command = destination.command(command, job, url)
+    return dated, RunDirectory(path), command
 
 
 @contextlib.contextmanager
@@ -272,14 +243,6 @@ def _retried(job: Job, retry_failed: bool | Collection[str]) -> frozenset[str] |
     if unknown := sorted(chosen - RETRIED):
         raise JobError(f"--status {unknown[0]}: expected some of truncated, filtered, empty, invalid, error")
     return chosen
-
-
-def _loop_runs() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
 
 
 @contextlib.contextmanager

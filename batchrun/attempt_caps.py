@@ -1,6 +1,6 @@
 """A row's history of attempts: when the row is given up, and how long it waits before its next attempt. PURE.
 
-docs/guarantees.md ("What counts against a row") explains the rules.
+docs/failures.md ("What counts against a row") explains the rules.
 """
 
 import math

@@ -158,7 +158,9 @@ class Cleaner:
     def feed(self, piece: bytes) -> bytes:
         """Returns what can be redacted with certainty; the last bytes wait for the next piece."""
         raw = self._held + piece
-        cut = self._before_a_form(raw, max(0, len(raw) - self._held_bytes))
+        cut = max(0, len(raw) - self._held_bytes)
+        while (start := self._start_of_form_across(raw, cut)) is not None:
+            cut = start
         self._held = raw[cut:]
         return self._credentials.clean(raw[:cut])
 
@@ -166,12 +168,6 @@ class Cleaner:
         """Returns the rest, redacted."""
         held, self._held = self._held, b""
         return self._credentials.clean(held)
-
-    def _before_a_form(self, raw: bytes, cut: int) -> int:
-        """The last position up to `cut` that is not inside a form."""
-        while (start := self._start_of_form_across(raw, cut)) is not None:
-            cut = start
-        return cut
 
     def _start_of_form_across(self, raw: bytes, cut: int) -> int | None:
         for form in self._forms:
@@ -253,23 +249,11 @@ def _forms(secret: str) -> Iterator[bytes]:
         yield quoted.encode()
         yield _PERCENT.sub(lambda escape: escape[0].lower(), quoted).encode()
     for escaped in ("", "/", "<>&", "<>&'", "<>&'/"):  # plain, PHP's, Go's, .NET's, templates'
-        yield _json_escaped(secret, escaped)
-    yield from _base64_forms(raw)
-
-
-_PERCENT = re.compile("%[0-9A-F]{2}")
-
-
-def _json_escaped(secret: str, escaped: str) -> bytes:
-    """The secret inside a JSON string, from an encoder that also escapes these characters."""
-    text = json.dumps(secret)[1:-1]
-    for char in escaped:
-        text = text.replace(char, "\\/" if char == "/" else f"\\u{ord(char):04x}")
-    return text.encode()
-
-
-def _base64_forms(raw: bytes) -> Iterator[bytes]:
-    """The base64 digits that only the secret determines, at each of three alignments, in both alphabets."""
+        text = json.dumps(secret)[1:-1]
+        for char in escaped:
+            text = text.replace(char, "\\/" if char == "/" else f"\\u{ord(char):04x}")
+        yield text.encode()
+    # the base64 digits that only the secret determines, at each of three alignments, in both alphabets
     for lead in range(3):
         padded = base64.b64encode(bytes(lead) + raw)
         first = (lead * 8 + 5) // 6
@@ -278,3 +262,6 @@ def _base64_forms(raw: bytes) -> Iterator[bytes]:
         if len(digits) >= MIN_SECRET_CHARS:
             yield digits
             yield digits.replace(b"+", b"-").replace(b"/", b"_")
+
+
+_PERCENT = re.compile("%[0-9A-F]{2}")

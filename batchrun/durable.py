@@ -8,13 +8,13 @@ import os
 import resource
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from batchrun.errors import DiskError
 
 TEMP_SUFFIX = ".tmp"
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 20  # any block size does that is far above a page and far below memory
 
 
 @contextlib.contextmanager
@@ -73,12 +73,13 @@ def lacking(error: BaseException) -> str | None:
 _LACKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS})
 
 
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Replaces `path` by the file that `write` writes to a temp name; on any error the old file stays."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The block writes a file of the yielded temp name, which then replaces `path`; on any error the old file stays."""
     temporary = path.with_name(path.name + TEMP_SUFFIX)
     try:
         with disk_errors(path):
-            write(temporary)
+            yield temporary
             fsync(temporary)
             temporary.rename(path)
             fsync(path.parent)
@@ -145,15 +146,12 @@ def link(file: Path, to: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK):
             raise
-
-        def copy(temporary: Path) -> None:
+        with replacing(to) as temporary:
             temporary.touch(mode=0o600)
             shutil.copyfile(file, temporary)
 
-        replace(to, copy)
 
-
-TRIAL_BYTES = 1 << 20
+TRIAL_BYTES = 1 << 20  # an empty file can be made on a disk that is full
 
 
 def try_out(folder: Path) -> None:
@@ -173,12 +171,11 @@ def try_out(folder: Path) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """Replaces `path` by `content`, readable by its owner alone."""
-
-    def write(temporary: Path) -> None:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(content)
-
-    replace(path, write)
+    with (
+        replacing(path) as temporary,
+        open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file,
+    ):
+        file.write(content)
 
 
 def fsync(path: Path) -> None:

@@ -41,7 +41,12 @@ class OpenFiles:
 
     def connections(self, wanted: int) -> int:
         """How many connections may be open: as many as wanted, if the run's own files fit as well."""
-        return max(1, min(wanted, self.limit - _open_now() - SPARE))
+        now = BEFORE
+        for descriptors in OWN_DESCRIPTORS:
+            with contextlib.suppress(OSError):
+                now = sum(1 for _ in descriptors.iterdir()) - 1  # one of them is the listing itself
+                break
+        return max(1, min(wanted, self.limit - now - SPARE))
 
     def shortage(self, wanted: int, connections: int) -> str:
         """The warning."""
@@ -61,10 +66,3 @@ def allow(wanted: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < needed:
         with contextlib.suppress(ValueError, OSError):  # macOS refuses more than OPEN_MAX
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _open_now() -> int:
-    for descriptors in OWN_DESCRIPTORS:
-        with contextlib.suppress(OSError):
-            return sum(1 for _ in descriptors.iterdir()) - 1  # one of them is the listing itself
-    return BEFORE

@@ -1,4 +1,4 @@
-"""The verdict on an attempt. PURE. docs/guarantees.md explains the tables; `row_status` is about usable answers."""
+"""The verdict on an attempt. PURE. docs/failures.md explains the tables; `row_status` is about usable answers."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -11,7 +11,7 @@ from batchrun.records import Answer, Attempt, RowError, Verdict
 from batchrun.response import packed
 from batchrun.response.error_body import MAX_MESSAGE_CHARS
 from batchrun.response.refusal_subjects import Subject, speaks_of
-from batchrun.response.retry_after import retry_after_s
+from batchrun.response.retry_after import reset_s, retry_after_s
 
 
 class Fault(StrEnum):
@@ -233,6 +233,8 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
         wait_s = answer.error_wait_s
     verdict, kind = _by_body(status, _words(status, attempt, answer), wait_s) or _by_status(status)
     message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}".rstrip(": ")
+    if verdict is Verdict.SLOW and wait_s is None and status == 429:
+        wait_s = reset_s(attempt.headers, attempt.started_at + attempt.latency_s)
     if verdict is Verdict.SLOW and wait_s is not None and wait_s > retry.max_wait_s:
         verdict, message = Verdict.PAUSE, f"the server asks to wait {wait_s:.0f} s: {message}"
     # an answer had started before the error came, so its tokens may be billed

@@ -26,7 +26,7 @@ class Notice(str):
 
 
 class Verdict(StrEnum):
-    """What one attempt's outcome means for its row and the run. docs/guarantees.md has the whole table."""
+    """What one attempt's outcome means for its row and the run. docs/failures.md has the whole table."""
 
     OK = "ok"
     """A usable answer: settle the row by its finish_reason."""
@@ -299,7 +299,8 @@ class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
 
     `usage` and `last_cost_usd` are the last attempt's alone: what the totals still lack. The record is that attempt's,
-    unless an earlier one was `restored`. `in_json`: the content is the JSON that the request wants, and belongs into
+    unless an earlier one was `restored`. `possibly_billed_usd` is the bound of an attempt whose cost is unknown or in
+    doubt. `in_json`: the content is the JSON that the request wants, and belongs into
     `parsed`. `invocation` is the start of the run that settled the row. `reported_cost_usd` is what the
     server states for its answer. `set_aside` are the row's earlier answers, oldest first.
     """
@@ -328,11 +329,15 @@ class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
     offline: OfflineCount | None = None
     reported_cost_usd: Decimal | None = None
     invocation: int = 0
-    answer_cost_usd: Decimal | None = None
     restored: Restored | None = None
     set_aside: tuple[SetAside, ...] = ()
     service_tier: str = ""
     """The tier that the row's answer names; "": none."""
+
+    @property
+    def answer_cost_usd(self) -> Decimal | None:
+        """What the row's answer alone cost."""
+        return self.last_cost_usd if self.restored is None else self.restored.cost_usd
 
 
 Ending = Completion | Discarded

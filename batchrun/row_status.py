@@ -27,8 +27,16 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
 
     A truncated answer is neither read as JSON nor corrected.
     """
-    if not expected.in_json and finish.stop == "accept" and _is_plain(answer):
-        return _PLAIN
+    if (
+        answer.finish_reason == "stop"
+        and answer.content
+        and not expected.in_json
+        and finish.stop == "accept"
+        and not answer.refusal
+        and answer.function_call is None
+        and answer.tool_calls is None
+    ):
+        return PLAIN
     meaning = Meaning.REFUSAL if answer.refusal else meaning_of(answer.finish_reason)
     status, action = _status_and_action(meaning, finish)
     called = answer.function_call is not None or answer.tool_calls is not None
@@ -47,14 +55,8 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
     return Settlement(status, in_json=status is Status.OK and expected.in_json and not called)
 
 
-def _is_plain(answer: Answer) -> bool:
-    """True for complete text, as nearly all answers are."""
-    if answer.finish_reason != "stop" or not answer.content or answer.refusal:
-        return False
-    return answer.function_call is None and answer.tool_calls is None
-
-
-_PLAIN = Settlement(Status.OK)
+PLAIN = Settlement(Status.OK)
+"""By complete text, as nearly all answers are."""
 
 
 def _status_and_action(meaning: Meaning, finish: Finish) -> tuple[Status, Action]:

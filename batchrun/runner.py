@@ -1,7 +1,4 @@
-"""A run inside a program that has its own event loop: completions one by one, as they become durable.
-
-The run has its own thread and loop, so a busy program delays no request.
-"""
+"""A run inside a program that has its own event loop: completions one by one, as they become durable."""
 
 import asyncio
 import contextlib
@@ -60,6 +57,7 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._news, self._started, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._results = ResultQueue(lambda: self._call(self._news))
+        # a loop of its own in a thread of its own: a busy program delays no request
         threading.Thread(target=self._work, name="batchrun", daemon=True).start()
         try:
             await self._started.wait()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KEY = "simulated-key"  # the simulator accepts any bearer, and treats this one as a secret
 
-START_S = 20.0
+START_S = 20.0  # a process that did not start has ended by then; starting takes a second
 
 
 @contextlib.contextmanager
@@ -41,7 +41,14 @@ def endpoint_of(job: Job) -> Iterator[Job]:
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},  # the user's may differ
     )
     try:
-        yield _pointed_at(job, _url_of(process))
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line.startswith("listening on "):
+            _, problem = process.communicate(timeout=START_S)
+            raise JobError(f"the simulator did not start: {problem.strip() or 'no reason given'}")
+        # the endpoint's name stays: it is the same endpoint on any port
+        endpoint = msgspec.structs.replace(job.endpoint, url=line.removeprefix("listening on ").strip(), name=SIMULATOR)
+        yield msgspec.structs.replace(job, endpoint=endpoint)
     finally:
         process.terminate()
         process.communicate()
@@ -77,18 +84,3 @@ def config_of(job: Job) -> "SimulatorConfig":
         ledger=settings.ledger,
         parent_pid=os.getpid(),
     )
-
-
-def _url_of(process: "subprocess.Popen[str]") -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line.startswith("listening on "):
-        _, problem = process.communicate(timeout=START_S)
-        raise JobError(f"the simulator did not start: {problem.strip() or 'no reason given'}")
-    return line.removeprefix("listening on ").strip()
-
-
-def _pointed_at(job: Job, url: str) -> Job:
-    """The job with the simulator's address. The endpoint's name stays: it is the same endpoint on any port."""
-    endpoint = msgspec.structs.replace(job.endpoint, url=url, name=SIMULATOR)
-    return msgspec.structs.replace(job, endpoint=endpoint)

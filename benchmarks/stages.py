@@ -71,7 +71,6 @@ def completion(row: int) -> Completion:
         row=row, key=b"k" * 16, status=Status.OK, attempts=1, http_status=200, error=None, request_id=f"run-{row}-1",
         finished_at=1.7e9, latency_s=0.1, time_to_first_token_s=None, model="m", answered_model="m", usage=usage,
         cost_usd=usd, last_cost_usd=usd, maybe_billed=False, possibly_billed_usd=usd, raw=ANSWER, invocation=1,
-        answer_cost_usd=usd,
     )  # fmt: skip
 
 

@@ -1,25 +1,28 @@
 """batchrun in miniature: the path of every row, through the same parts that a run uses.
 
-    python docs/miniature.py INPUT URL OUT        # OUT is a new directory; URL such as http://127.0.0.1:8000/v1
+    python docs/miniature.py                      # the sample input, against a simulator that fails now and then
+    python docs/miniature.py INPUT [URL [OUT]]    # OUT is a new directory; the column `text` is the prompt
 
     source ─→ request ─→ limits ─→ transport ─→ policy ─→ store ─→ part
 
-Each part's own module has the details. A run adds what is around the path: chunks, resume, the slots of requests in
-flight, prices, signals, progress and reports. tests/acceptance/test_docs.py runs this file against the simulator.
+The numbers are those of docs/design.md, "The life of a row". Each part's own module has the details. A run adds what is
+around the path: chunks, resume, the slots of requests in flight, prices, signals, progress and reports.
+tests/acceptance/test_docs.py runs this file.
 """
 
 import asyncio
 import contextlib
 import random
 import sys
+import tempfile
 from pathlib import Path
 
-from batchrun.credentials import Credentials
+from batchrun import simulated
 from batchrun.job.job import Job
-from batchrun.job.settings import Endpoint, Limits, RequestTemplate
+from batchrun.job.settings import Endpoint, Limits, RequestTemplate, Simulator
 from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.circuit import Circuit
-from batchrun.limits.gate import Gate
+from batchrun.limits.gate import Gate, GateClosed
 from batchrun.limits.in_flight import InFlight
 from batchrun.policy import judge
 from batchrun.records import Answer, Attempt, Completion, Request, Row, RowError, Status, Verdict
@@ -33,7 +36,13 @@ from batchrun.tables.rows import OWN_COLUMNS, own_table
 from batchrun.transport import transport
 
 MAX_ATTEMPTS = 6
-AGAIN = {Verdict.FREE, Verdict.MAYBE, Verdict.SLOW}  # what may succeed when it is sent once more
+RETRIED = {Verdict.FREE, Verdict.MAYBE, Verdict.SLOW}  # may succeed when the request is sent again
+
+
+def say(row: int, what: str) -> None:
+    """The first row's way, for the reader of this page."""
+    if row == 0:
+        print(f"row 0: {what}")
 
 
 async def send_all(job: Job, rows: list[Row], checkpoint: Checkpoint) -> None:
@@ -43,27 +52,33 @@ async def send_all(job: Job, rows: list[Row], checkpoint: Checkpoint) -> None:
     gate = Gate(circuit, asyncio.get_running_loop(), job.limits)
     builder = RequestBuilder(job, "columns")
     waiting = iter(rows)
-    again: list[tuple[Row, int]] = []  # rows to retry, with their attempts so far; they go before new rows
+    retries: list[tuple[Row, int]] = []  # rows to send again, with their attempts so far; they go before new rows
 
     async def work() -> None:
-        while (turn := again.pop() if again else next(((row, 0) for row in waiting), None)) is not None:
+        while (turn := retries.pop() if retries else next(((row, 0) for row in waiting), None)) is not None:  # 3. taken
             row, attempts = turn
             request = builder.build(row)
-            slot = await gate.admit(Demand(tokens=request.max_prompt_tokens))  # waits for rate, budget and a free slot
-            attempt = await wire.send(request.body, f"miniature-{row.row}-{attempts + 1}")
+            say(row.row, f"a body of {len(request.body)} bytes, key {request.key.hex()}")
+            slot = await gate.admit(Demand(tokens=request.max_prompt_tokens))  # 4. admitted: rate, tokens and a slot
+            say(row.row, f"admitted to slot {slot}, {gate.in_flight} in flight")
+            attempt = await wire.send(request.body, f"miniature-{row.row}-{attempts + 1}")  # 6. sent
             answer = read(attempt.body)
-            judgement = judge(attempt, answer, job.retry)
+            judgement = judge(attempt, answer, job.retry)  # 7. judged
+            say(row.row, f"HTTP {attempt.http_status} after {attempt.latency_s:.2f} s: verdict {judgement.verdict}")
             gate.settle(slot, None if answer.usage is None else answer.usage.total_tokens)
-            gate.observe(slot, Outcome(row.row, judgement.verdict, judgement.error, judgement.retry_after_s))
-            if judgement.verdict in AGAIN and attempts + 1 < MAX_ATTEMPTS:
-                again.append((row, attempts + 1))
+            gate.observe(  # 8. observed: the gate learns from every outcome
+                slot, Outcome(row.row, judgement.verdict, judgement.error, judgement.retry_after_s)
+            )
+            if judgement.verdict in RETRIED and attempts + 1 < MAX_ATTEMPTS:  # 9. ended: retried, or settled
+                retries.append((row, attempts + 1))
             else:
                 good = judgement.verdict is Verdict.OK
                 status = settlement(answer, request.expected, job.finish).status if good else Status.ERROR
                 checkpoint.put(completion(request, attempt, answer, status, judgement.error, attempts + 1))
-            gate.release(slot, None)  # a run waits for the commit first, so that a crash loses what is in flight only
+                say(row.row, f"{status}: {answer.content}")
+            gate.release(slot, None)  # 10. a run waits for the commit first, so that a crash loses what is in flight
 
-    key = Credentials({"Authorization": "Bearer any"}, frozenset())  # the simulator accepts any key
+    key = simulated.credentials()
     async with transport.opened(transport.choose(job.endpoint), job.url, job.endpoint, key) as wire:
         sweep = asyncio.create_task(keep_deadlines(wire))
         await asyncio.gather(*(work() for _ in range(job.limits.max_in_flight)))
@@ -103,22 +118,31 @@ def completion(
     )
 
 
-def run(source: str, url: str, out: Path) -> None:
-    """`out/part.parquet` holds the answers to all rows of `source`, in input order."""
+def run(source: str = "sample_inputs/changes.jsonl", url: str = "simulator", out: str | None = None) -> None:
+    """`OUT/part.parquet` holds the answers to all rows of `source`, in input order."""
     job = Job(
-        endpoint=Endpoint(url=url, auth="none"),
+        endpoint=Endpoint(url=url),
         request=RequestTemplate(model="vtrix-gpt-5.3-codex", prompt="{{ text }}", max_tokens=200),
         limits=Limits(requests_per_minute=6000, max_in_flight=8),
+        simulator=Simulator(latency_s=0.05, faults="500=0.1,429=0.02", seed=5),
     )
-    records = open_source(find_files(source)).records()
+    records = open_source(find_files(source)).records()  # 1. checked: a run also builds every request here
     rows = [Row(number, record.columns) for number, record in enumerate(records) if record.problem is None]
-    out.mkdir()
-    with contextlib.closing(Checkpoint(out / "checkpoint.db", free_reserve=lambda: False)) as checkpoint:
-        asyncio.run(send_all(job, rows, checkpoint))
-        table = own_table(checkpoint.completions(0, len(rows)), keep_raw=False)
-        write_part(out / "part.parquet", OWN_COLUMNS, table.to_batches(), job.output, len(rows))
-    print(f"{len(rows)} rows in {out / 'part.parquet'}")
+    place = Path(out or Path(tempfile.mkdtemp()) / "miniature")
+    place.mkdir()
+    with (
+        simulated.endpoint_of(job) as reachable,
+        contextlib.closing(Checkpoint(place / "checkpoint.db", free_reserve=lambda: False)) as checkpoint,
+    ):
+        try:
+            asyncio.run(send_all(reachable, rows, checkpoint))
+        except GateClosed as closed:  # an outage without end, a wrong key
+            sys.exit(str(closed))
+        table = own_table(checkpoint.completions(0, len(rows)), keep_raw=False)  # 11. sealed: all rows are one chunk
+        write_part(place / "part.parquet", OWN_COLUMNS, table.to_batches(), job.output, len(rows))
+    attempts = sum(table.column("attempts").to_pylist())
+    print(f"{len(rows)} rows took {attempts} requests: {place / 'part.parquet'}")
 
 
 if __name__ == "__main__":
-    run(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    run(*sys.argv[1:])

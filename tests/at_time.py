@@ -51,10 +51,6 @@ def batchrun_at(moment: datetime, *arguments: str | Path, key: str = KEY) -> End
     environ = {**os.environ, KEY_ENV: key}
     words = [moment.isoformat(), *map(str, arguments)]
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    if prefork.AVAILABLE:
-        process: subprocess.Popen[str] = prefork.Forked("tests.at_time", words, environ, **options)
-    else:
-        code = "from tests.at_time import main; main()"
-        process = subprocess.Popen([sys.executable, "-c", code, *words], env=environ, text=True, **options)
+    process = prefork.start("tests.at_time", words, environ, **options)
     stdout, stderr = process.communicate(timeout=DEADLINE_S)
     return Ended(process.returncode, stdout, stderr)

@@ -6,6 +6,7 @@ MAX_FILE_BYTES in the environment is the size beyond which its files can't grow;
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -14,12 +15,20 @@ from pathlib import Path
 from batchrun.errors import BatchrunError
 from batchrun.records import Ending
 from batchrun.store.checkpoint import Checkpoint
+from tests import prefork
 from tests.endings import completion
 
 IN_FLIGHT = 64
 
 
-def main(path: str) -> None:
+def start(path: Path, **limits: str) -> "subprocess.Popen[str]":
+    """The process."""
+    environ, pipes = {**os.environ, **limits}, {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return prefork.start("tests.checkpoint_writer", [str(path)], environ, **pipes)
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
     reserve = Path(os.environ["RESERVE"]) if "RESERVE" in os.environ else None
     if reserve is not None:
         reserve.write_bytes(bytes(500_000))
@@ -34,7 +43,7 @@ def main(path: str) -> None:
         print("reserve freed", file=sys.stderr)
         return True
 
-    checkpoint = Checkpoint(Path(path), free_reserve=free_reserve)
+    checkpoint = Checkpoint(path, free_reserve=free_reserve)
     slots = threading.Semaphore(IN_FLIGHT)
     failed = threading.Event()
 
@@ -58,4 +67,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -1,6 +1,7 @@
 """The levels of the tests (tests/level.py), their seed, and what holds for all of them."""
 
 import random
+import signal
 from itertools import groupby
 from typing import Any
 
@@ -30,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile("full", deadline=None, suppress_health_check=calm)
     settings.register_profile("sample", deadline=None, suppress_health_check=calm, max_examples=20)
     settings.load_profile("sample" if config.option.level == Level.SAMPLE else "full")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts its background jobs like that
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = config.option.seed
 

@@ -1,11 +1,10 @@
-"""Endings of attempts as the pipeline makes them, one by one or any number at random."""
+"""Endings of attempts as the pipeline makes them."""
 
 from decimal import Decimal
 
 import msgspec
-from hypothesis import strategies as st
 
-from batchrun.records import Completion, Discarded, Ending, OfflineCount, RowError, SetAside, Status, Usage, Verdict
+from batchrun.records import Completion, Discarded, Status, Usage, Verdict
 
 MODEL = "vtrix-gpt-5.3-codex"
 
@@ -75,73 +74,3 @@ def stored_attempt(ending: Discarded) -> Discarded:
     return msgspec.structs.replace(
         ending, maybe_billed=False, possibly_billed_usd=None, possibly_billed_tokens=0, key=b"", offline=None
     )
-
-
-COUNTS = st.integers(0, 10**9)
-SECONDS = st.floats(0, 1e10)
-TEXTS = st.text(max_size=20)
-USD = st.decimals(0, 10**6, places=12)
-OFFLINE = st.none() | st.builds(OfflineCount, COUNTS, COUNTS)
-USAGES = st.builds(Usage, COUNTS, COUNTS, COUNTS, st.none() | COUNTS, st.none() | COUNTS)
-MODELS = st.sampled_from([MODEL, "another", "модель"])
-ERRORS = st.builds(RowError, TEXTS, st.none() | st.integers(100, 599), st.none() | TEXTS, st.none() | TEXTS)
-KEYS = st.binary(min_size=16, max_size=16)
-
-SET_ASIDE = st.builds(SetAside, st.integers(1, 50), TEXTS, st.none() | TEXTS, TEXTS)
-
-COMPLETIONS = st.builds(
-    Completion,
-    row=st.just(0),
-    key=KEYS,
-    status=st.sampled_from(Status),
-    attempts=st.integers(1, 50),
-    http_status=st.none() | st.integers(100, 599),
-    error=st.none() | ERRORS,
-    request_id=st.none() | TEXTS,
-    finished_at=SECONDS,
-    latency_s=SECONDS,
-    time_to_first_token_s=st.none() | SECONDS,
-    model=MODELS,
-    answered_model=st.none() | MODELS,
-    usage=st.none() | USAGES,
-    cost_usd=st.none() | USD,
-    last_cost_usd=st.none() | USD,
-    maybe_billed=st.booleans(),
-    possibly_billed_usd=st.none() | USD,
-    possibly_billed_tokens=COUNTS,
-    raw=st.binary(max_size=50),
-    offline=OFFLINE,
-    variant=st.integers(0, 3),
-    set_aside=st.lists(SET_ASIDE, max_size=2).map(tuple),
-)
-DISCARDED = st.builds(
-    Discarded,
-    row=st.just(0),
-    n=st.just(1),
-    verdict=st.sampled_from(Verdict),
-    counted=st.booleans(),
-    http_status=st.none() | st.integers(100, 599),
-    error_kind=st.none() | TEXTS,
-    message=st.none() | TEXTS,
-    request_id=st.none() | TEXTS,
-    at=SECONDS,
-    model=MODELS,
-    usage=st.none() | USAGES,
-    cost_usd=st.none() | USD,
-    maybe_billed=st.booleans(),
-    possibly_billed_usd=st.none() | USD,
-    possibly_billed_tokens=COUNTS,
-    key=KEYS,
-    offline=OFFLINE,
-    said=st.none() | TEXTS,
-)
-
-
-def at_its_row(place: int, ending: Ending) -> Ending:
-    return msgspec.structs.replace(ending, row=place)
-
-
-ENDINGS = st.lists(COMPLETIONS | DISCARDED, max_size=30).map(
-    lambda endings: [at_its_row(place, ending) for place, ending in enumerate(endings)]
-)
-"""Endings of different rows, all fields anything they may be."""

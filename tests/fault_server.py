@@ -10,8 +10,10 @@ import ssl
 import struct
 import subprocess
 import threading
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -34,7 +36,7 @@ class Exchange:
         await self.writer.drain()
 
     async def silence(self) -> None:
-        """Nothing is said until the client goes away."""
+        """Sends nothing until the client closes the connection."""
         await self.reader.read()
 
     def reset(self) -> None:
@@ -48,7 +50,7 @@ Script = Callable[[Exchange], Awaitable[None]]
 
 
 def sends(raw: bytes, *, then: Callable[[Exchange], Awaitable[None]] | None = None) -> Script:
-    """Each request is answered with these bytes; `then` may go on with the connection."""
+    """Each request is answered with these bytes; `then` gets the connection next."""
 
     async def script(exchange: Exchange) -> None:
         await exchange.send(raw)
@@ -192,6 +194,13 @@ def answer(body: bytes = FINE, *headers: str, status: str = "200 OK", length: in
     size = len(body) if length is None else length
     lines = [f"HTTP/1.1 {status}", "Content-Type: application/json", f"Content-Length: {size}", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+@cache
+def gzip_bomb() -> bytes:
+    """100 MB of zeros in 100 KB."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return b"".join([*(packer.compress(bytes(1_000_000)) for _ in range(100)), packer.flush()])
 
 
 def chunked(*parts: bytes, end: bool = True) -> bytes:

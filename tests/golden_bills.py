@@ -1,5 +1,5 @@
 """The golden bills (tests/golden/bills.jsonl) through the product: `python -m tests.golden_bills` writes the table of
-docs/pricing.md.
+docs/golden_bills.md.
 
 Each line has an answer's usage in a vendor's own words, and its bill by hand: `parts` are tokens × USD per million.
 """

@@ -33,6 +33,8 @@ class Reply:
     takes_s: float
     retry_after_s: float | None = None
     by_chance: bool = False
+    http_status: int = 429
+    """Of a refusal."""
 
 
 class RefusingServer(Protocol):
@@ -47,9 +49,10 @@ def spread(latency_s: float, sigma: float, rng: random.Random) -> float:
 
 @dataclass
 class Limited:
-    """A bucket of `per_s` with two seconds' worth saved up; `chance` refuses a share of everything whatever the pace.
+    """A bucket of `per_s` with two seconds' worth saved up, at least one request; `chance` refuses a share of all
+    whatever the pace.
 
-    `changes` are (seconds since the start, name of a field, its new value).
+    `changes` are (seconds since the start, name of a field, its new value). A request arrives up to `network_s` late.
     """
 
     per_s: float = math.inf
@@ -59,22 +62,27 @@ class Limited:
     refusal_s: float = REFUSAL_S
     changes: tuple[tuple[float, str, float], ...] = ()
     burst_s: float = 2.0
+    http_status: int = 429
+    network_s: float = 0.0
     _level: float = field(default=math.inf, init=False)
     _at_s: float = field(default=0.0, init=False)
 
     def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        if self.network_s:
+            now_s = max(self._at_s, now_s + self.network_s * rng.random())
         while self.changes and now_s >= self.changes[0][0]:
             (_, name, value), *rest = self.changes
             self.changes = tuple(rest)
             setattr(self, name, value)
         if self.per_s < math.inf:
-            self._level = min(self.per_s * self.burst_s, self._level + (now_s - self._at_s) * self.per_s)
+            full = max(1.0, self.per_s * self.burst_s)
+            self._level = min(full, self._level + (now_s - self._at_s) * self.per_s)
         else:
             self._level = math.inf
         self._at_s = now_s
-        chance, empty = rng.random() < self.chance, self._level < 1
+        chance, empty = rng.random() < self.chance, self._level < 1 - 1e-9
         if chance or empty:
-            return Reply(False, self.refusal_s, self.retry_after_s, by_chance=not empty)
+            return Reply(False, self.refusal_s, self.retry_after_s, by_chance=not empty, http_status=self.http_status)
         self._level -= 1
         return Reply(True, spread(self.latency_s, 0.25, rng))
 
@@ -167,6 +175,27 @@ class BlackedOut:
         if now_s % self.every_s < self.dark_s:
             return Reply(False, REFUSAL_S, self.retry_after_s, by_chance=True)
         return self._limit.reply_to(now_s, in_flight, rng)
+
+
+@dataclass
+class Out:
+    """Fails with `http_status` for `length_s` from `begins_s` on (counted in `failed`), and answers all else."""
+
+    begins_s: float
+    length_s: float
+    http_status: int = 500
+    latency_s: float = 0.4
+    failed: int = field(default=0, init=False)
+
+    @property
+    def ends_s(self) -> float:
+        return self.begins_s + self.length_s
+
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        if self.begins_s <= now_s < self.ends_s:
+            self.failed += 1
+            return Reply(False, REFUSAL_S, by_chance=True, http_status=self.http_status)
+        return Reply(True, spread(self.latency_s, 0.25, rng))
 
 
 @dataclass
@@ -336,8 +365,10 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
                 waiting.done()
             else:
                 message = server.refusal() if isinstance(server, TokenLimited) else "refused"
-                error = RowError("rate_limit", 429, None, message)
-                gate.observe(slot, Outcome(row, Verdict.SLOW, error, reply.retry_after_s))
+                kind = {429: "rate_limit", 503: "overloaded"}.get(reply.http_status, "server_error")
+                verdict = Verdict.FREE if kind == "server_error" else Verdict.SLOW
+                error = RowError(kind, reply.http_status, None, message)
+                gate.observe(slot, Outcome(row, verdict, error, reply.retry_after_s))
                 played.refused += 1
                 played.refused_for_cause += not reply.by_chance
                 wait_s = RETRY_S if reply.retry_after_s is None else reply.retry_after_s
@@ -350,24 +381,33 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
     return played
 
 
-async def play_retry(server: RefusingServer, rows: int, max_in_flight: int, seed: int) -> Played:
-    """The same by the simplest client: it never slows down, and sends a refused row again after its own wait."""
-    loop, rng, played, waiting = asyncio.get_running_loop(), random.Random(seed), Played(), _Rows(rows)
-    started_s = loop.time()
+def answered_by_retry(server: RefusingServer, rows: int, max_in_flight: int, seed: int) -> list[float]:
+    """When the simplest client has each answer: it never slows down, and sends a refused row again after its own wait.
 
-    async def work() -> None:
-        while (row := await waiting.next()) is not None:
-            reply = server.reply_to(loop.time() - started_s, 0, rng)
-            played.sent += 1
-            await asyncio.sleep(reply.takes_s)
-            if reply.taken:
-                played.answered_s.append(loop.time() - started_s)
-                waiting.done()
+    It is the yardstick of half the scenarios, and five runs of it cost more than the run that is measured. So it is
+    a list of events, without tasks.
+    """
+    rng = random.Random(seed)
+    answered_s: list[float] = []
+    waiting: list[float] = []  # until when
+    in_flight: list[tuple[float, int, Reply]] = []  # until when; the request's number, as replies can't be compared
+    now_s, sent, fresh = 0.0, 0, rows
+    while len(answered_s) < rows:
+        while len(in_flight) < max_in_flight and (fresh or (waiting and waiting[0] <= now_s)):
+            if waiting and waiting[0] <= now_s:
+                heapq.heappop(waiting)
             else:
-                played.refused += 1
-                wait_s = RETRY_S if reply.retry_after_s is None else reply.retry_after_s
-                waiting.again(row, loop.time() + wait_s + rng.random() * JITTER_S)
-
-    await asyncio.gather(*(work() for _ in range(max_in_flight)))
-    played.took_s = max(played.answered_s)
-    return played
+                fresh -= 1
+            reply = server.reply_to(now_s, 0, rng)
+            sent += 1
+            heapq.heappush(in_flight, (now_s + reply.takes_s, sent, reply))
+        if waiting and len(in_flight) < max_in_flight and (not in_flight or waiting[0] < in_flight[0][0]):
+            now_s = waiting[0]
+            continue
+        now_s, _, reply = heapq.heappop(in_flight)
+        if reply.taken:
+            answered_s.append(now_s)
+        else:
+            wait_s = RETRY_S if reply.retry_after_s is None else reply.retry_after_s
+            heapq.heappush(waiting, now_s + wait_s + rng.random() * JITTER_S)
+    return answered_s

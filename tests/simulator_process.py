@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,7 +49,4 @@ def running_simulator(config: SimulatorConfig | None = None) -> Iterator[Running
 def start(config: SimulatorConfig) -> subprocess.Popen[str]:
     """The process itself, for tests that end it their own way; its stdout is a pipe."""
     settings = msgspec.json.encode(config).decode()
-    if prefork.AVAILABLE:
-        return prefork.Forked("batchrun.simulator.__main__", [settings], os.environ, stdout=subprocess.PIPE)
-    command = [sys.executable, "-m", "batchrun.simulator", settings]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return prefork.start("batchrun.simulator.__main__", [settings], os.environ, stdout=subprocess.PIPE)

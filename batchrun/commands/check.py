@@ -110,22 +110,21 @@ def estimate(
     from batchrun import preflight
     from batchrun.commands.job_input import read_input, read_job, require_budget
     from batchrun.limits import daily
-    from batchrun.startup import carry, previous_run
+    from batchrun.startup import carry, preview, previous_run
     from batchrun.startup import estimate as estimating
     from batchrun.startup import shard as shards
-    from batchrun.startup.preview import look
     from batchrun.store.rundir import RunDirectory
 
     loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
     loaded, own_part = shards.part_of(loaded, shard, note)
     directory, loaded = preflight.place(loaded, date)
-    found = None if out is None else look(loaded, RunDirectory(out), own_part)
+    found = None if out is None else preview.of_run(loaded, RunDirectory(out), own_part)
     own = directory if out is None else RunDirectory(out)
     preflight.require_settings(loaded, own)
     _, surveyed, origins = read_input(loaded, own, skip_invalid=skip_invalid, shard=own_part)
     tables = require_budget(loaded, surveyed)
     if found is not None:
-        for line in estimating.run_in_words(found.summary, None if found.drift is None else str(found.drift)):
+        for line in estimating.run_in_words(found.summary, found.changes):
             say(harmless(line))
     elif origins is not None and (not_sent := carry.in_words(origins)) is not None:
         say(not_sent)
@@ -134,7 +133,7 @@ def estimate(
         surveyed,
         loaded,
         tables,
-        new if found is None else found.to_ask,
+        new if found is None else found.to_send,
         None if found is None else found.summary,
         daily.left_s(datetime.now().astimezone()),
         previous_run.newest(loaded, besides=out),

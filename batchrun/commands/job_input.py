@@ -61,7 +61,6 @@ def read_input(
     """
     import msgspec
 
-    from batchrun.source import open_source
     from batchrun.startup import carry, input_pass, preconditions
     from batchrun.startup import shard as shards
     from batchrun.startup.answer_match import Questions
@@ -78,20 +77,16 @@ def read_input(
             note(_about_stdin(text, job, files[0]))
 
         try:
-            if shard is None:
-                source: Source = open_source(files, job.input.max_line_bytes)
-                as_read, types = job, None
-            else:
-                part = shards.find(job, files, shard, Path(scratch), progress.checked, skip_invalid=skip_invalid)
-                source, as_read, types = part.source, shards.reading(job, part.dialect), part.types
+            part = shards.find(job, files, shard, Path(scratch), progress.checked, skip_invalid=skip_invalid)
+            source = part.source
             preconditions.require_columns(job, source)
             with Questions(Path(scratch)) as keys:
                 found = survey(
-                    source, as_read, Path(scratch), progress=progress.checked, accepted=accepted, question=keys.add
+                    source, part.job, Path(scratch), progress=progress.checked, accepted=accepted, question=keys.add
                 )
-                found = msgspec.structs.replace(found, types=types or found.types)
-                preconditions.require_input(as_read, source, found, warn, skip_invalid=skip_invalid)
-                first_row = 0 if shard is None else part.span.start.ordinal
+                found = msgspec.structs.replace(found, types=part.types or found.types)
+                preconditions.require_input(part.job, source, found, warn, skip_invalid=skip_invalid)
+                first_row = 0 if part.span is None else part.span.start.ordinal
                 if (origins := carry.wanted(job, found.rows, 0, first_row)) is not None:
                     every = keys.rows(found.rejected)
                     origins = carry.make(job, every, origins, own.path, Path(scratch) / "origins.bin", note)

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 @click.command()
 @PATHS
 @click.option(
-    "--by", default="job,model", metavar="KEYS", help="Some of night,day,month,job,model,status,tag,tag.NAME,run."
+    "--by",
+    default="job,model",
+    metavar="KEYS",
+    help="Some of night,day,month,job,model,service_tier,status,tag,tag.NAME,run.",
 )
 @click.option("--since", metavar="DATE", help="Only what was spent from this day or month on.")
 @click.option("--until", metavar="DATE", help="Only what was spent up to and including this day or month.")

@@ -17,6 +17,7 @@ from batchrun.terminal import harmless
 @click.option("--rebuild", is_flag=True, help="First write partitions or JSON lines again from the run's parts.")
 def verify(out: Path, salvage: bool, rebuild: bool) -> None:
     """Check every record and digest of a run that no process works on. Changes no file, sends nothing."""
+    from batchrun.integrity import findings as found
     from batchrun.integrity import rebuild as rebuilding
     from batchrun.integrity import salvage as salvaging
     from batchrun.integrity import verify as verifying
@@ -28,7 +29,7 @@ def verify(out: Path, salvage: bool, rebuild: bool) -> None:
         findings, salvaged = salvaging.salvage(RunDirectory(out))
     else:
         findings, salvaged = verifying.verify(RunDirectory(out)), None
-    for line in (*verifying.in_words(findings), *(salvaging.in_words(salvaged) if salvaged else ())):
+    for line in (*found.in_words(findings), *(salvaging.in_words(salvaged) if salvaged else ())):
         say(harmless(line))
     sys.exit(ExitCode.DAMAGED if findings.damages else ExitCode.COMPLETE)
 

@@ -55,8 +55,14 @@ def run(
         if (there := _complete_there(job, directory, folder, mine)) is not None:
             note(f"{url}: complete already; nothing is sent")
             return there
-        publish.require_ours(folder, _run_id(directory))
-        _require_owner(directory, folder, mine)
+        run_id = _run_id(directory)
+        publish.require_ours(folder, run_id)
+        owner = None if run_id is None else restore.owner_of(folder, run_id)
+        if owner is not None and owner.writer != mine.writer:
+            raise RunLockedError(
+                f"{directory.path}: another machine has taken over this run ({owner}); move this directory away, and "
+                "the same command continues from what the other one stored"
+            )
         mirror = None
         if job.output.keep_parts_remote:
             mirror = Replica(folder, mine, claim, note)
@@ -84,34 +90,27 @@ def require_usable(job: Job, directory: RunDirectory, url: Url) -> None:
         publish.require_ours(folder, _run_id(directory))
 
 
-def taken(job: Job) -> Callable[[Path], bool]:
+def is_taken(job: Job, path: Path) -> bool:
     """Whether a directory that `--new` could use belongs to a run already, on this machine or in the store."""
-
-    def taken(path: Path) -> bool:
-        url = rundir.published_at(job.output, path)
-        return path.exists() or (url is not None and bool(RemoteFolder(url, job.storage).objects()))
-
-    return taken
+    url = rundir.published_at(job.output, path)
+    return path.exists() or (url is not None and bool(RemoteFolder(url, job.storage).objects()))
 
 
-def elsewhere(job: Job) -> Callable[[], tuple[Path, str] | None]:
-    """Finds the newest run of the job that another machine has left unfinished with its parts in the store."""
+def elsewhere(job: Job) -> tuple[Path, str] | None:
+    """The newest run of the job that another machine has left unfinished with its parts in the store, and its date."""
 
-    def names(above: str) -> list[str]:
+    def folders(above: str) -> list[str]:
         url = rundir.published_at(job.output, Path(above))
         return [] if url is None else RemoteFolder(url, job.storage).folders()
 
-    def found() -> tuple[Path, str] | None:
-        if not job.output.keep_parts_remote:
-            return None
-        for path, date in rundir.dates_among(rundir.pattern_of(job.output), job.name, names)[:1]:
-            url = rundir.published_at(job.output, path)
-            folder = None if url is None else RemoteFolder(url, job.storage)
-            if folder is not None and publish.standing(folder) is None and folder.below(publish.RUNS).objects():
-                return path, date
+    if not job.output.keep_parts_remote:
         return None
-
-    return found
+    for path, date in rundir.dates_among(rundir.pattern_of(job.output), job.name, folders)[:1]:
+        url = rundir.published_at(job.output, path)
+        folder = None if url is None else RemoteFolder(url, job.storage)
+        if folder is not None and publish.standing(folder) is None and folder.below(publish.RUNS).objects():
+            return path, date
+    return None
 
 
 def command(line: str, job: Job, url: Url) -> str:
@@ -133,17 +132,6 @@ def _run_id(directory: RunDirectory) -> str | None:
     """The run in the directory; None if none has started."""
     found = (directory.read_summary() or {}).get("run_id")
     return found if isinstance(found, str) and found else None
-
-
-def _require_owner(directory: RunDirectory, folder: RemoteFolder, mine: Writer) -> None:
-    """Returns if no other machine has continued the run of this directory."""
-    run_id = _run_id(directory)
-    owner = None if run_id is None else restore.owner_of(folder, run_id)
-    if owner is not None and owner.writer != mine.writer:
-        raise RunLockedError(
-            f"{directory.path}: another machine has taken over this run ({owner}); move this directory away, and the "
-            "same command continues from what the other one stored"
-        )
 
 
 def _complete_there(job: Job, directory: RunDirectory, folder: RemoteFolder, mine: Writer) -> Summary | None:
@@ -190,7 +178,7 @@ def _published(
     record = RunRecord(known.run_id, known.job, job.fingerprint(), known.digests, summary.rows_in_output, mine.writer)
     found = summaries.read(directory)
     places = {name: str(folder.url.child(Path(path).name)) for name, path in found.files.items()}
-    content = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(found, files=places)), indent=2)
+    content = msgspec.structs.replace(found, files=places).to_json()
     with contextlib.closing(RunLog(directory.log)) as log:
         try:
             kept = kept_parts(folder, known.run_id) if job.output.keep_parts_remote else {}

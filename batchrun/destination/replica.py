@@ -8,8 +8,8 @@ of the checkpoint, whose totals are the bill. Every name has the digest of its c
     000000042.DIGEST.db          the checkpoint after the 42nd of these steps; the highest counts
     owner.json                   the writer that works on the run
 
-A part is put before the checkpoint that names it, and an old object deleted after. So whenever a machine is lost, the
-highest checkpoint and what it names are there, and the inputs tell which rows may have been sent since.
+Whenever a machine is lost, the highest checkpoint and what it names are there, and the inputs tell which rows may have
+been sent since.
 """
 
 import re
@@ -35,7 +35,7 @@ PART = re.compile(r"(\d+)\.g(\d+)\.([0-9a-f]+)\.part")
 INPUT = re.compile(r"(\d+)\.(\d+)\.([0-9a-f]+)\.input")
 COPY = re.compile(r"(\d+)\.([0-9a-f]+)\.db")
 
-TRIES = 20
+TRIES = 20  # copies of the checkpoint, when a chunk is sealed during each; any small number does
 PATIENCE_S = (2.0, 5.0, 10.0, 20.0, 40.0)
 """Waits between attempts to store something, each of which the store's own retries precede."""
 
@@ -101,12 +101,17 @@ class Replica:
                 checkpoint.copy_to(copy)
                 entries, chunks = read_copy(copy)
                 manifest = Manifest.decode(entries)
-                folder = self._folder or self._begin(manifest.run_id)
+                if self._folder is None:  # the run's folder in the store is this writer's from now on
+                    folder = self._place.below(f"{RUNS}/{manifest.run_id}")
+                    self._there = {each.name for each in folder.objects()}
+                    folder.put(OWNER, msgspec.json.encode(self._mine))
+                    self._folder = folder
+                folder = self._folder
                 wanted: dict[str, Path] = {}
                 for chunk in chunks:
                     wanted |= _files_of(chunk, directory, manifest.layout)
                 try:
-                    self._put_missing(wanted)
+                    self._put_missing(wanted)  # before the checkpoint that names them
                 except FileNotFoundError:
                     if not left:
                         raise
@@ -117,17 +122,9 @@ class Replica:
                 break
         finally:
             copy.unlink(missing_ok=True)
-        for old in self._there - wanted.keys() - {OWNER}:
+        for old in self._there - wanted.keys() - {OWNER}:  # after the checkpoint that no longer names them
             folder.delete(old)
         self._there = {*wanted, OWNER, name}
-
-    def _begin(self, run_id: str) -> RemoteFolder:
-        """The run's folder in the store, which is this writer's from now on."""
-        folder = self._place.below(f"{RUNS}/{run_id}")
-        self._there = {each.name for each in folder.objects()}
-        folder.put(OWNER, msgspec.json.encode(self._mine))
-        self._folder = folder
-        return folder
 
     def _put_missing(self, wanted: dict[str, Path]) -> None:
         assert self._folder is not None

@@ -10,17 +10,16 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun import prices
 from batchrun.destination.replica import COPY, INPUT, OWNER, PART
 from batchrun.durable import digest
 from batchrun.errors import StorageError
 from batchrun.job.job import Job
-from batchrun.prices import PriceTable
 from batchrun.records import PossiblyBilled
 from batchrun.report.wording import plural
 from batchrun.storage.claim import Writer
 from batchrun.storage.folder import RemoteFolder
 from batchrun.storage.publish import RUNS
+from batchrun.store import price_tables
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
@@ -38,9 +37,11 @@ def restore(job: Job, place: RemoteFolder, directory: RunDirectory) -> str | Non
     Raises:
         StorageError: the store can't be read, or what it holds is damaged.
     """
-    folder = _newest(place)
-    if folder is None:
+    copies = [each for each in place.below(RUNS).objects() if each.name.endswith(".db")]
+    if not copies:
         return None
+    newest = max(copies, key=lambda each: (each.mtime_ns, each.name))
+    folder = place.below(f"{RUNS}/{newest.name.partition('/')[0]}")  # of the run whose checkpoint was copied last
     names = [each.name for each in folder.objects()]
     _, _, copy = max((int(match[1]), name, name) for name in names if (match := COPY.fullmatch(name)))
     directory.create()
@@ -59,15 +60,6 @@ def restore(job: Job, place: RemoteFolder, directory: RunDirectory) -> str | Non
     local.rename(directory.checkpoint)  # last: a restore that is cut begins again
     sealed = [chunk for chunk in chunks if not chunk.open]
     return _in_words(folder, sealed, doubts)
-
-
-def _newest(place: RemoteFolder) -> RemoteFolder | None:
-    """The folder of the run whose checkpoint was copied last."""
-    found = [each for each in place.below(RUNS).objects() if each.name.endswith(".db")]
-    if not found:
-        return None
-    newest = max(found, key=lambda each: (each.mtime_ns, each.name))
-    return place.below(f"{RUNS}/{newest.name.partition('/')[0]}")
 
 
 def owner_of(place: RemoteFolder, run_id: str) -> Writer | None:
@@ -111,7 +103,9 @@ def _doubts(
     """The rows that the lost machine may have sent, and whose outcome is not known here."""
     entries = checkpoint.manifest_entries()
     manifest = Manifest.decode(entries)
-    bounds = _bounds(job, manifest, entries)
+    most_usd = price_tables.most_usd(manifest, price_tables.decode(entries), *job.service_tiers)
+    most_tokens = max(map(sum, manifest.max_request.values()), default=0)
+    bounds = most_usd, most_tokens  # of any one request
     invocation = checkpoint.last_invocation()
     for chunk in chunks:
         if chunk.open:
@@ -132,17 +126,6 @@ def _doubts(
             for row in range(first, end):
                 yield PossiblyBilled(row, 1, "", *bounds, CAUSE, invocation)
             first = end
-
-
-def _bounds(job: Job, manifest: Manifest, entries: dict[str, str]) -> tuple[Decimal | None, int]:
-    """The most that one request may cost, in USD (None: a price is unknown) and in tokens."""
-    tables = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
-    usd = [
-        prices.upper_bound(*most, tables.get(model), *job.service_tiers) for model, most in manifest.max_request.items()
-    ]
-    known = [each for each in usd if each is not None]
-    tokens = max(map(sum, manifest.max_request.values()), default=0)
-    return (max(known, default=Decimal(0)) if len(known) == len(usd) else None), tokens
 
 
 def _in_words(folder: RemoteFolder, sealed: list[Chunk], doubts: list[PossiblyBilled]) -> str:

@@ -39,7 +39,7 @@ class Anomalies:
         self.unpriced_tiers: list[str] = []
         self.example_error: str | None = None
         self._quota_patience_s = quota_patience_s
-        self._refused_since_s: float | None = None
+        self.quota_refused_since_s: float | None = None
         self._example_is_curable = False
         self._settled = self._filtered = 0
         self._watch_first = not resumed
@@ -47,16 +47,17 @@ class Anomalies:
         self._retried = retried
         self._refused: deque[bool] = deque(maxlen=FIRST_ROWS)
         self._refused_count = 0
+        self._is_calm = False  # another row without an error changes nothing here
 
     def escalate_quota(self, judgement: Judgement, now_s: float) -> Judgement:
         """The same judgement; but a quota that has refused every request for too long pauses the run."""
         if judgement.verdict is OK:
-            self._refused_since_s = None
+            self.quota_refused_since_s = None
         if judgement.error is None or judgement.error.kind != QUOTA or judgement.verdict is not Verdict.SLOW:
             return judgement
-        if self._refused_since_s is None:
-            self._refused_since_s = now_s
-        waited_s = now_s - self._refused_since_s
+        if self.quota_refused_since_s is None:
+            self.quota_refused_since_s = now_s
+        waited_s = now_s - self.quota_refused_since_s
         if waited_s <= self._quota_patience_s:
             return judgement
         message = f"no answer for {waited_s / 60:.0f} minutes: {judgement.error.message or ''}"
@@ -79,6 +80,8 @@ class Anomalies:
             curable = error.kind == "bad_request" and not self._example_is_curable
             if self.example_error is None or curable:
                 self.example_error, self._example_is_curable = error.text, error.kind == "bad_request"
+        elif error is None and self._is_calm:
+            return None
         return self._check_first_rows(status, error) or self._check_last_rows(error)
 
     def _check_first_rows(self, status: Status, error: RowError | None) -> Stop | None:
@@ -105,8 +108,11 @@ class Anomalies:
         is_refused = error is not None and error.kind == CONTENT_POLICY
         if not is_refused and not self._refused_count:
             self._refused.append(False)
-            self._watch_last = self._watch_last or len(self._refused) == FIRST_ROWS
+            is_full = len(self._refused) == FIRST_ROWS
+            self._watch_last = self._watch_last or is_full
+            self._is_calm = is_full and not self._watch_first
             return None
+        self._is_calm = False
         if len(self._refused) == FIRST_ROWS:
             self._refused_count -= self._refused[0]
         self._refused.append(is_refused)

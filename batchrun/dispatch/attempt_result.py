@@ -26,7 +26,7 @@ from batchrun.records import (
 )
 from batchrun.response import token_count
 from batchrun.response.usage import LITELLM_COST, cost_in_headers
-from batchrun.row_status import Settlement
+from batchrun.row_status import PLAIN, Settlement
 
 NOTHING = Decimal(0)
 
@@ -79,31 +79,32 @@ class AttemptResult(msgspec.Struct, frozen=True):
     def completion(self, status: Status, invocation: int) -> Completion:
         """The row's final record."""
         pending, attempt, answer, settlement = self.pending, self.attempt, self.answer, self.settlement
-        request, error, restored = pending.request, self.error, None
-        cost_usd, service_tier = self.cost_usd, answer.service_tier
+        request, restored, cost_usd, service_tier = pending.request, None, self.cost_usd, answer.service_tier
+        error = None if settlement is PLAIN and not answer.flagged else self.error
         if settlement is None and (invalid := pending.invalid) is not None:
             # a correction failed: the invalid answer before it is better than none
-            attempt, error, status, cost_usd = invalid.attempt, invalid.error, Status.INVALID, invalid.cost_usd
+            attempt, error, status = invalid.attempt, invalid.error, Status.INVALID
             service_tier = invalid.service_tier
             restored = Restored(invalid.usage, invalid.cost_usd, self._ended_at)
+        # by place where the names are the same: msgspec looks for each name among all fields
         return Completion(
-            row=request.row,
-            key=request.key,
-            status=status,
-            attempts=self.history.attempts,
-            http_status=attempt.http_status,
-            error=error,
-            request_id=attempt.request_id,
-            finished_at=attempt.started_at + attempt.latency_s,
-            latency_s=attempt.latency_s,
-            time_to_first_token_s=attempt.time_to_first_token_s,
-            model=request.model,
-            answered_model=answer.model if self.judgement is ANSWERED else None,
-            usage=answer.usage,
-            cost_usd=add_costs(pending.cost_usd, self.cost_usd),
-            last_cost_usd=self.cost_usd,
+            request.row,
+            request.key,
+            status,
+            self.history.attempts,
+            attempt.http_status,
+            error,
+            attempt.request_id,
+            attempt.started_at + attempt.latency_s,
+            attempt.latency_s,
+            attempt.time_to_first_token_s,
+            request.model,
+            answer.model if self.judgement is ANSWERED else None,
+            answer.usage,
+            cost_usd=add_costs(pending.cost_usd, cost_usd),
+            last_cost_usd=cost_usd,
             maybe_billed=self.maybe_billed,
-            possibly_billed_usd=self.bound_usd,
+            possibly_billed_usd=self.bound_usd if self.maybe_billed or cost_usd is None else None,
             raw=attempt.body,
             variant=pending.variant,
             possibly_billed_tokens=self.bound_tokens,
@@ -111,7 +112,6 @@ class AttemptResult(msgspec.Struct, frozen=True):
             offline=None if answer.usage is not None else self._offline(),
             reported_cost_usd=self.reported_cost_usd if restored is None else None,  # then it is another answer's
             invocation=invocation,
-            answer_cost_usd=cost_usd,
             restored=restored,
             service_tier=service_tier or "",
             set_aside=pending.set_aside if restored is None else _without_last_invalid(pending.set_aside),

@@ -5,17 +5,18 @@ after a failed canary stops again without sending anything.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 
 import msgspec
 
-from batchrun.dispatch.store import Store
+from batchrun.dispatch.runlog import RunLog
+from batchrun.dispatch.store import CanaryRows, Store
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 from batchrun.job.settings import Canary
 from batchrun.limits.admission import Stop
-from batchrun.records import Completion, Status
+from batchrun.records import Completion, Notice, Status
 from batchrun.report.wording import are, plural
 from batchrun.store.checkpoint import Checkpoint
 
@@ -53,30 +54,61 @@ class Record(msgspec.Struct, frozen=True):
     accepted: bool = False
 
 
-def record_of(job: Job, store: Store) -> Record | None:
-    """The record for the job's present requests; None if there was no canary for them."""
+def settle(
+    job: Job,
+    store: Store,
+    send: Callable[[CanaryRows], Stop | None],
+    note: Callable[[str], None],
+    log: RunLog,
+    *,
+    accept: bool,
+) -> Stop | None:
+    """The rows of the canary are settled; why the rest is not sent, None if it may be.
+
+    Choosing rows opens every chunk of `store`, so `send` needs another that begins at the first.
+    """
+    question = f"{job.fingerprint()}.{store.plan.manifest.layout}"
     entry = store.checkpoint.manifest_entries().get(ENTRY)
-    if entry is None:
+    record = None if entry is None else msgspec.json.decode(entry, type=Record)
+    wanted = job.canary.rows or 0
+    if record is None or record.question != question:
+        if store.pending <= wanted:
+            return None
+        rows = (row for chunk in iter(store.chunks.open_next, None) for row in chunk.to_send())
+        chance = random.Random(store.plan.manifest.run_id)
+        record = Record(question, tuple(spread(rows, wanted, chance)))
+        _keep(store.checkpoint, record)
+        if record.rows:
+            line = f"canary: {plural(len(record.rows), 'row')}, spread over the input, are sent first"
+            note(Notice(line, "canary", rows=len(record.rows)))
+    if not record.rows:  # every row takes an answer without a request
         return None
-    record = msgspec.json.decode(entry, type=Record)
-    return record if record.question == _question(job, store) else None
+    if (seen := record.seen) is None:
+        if (stop := send(CanaryRows(record.rows))) is not None:
+            return stop
+        seen = _look(store.checkpoint, record.rows)
+        log.write("canary", **msgspec.to_builtins(seen))
+    record = msgspec.structs.replace(record, seen=seen, accepted=record.accepted or accept)
+    _keep(store.checkpoint, record)
+    problems = list(judge(seen, job.canary))
+    if problems and not record.accepted:
+        example = f"; such as {seen.example_error}" if seen.example_error is not None else ""
+        return Stop(
+            ExitCode.STOPPED,
+            f"the canary failed: {'; '.join(problems)}, of {_in_words(seen)}{example}. Look at its answers with "
+            f"batchrun export {store.directory.path}; then change the job, or send the rest with --accept-canary",
+        )
+    if store.pending:
+        line = f"canary {'accepted' if problems else 'passed'}: {_in_words(seen)}; the rest is sent"
+        note(Notice(line, "canary", passed=not problems, **msgspec.structs.asdict(seen)))
+    return None
 
 
-def choose(job: Job, store: Store) -> Record:
-    """Chooses the rows of a new canary and records them. Opens every chunk, which stores the whole input."""
-    rows = (row for chunk in iter(store.chunks.open_next, None) for row in chunk.to_send())
-    chance = random.Random(store.plan.manifest.run_id)
-    record = Record(_question(job, store), tuple(spread(rows, job.canary.rows or 0, chance)))
-    keep(store.checkpoint, record)
-    return record
-
-
-def keep(checkpoint: Checkpoint, record: Record) -> None:
-    """Makes the record durable."""
+def _keep(checkpoint: Checkpoint, record: Record) -> None:
     checkpoint.write_manifest({ENTRY: msgspec.json.encode(record).decode()})
 
 
-def look(checkpoint: Checkpoint, rows: Sequence[int]) -> Seen:
+def _look(checkpoint: Checkpoint, rows: Sequence[int]) -> Seen:
     """The outcome of these rows, from their records in open chunks."""
     found = [each for row in rows for each in checkpoint.completions(row, row + 1)]
     by_status = {str(status): n for status in Status if (n := sum(each.status is status for each in found))}
@@ -102,21 +134,10 @@ def judge(seen: Seen, wanted: Canary) -> Iterator[str]:
         yield f"a row costs ${cost:.6f} (canary.max_cost_per_row_usd = {most:f})"
 
 
-def in_words(seen: Seen) -> str:
-    """The outcome in one line."""
+def _in_words(seen: Seen) -> str:
     statuses = ", ".join(f"{n:,} {status}" for status, n in seen.by_status.items())
     cost = f", ${cost_usd:.6f} a row" if (cost_usd := seen.cost_per_row_usd) is not None else ""
     return f"{plural(seen.rows, 'row')}: {statuses}{cost}"
-
-
-def stop(seen: Seen, problems: Sequence[str], store: Store) -> Stop:
-    """Ends a start whose canary failed."""
-    example = f"; such as {seen.example_error}" if seen.example_error is not None else ""
-    return Stop(
-        ExitCode.STOPPED,
-        f"the canary failed: {'; '.join(problems)}, of {in_words(seen)}{example}. Look at its answers with batchrun "
-        f"export {store.directory.path}; then change the job, or send the rest with --accept-canary",
-    )
 
 
 def spread(rows: Iterable[int], count: int, chance: random.Random) -> list[int]:
@@ -142,10 +163,6 @@ def spread(rows: Iterable[int], count: int, chance: random.Random) -> list[int]:
     if len(kept) <= count:
         return kept
     return [kept[int((number + 0.5) * len(kept) / count)] for number in range(count)]
-
-
-def _question(job: Job, store: Store) -> str:
-    return f"{job.fingerprint()}.{store.plan.manifest.layout}"
 
 
 def _cost_usd(completion: Completion) -> Decimal | None:

@@ -115,7 +115,7 @@ class Dispatch:
         """The workers have ended, and what they received is durable and sealed."""
         loop = asyncio.get_running_loop()
         on_commit = _each(workers.on_commit, None if self._hooks.otel is None else self._hooks.otel.settled)
-        open_run.store.checkpoint.listen(_in_loop(loop, on_commit), _in_loop(loop, workers.fail))
+        open_run.store.checkpoint.listen(_in_loop(loop, on_commit), _in_loop(loop, workers.fail), loop.call_soon)
         shutdown = Shutdown(workers, self._hooks, self._status)
         heartbeat.warn_of_limits(self._job.total_limits)
         heartbeat.check_deadline()

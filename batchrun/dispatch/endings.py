@@ -18,10 +18,11 @@ from batchrun.dispatch.store import OpenRun
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 from batchrun.limits.admission import Decision, Stop
+from batchrun.limits.circuit import PROCEED
 from batchrun.limits.gates import AnyGate
 from batchrun.records import Completion, Correction, Ending, Status, Verdict
 from batchrun.request.builder import corrected
-from batchrun.row_status import Settlement
+from batchrun.row_status import PLAIN, Settlement
 
 
 class _Uncommitted(msgspec.Struct, frozen=True):
@@ -66,6 +67,9 @@ class Endings:
         """The attempt's record is on the checkpoint's queue, or its row is held. `successes` is the gate's count of
         good answers as it was sent.
         """
+        if result.settlement is PLAIN and decision is PROCEED:  # nearly all attempts end here
+            self._complete(result, slot, Status.OK)
+            return
         row, judgement = result.pending.request.row, result.judgement
         if decision.own or decision.elsewhere:
             self._release_held(decision, row)
@@ -83,7 +87,7 @@ class Endings:
     def on_commit(self, endings: Sequence[Ending]) -> None:
         """The endings are durable: their slots are free, rows are settled or wait for their retry."""
         spent: list[tuple[int, Decimal | None, int | None]] = []
-        settled = 0
+        settled, is_kept = 0, self._gate.budget.is_kept
         for ending in endings:
             n = ending.attempts if isinstance(ending, Completion) else ending.n
             attempt = self._uncommitted.pop((ending.row, n), None)
@@ -91,7 +95,7 @@ class Endings:
                 continue  # the record of a held attempt, whose slot was freed when it was held
             if attempt.slot is not None:
                 self._slots.clear(attempt.slot)
-                usd, tokens = attempt.result.used()
+                usd, tokens = attempt.result.used() if is_kept else (None, None)
                 spent.append((attempt.slot, usd, tokens))
             if attempt.retry is not None:
                 self._backlog.retry(attempt.retry, attempt.due_s)
@@ -178,7 +182,8 @@ class Endings:
 
     def _complete(self, result: AttemptResult, slot: int | None, status: Status) -> None:
         """The row's completion is on the checkpoint's queue."""
-        self.retries.drop(result.pending.request.row)
+        if result.pending.successes is not None:
+            self.retries.drop(result.pending.request.row)
         completion = result.completion(status, self._checkpoint.invocation)
         self._uncommitted[completion.row, completion.attempts] = _Uncommitted(result, slot)
         self._checkpoint.put(completion)

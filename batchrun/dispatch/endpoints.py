@@ -35,15 +35,16 @@ class Endpoints:
         self.log = log
         self._note = note
 
-    async def send(self, slot: int, body: bytes, client_request_id: str) -> Attempt:
-        """As `Transport.send`. A refused key that was replaced meanwhile is an error of its own, and no refusal."""
+    def of(self, slot: int) -> Connected:
+        """The endpoint that the slot belongs to."""
+        return self._connected[0 if self._gates is None else self._gates.index_of(slot)]
+
+    def refused(self, slot: int, attempt: Attempt, version: int) -> Attempt:
+        """The attempt, whose key was refused: an error of its own, and no refusal, if the key was replaced since it was
+        sent. `version` is that of the credentials then.
+        """
         index = 0 if self._gates is None else self._gates.index_of(slot)
-        to = self._connected[index]
-        version = to.credentials.version
-        attempt = await to.transport.send(body, client_request_id)
-        if attempt.http_status not in (401, 403) or attempt.error is not None:
-            return attempt
-        if not self._refresh(index) and to.credentials.version == version:
+        if not self._refresh(index) and self._connected[index].credentials.version == version:
             return attempt
         why = f"HTTP {attempt.http_status}: the key was replaced while the request was in flight"
         return msgspec.structs.replace(attempt, error=APIConnectionError(why, kind=Fault.KEY_REPLACED, sent=True))

@@ -12,7 +12,7 @@ from batchrun.errors import InputError
 from batchrun.job.job import Job
 from batchrun.limits.admission import Demand
 from batchrun.limits.token_estimates import Estimates
-from batchrun.prices import Dearest, PriceTable
+from batchrun.prices import Dearest
 from batchrun.records import Discarded, Request, Row, Verdict
 from batchrun.request.builder import RequestBuilder, corrected
 from batchrun.request.image_digests import ImageDigests
@@ -24,11 +24,12 @@ from batchrun.store.open_chunk import OpenChunk
 
 
 class Requests:
-    """Makes requests. Each variant of the job has its own builder."""
+    """Makes requests. Each variant of the job has its own builder. `prices` has each model's; None: unknown."""
 
     def __init__(self, job: Job, plan: Plan, checked: ImageDigests, estimates: Estimates) -> None:
         """`checked` has the digests of the rows' images as the check pass saw them."""
         self._plan = plan
+        self.prices = plan.prices
         self._estimates = estimates
         self._max_wait_s = job.retry.max_wait_s
         self._service_tiers = job.service_tiers
@@ -96,29 +97,20 @@ class Requests:
             raise InputError(f"row {row}: {error}, while the run was working; {fixes}") from error
         return corrected(request, pending.corrections)
 
-    def price(self, model: str) -> PriceTable | None:
-        """The model's prices; None if they are unknown."""
-        return self._plan.prices.get(model)
-
     def reservation(self, request: Request) -> Demand:
         """The tokens and USD that one attempt is expected to take, and the most it can take."""
         prompt, output = self._estimates.of(request)
         tokens, most_tokens = prompt + output, request.max_prompt_tokens + request.max_output_tokens
-        if (dearest := self._dearest_of(request)) is None:
+        dearest = None
+        if (table := self.prices.get(request.model)) is not None:
+            key = request.model, None if not table.services else prices.asked_tier(table, request.body)
+            if (dearest := self._dearest.get(key)) is None:
+                asked_tiers = self._service_tiers if key[1] is None else (key[1],)
+                dearest = self._dearest[key] = prices.dearest(table, *asked_tiers)
+        if dearest is None:
             return Demand(tokens, None, most_tokens, output, request.model)
         bound_usd = dearest.bound(request.max_prompt_tokens, request.max_output_tokens)
         return Demand(tokens, bound_usd, most_tokens, output, request.model, dearest.prompt, dearest.output)
-
-    def _dearest_of(self, request: Request) -> Dearest | None:
-        """The highest prices that its tokens can have; None if the price is unknown."""
-        table = self._plan.prices.get(request.model)
-        if table is None:
-            return None
-        key = request.model, prices.asked_tier(table, request.body)
-        if (dearest := self._dearest.get(key)) is None:
-            asked_tiers = self._service_tiers if key[1] is None else (key[1],)
-            dearest = self._dearest[key] = prices.dearest(table, *asked_tiers)
-        return dearest
 
 
 def with_key(pending: Pending, key: bytes) -> Pending:

@@ -149,7 +149,7 @@ class RunStatus:
             retrying=self._retrying() if self.state == "running" else None,
             tags=self._tags,
             endpoints=self._endpoints(),
-            budgets=() if workers is None else tuple(workers.gate.budget.uses()),
+            budgets=[] if workers is None else list(workers.gate.budget.uses()),
             live=self._live() if self.state == "running" else None,
             last_answer_at=self._last_answer_at,
         )
@@ -210,7 +210,7 @@ class RunStatus:
     def write(self, summary: Summary) -> None:
         """Replaces summary.json."""
         try:
-            replace_bytes(self._directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+            replace_bytes(self._directory.summary, summary.to_json())
         except DiskError as error:  # not raised: a heartbeat must never cost an answer
             self.log.write("summary not written", why=str(error))
         if self._views is not None:
@@ -227,26 +227,26 @@ class RunStatus:
     def close(self) -> None:
         self.log.close()
 
-    def _with_earlier(self, name: str) -> tuple[str, ...]:
+    def _with_earlier(self, name: str) -> list[str]:
         """This field of the summary: what earlier starts saw and what this one has seen."""
         before = [] if self._earlier is None else getattr(self._earlier, name)
         now = [] if self._workers is None else getattr(self._workers.anomalies, name)
-        return tuple(dict.fromkeys((*before, *now)))
+        return list(dict.fromkeys((*before, *now)))
 
     def _example_error(self) -> str | None:
         """Why a row of this start failed, else one of an earlier start."""
         now = None if self._workers is None else self._workers.anomalies.example_error
         return now if now is not None or self._earlier is None else self._earlier.example_error
 
-    def _endpoints(self) -> tuple[EndpointTotals, ...]:
+    def _endpoints(self) -> list[EndpointTotals]:
         if self._workers is None or not isinstance(self._workers.gate, Gates):
-            return ()
-        return tuple(
+            return []
+        return [
             each
             if each.set_aside is None
             else msgspec.structs.replace(each, set_aside=self._credentials.clean_text(each.set_aside))
             for each in self._workers.gate.totals
-        )
+        ]
 
     def _live(self) -> Live | None:
         """How requests are sent now; None while none are."""

@@ -26,7 +26,9 @@ EARLY = 0.5
 
 
 class Serving:
-    """One per event loop. `shares_no_prefix`: no request has a key in the prompt cache, and no row waits for one."""
+    """One per event loop. `shares_no_prefix`: no request has a key in the prompt cache, and no row waits for one.
+    `is_plain`: nor does any name a service tier.
+    """
 
     def __init__(self, job: Job, dialect: str, clock: Callable[[], float]) -> None:
         self._tier = job.request.service_tier
@@ -37,6 +39,8 @@ class Serving:
         self._sends_keys = "prompt_cache_key" not in job.request.extra
         self._keys = CacheKeys[Pending](clock) if job.request.cache_prefix else None
         self.shares_no_prefix = self._keys is None
+        named_by_job = self._tier is not None or self._fallback is not None
+        self.is_plain = self.shares_no_prefix and not named_by_job and not self._lines_may_differ
         self._clock = clock
         self._full_since_s: float | None = None
         self._behind_deadline = False

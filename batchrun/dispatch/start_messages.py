@@ -1,11 +1,11 @@
 """The lines a run prints before its first request. PURE."""
 
-from decimal import Decimal
 from pathlib import Path
 
 from batchrun.job.job import Job
 from batchrun.price_list import lookup
 from batchrun.records import Notice
+from batchrun.report.cost_lines import about_cost
 from batchrun.report.wording import plural
 from batchrun.row_status import failing
 from batchrun.startup.resume import Plan
@@ -54,8 +54,3 @@ def start_lines(job: Job, plan: Plan, where: Path, totals: Totals, lost: int, *,
         for model in unknown
     ]
     return lines
-
-
-def about_cost(rows: int, mean_cost_usd: Decimal | None) -> str:
-    """The expected cost of so many rows, to append to a line; empty if no price is known."""
-    return "" if mean_cost_usd is None else f", about ${mean_cost_usd * rows:,.4f}"

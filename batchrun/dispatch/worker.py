@@ -9,9 +9,6 @@ future or timeout object per row.
 import asyncio
 import functools
 from collections.abc import Sequence
-from decimal import Decimal
-
-import msgspec
 
 from batchrun import attempt_caps, policy, prices, row_status
 from batchrun.attempt_caps import History
@@ -34,25 +31,8 @@ from batchrun.limits.gate import GateClosed
 from batchrun.limits.gates import AnyGate
 from batchrun.limits.probe_turns import InDoubt
 from batchrun.policy import Judgement
-from batchrun.records import OK, Answer, Attempt, Ending, Request, Usage, Verdict
+from batchrun.records import OK, Answer, Attempt, Ending, Request, Verdict
 from batchrun.response import answer as answers
-
-
-class _InFlight(msgspec.Struct, frozen=True):
-    """An attempt whose slot is written. `request` has its images, if it has any; that of `pending` lacks them.
-
-    `n` numbers the row's attempts. `bound_usd` and `bound_tokens` are the most that it may be billed for, `successes`
-    the gate's count of good answers as it was sent, `tier` the service tier that it names.
-    """
-
-    pending: Pending
-    request: Request
-    slot: int
-    n: int
-    bound_usd: Decimal | None
-    bound_tokens: int
-    successes: int
-    tier: str | None
 
 
 class Workers:
@@ -76,6 +56,7 @@ class Workers:
         self.endpoints = endpoints
         self._store = store = open_run.store
         self._checkpoint = store.checkpoint
+        self._attempt_prefix = store.plan.manifest.attempt_prefix
         self._slots = open_run.slots
         self._clock = asyncio.get_running_loop().time
         self._image_memory = ImageMemory()
@@ -129,10 +110,11 @@ class Workers:
 
     async def work(self) -> None:
         """Sends rows until none is left or the gate closes."""
+        turns = self.gate.turns
         while True:
-            probes = False if self.gate.turns.are_open else await self.gate.turns.take()
+            probes = await turns.take() if turns.circuit.in_doubt else False
             if (pending := await self._next(probes=probes)) is None:
-                self.gate.turns.end()
+                turns.end()
                 return
             key = NO_KEY if self.serving.shares_no_prefix else await self._cache_key(pending, probes=probes)
             if key is None:
@@ -149,7 +131,7 @@ class Workers:
                 self._unpark(key)
                 continue
             if probes:
-                self.gate.turns.end()
+                turns.end()
             if request.pictures:
                 await self._attempt_with_pictures(pending, slot, key)
             else:
@@ -180,13 +162,13 @@ class Workers:
         if pending is None and self.backlog.left_to_wait and self._endings.long_wait is not None:
             self.gate.close(self._endings.long_wait)
         if pending is not None and pending.successes is None:
-            self._last_rows.started()
+            self._last_rows.untried += 1
         return pending
 
     def _put_back(self, pending: Pending) -> None:
         """The row was not sent and is pending again."""
         if pending.successes is None:
-            self._last_rows.tried()
+            self._last_rows.untried -= 1
         self.backlog.put_back(pending)
 
     async def _cache_key(self, pending: Pending, *, probes: bool) -> Key | None:
@@ -223,67 +205,85 @@ class Workers:
         self._image_memory.release(request)
 
     async def _attempt(self, pending: Pending, request: Request, slot: int, key: Key) -> None:
-        """Sends the row's request once and puts the attempt's record on the checkpoint's queue."""
-        flight = self._write_slot(pending, request, slot)
-        body = self.serving.body(request.body, flight.tier, key)
-        attempt = await self.endpoints.send(slot, body, self._store.attempt_id(request.row, flight.n))
-        answer = answers.read(attempt.body, request.choices)
-        judgement = self._judge(flight, attempt, answer)
-        if judgement is policy.ANSWERED:
-            decision, history = self._observe_answer(flight)
-        else:
-            decision, history = self._observe_failure(flight, attempt, judgement)
-        result = self._result(flight, attempt, answer, judgement, history)
-        self._unpark(key, answered=judgement is policy.ANSWERED)
-        if (stop := self.serving.stop_for(judgement)) is not None:
-            self.close(stop)
-        self._endings.end(result, decision, slot, flight.successes)
+        """Sends the row's request once and puts the attempt's record on the checkpoint's queue.
 
-    def _write_slot(self, pending: Pending, request: Request, slot: int) -> _InFlight:
-        """Names the attempt in its slot, before the first byte is sent: so a crash leaves no request unnamed."""
-        n = pending.history.attempts + 1
-        self._endings.record_if_held(request.row)
-        usd, tokens = self.gate.bound(slot)
+        `request` has its images, if it has any; that of `pending` lacks them.
+        """
+        gate, serving, row, n = self.gate, self.serving, request.row, pending.history.attempts + 1
+        tier, body = None, request.body
+        if not serving.is_plain:
+            tier = serving.tier(pending)
+            body = serving.body(body, tier, key)
+        self._endings.record_if_held(row)
+        usd, tokens = gate.bound(slot)
+        successes = gate.successes
+        # before the first byte is sent, so that a crash leaves no request unnamed
         self._slots.take(slot, request.row, n, request.key, usd, tokens)
         self.sent += 1
-        return _InFlight(pending, request, slot, n, usd, tokens, self.gate.successes, self.serving.tier(pending))
+        to = self.endpoints.of(slot)
+        version = to.credentials.version
+        attempt = await to.transport.send(body, f"{self._attempt_prefix}-{row}-{n}")
+        if attempt.http_status in (401, 403) and attempt.error is None:
+            attempt = self.endpoints.refused(slot, attempt, version)
+        answer = answers.read(attempt.body, request.choices)
 
-    def _judge(self, flight: _InFlight, attempt: Attempt, answer: Answer) -> Judgement:
-        """The verdict on the attempt. What it used teaches estimates, overruns and rates."""
-        if flight.pending.successes is None:
-            self._last_rows.tried()
-        self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
-        self.anomalies.note_finish_reason(answer.finish_reason)
-        tier_may_be_full = flight.tier is not None and flight.tier not in prices.ORDINARY
-        judgement = policy.judge(attempt, answer, self._job.retry, tier_may_be_full=tier_may_be_full)
-        judgement = self.anomalies.escalate_quota(judgement, self._clock())
-        if answer.usage is not None:
-            self._learn(flight, answer.usage)
-        if judgement.error is not None and judgement.is_capacity:
-            self.gate.settle(flight.slot, 0)  # nothing was used, and a full tier's headers tell nothing of our limits
+        judgement = self._judge(pending, attempt, answer, tier, slot)
+        settlement = None
+        if judgement is policy.ANSWERED:  # shows the gate, the backlog and the last rows that the endpoint is well
+            decision = gate.answered(slot, row)
+            history = attempt_caps.answered(pending.history)
+            self._last_rows.answered(history)
+            self.backlog.ended(pending, OK)
+            settlement = row_status.settlement(answer, request.expected, self._job.finish, attempt.http_status)
         else:
-            self.gate.read_headers(flight.slot, attempt.headers)
+            decision, history = self._observe_failure(pending, slot, successes, attempt, judgement)
+
+        reported_usd = reported(attempt, answer)
+        table = self._requests.prices.get(request.model)
+        cost_usd = cost_of(attempt, answer, judgement, table, reported_usd)
+        if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
+            self.anomalies.note_unpriced_tier(answer.service_tier)
+        in_doubt = not cost_usd and maybe_billed(answer, judgement, cost_usd, capped=self._capped)
+        result = AttemptResult(
+            pending, attempt, answer, judgement, settlement, history, usd, cost_usd, in_doubt, reported_usd, tokens
+        )
+
+        if not serving.shares_no_prefix:
+            self._unpark(key, answered=judgement is policy.ANSWERED)
+        if not serving.is_plain and (stop := serving.stop_for(judgement)) is not None:
+            self.close(stop)
+        self._endings.end(result, decision, slot, successes)
+
+    def _judge(self, pending: Pending, attempt: Attempt, answer: Answer, tier: str | None, slot: int) -> Judgement:
+        """The verdict on the attempt. What it used teaches estimates, overruns and rates."""
+        gate, anomalies, learned, request = self.gate, self.anomalies, self.learned, pending.request
+        if pending.successes is None:
+            self._last_rows.untried -= 1
+        self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
+        if answer.finish_reason != "stop":
+            anomalies.note_finish_reason(answer.finish_reason)
+        tier_may_be_full = tier is not None and tier not in prices.ORDINARY
+        judgement = policy.judge(attempt, answer, self._job.retry, tier_may_be_full=tier_may_be_full)
+        if judgement is not policy.ANSWERED or anomalies.quota_refused_since_s is not None:
+            judgement = anomalies.escalate_quota(judgement, self._clock())
+        if (usage := answer.usage) is not None:
+            learned.estimates.learn(request, usage)
+            if learned.overruns.learn(request, usage):
+                self._checkpoint.put_entry(overruns.ENTRY, learned.overruns.encode())
+            gate.settle(slot, usage.total_tokens, usage.completion_tokens)
+        if judgement.error is not None and judgement.is_capacity:
+            gate.settle(slot, 0)  # nothing was used, and a full tier's headers tell nothing of our limits
+        else:
+            gate.read_headers(slot, attempt.headers)
         return judgement
 
-    def _learn(self, flight: _InFlight, usage: Usage) -> None:
-        request = flight.pending.request
-        self.learned.estimates.learn(request, usage)
-        if self.learned.overruns.learn(request, usage):
-            self._checkpoint.put_entry(overruns.ENTRY, self.learned.overruns.encode())
-        self.gate.settle(flight.slot, usage.total_tokens, usage.completion_tokens)
-
-    def _observe_answer(self, flight: _InFlight) -> tuple[Decision, History]:
-        """A good answer shows the gate, the backlog and the last rows that the endpoint is well."""
-        pending = flight.pending
-        decision = self.gate.observe(flight.slot, Outcome(pending.request.row, OK))
-        history = attempt_caps.answered(pending.history)
-        self._last_rows.answered(history)
-        self.backlog.ended(pending, OK)
-        return decision, history
-
-    def _observe_failure(self, flight: _InFlight, attempt: Attempt, judgement: Judgement) -> tuple[Decision, History]:
-        """What the gate decides about the run, and the row's history with this attempt."""
-        pending, row = flight.pending, flight.pending.request.row
+    def _observe_failure(
+        self, pending: Pending, slot: int, successes: int, attempt: Attempt, judgement: Judgement
+    ) -> tuple[Decision, History]:
+        """What the gate decides about the run, and the row's history with this attempt. `successes` is the gate's count
+        of good answers as it was sent.
+        """
+        row = pending.request.row
         self.refused += judgement.verdict is Verdict.SLOW
         reached = attempt.error is None or attempt.error.sent
         is_last = reached and self._last_rows.only_failed_left
@@ -294,8 +294,8 @@ class Workers:
         elsewhere = judgement.error is not None and judgement.error.kind in policy.NO_EVIDENCE
         no_evidence = at_end or refused_again or doubted or elsewhere or judgement.is_capacity
         outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, no_evidence)
-        decision = self.gate.observe(flight.slot, outcome)
-        before = flight.successes if pending.successes is None else pending.successes
+        decision = self.gate.observe(slot, outcome)
+        before = successes if pending.successes is None else pending.successes
         corroborated = reached and self.gate.successes > before
         history = attempt_caps.after(pending.history, judgement, corroborated=corroborated, at_end=at_end)
         history = attempt_caps.refused(history, judgement, corroborated=corroborated, at_end=is_last)
@@ -303,33 +303,6 @@ class Workers:
         # a full tier is an answer as far as the backlog is concerned: the endpoint is well
         self.backlog.ended(pending, Verdict.ROW if judgement.is_capacity else judgement.verdict)
         return decision, history
-
-    def _result(
-        self, flight: _InFlight, attempt: Attempt, answer: Answer, judgement: Judgement, history: History
-    ) -> AttemptResult:
-        """The attempt with its cost, and with the row's status if it brought a usable answer."""
-        request, settlement = flight.pending.request, None
-        if judgement is policy.ANSWERED:
-            settlement = row_status.settlement(answer, request.expected, self._job.finish, attempt.http_status)
-        reported_usd = reported(attempt, answer)
-        table = self._requests.price(request.model)
-        cost_usd = cost_of(attempt, answer, judgement, table, reported_usd)
-        if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
-            self.anomalies.note_unpriced_tier(answer.service_tier)
-        in_doubt = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
-        return AttemptResult(
-            flight.pending,
-            attempt,
-            answer,
-            judgement,
-            settlement,
-            history,
-            flight.bound_usd,
-            cost_usd,
-            in_doubt,
-            reported_usd,
-            flight.bound_tokens,
-        )
 
     def on_commit(self, endings: Sequence[Ending]) -> None:
         """The endings are durable: their slots are free, rows are settled or wait for their retry."""

@@ -12,18 +12,16 @@ import msgspec
 from batchrun.errors import CheckpointError
 from batchrun.integrity import readable_groups
 from batchrun.integrity.db_records import SALVAGED, DbRecords
-from batchrun.prices import PriceTable
 from batchrun.records import Status
 from batchrun.report.summary import Moment, summarise
 from batchrun.run_summary import Summary, TotalsLine
 from batchrun.store import db_tables, result
 from batchrun.store.ledger import SINCE
 from batchrun.store.manifest import Manifest
+from batchrun.store.price_tables import Tables
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked, files
 from batchrun.tables.rows import USAGE_COLUMNS
-
-Prices = dict[str, PriceTable | None]
 
 RATE_STEP = 0.1
 """Rates are rounded to this, and `elapsed_s` to a thousandth, so a rate computed from them is no more exact."""
@@ -121,7 +119,7 @@ def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
     return BillElsewhere(place.name, rows, Decimal(usd))
 
 
-def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifest, prices: Prices) -> str | None:
+def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifest, prices: Tables) -> str | None:
     """What is wrong with summary.json. The figures of an incomplete run may be seconds old and are not checked.
 
     `updated_at`, `last_answer_at`, `requests_per_minute`, `limits`, `tuned`, `deadline`, `command` and, to its
@@ -134,7 +132,7 @@ def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifes
         summary = msgspec.json.decode(content, type=Summary)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         return f"can't be read: {error}"
-    if msgspec.json.format(msgspec.json.encode(summary), indent=2) != content:
+    if summary.to_json() != content:
         return "was changed since it was written"
     if summary.run_id not in ("", manifest.run_id):
         return f"is of run {summary.run_id}, this is {manifest.run_id}"
@@ -142,19 +140,29 @@ def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifes
         return "says complete, and the run is not" if summary.complete else None
     if not summary.complete:
         return None  # the process died between its last two steps
-    wrong = [
-        name for name in Summary.__struct_fields__ if not _agrees(name, summary, directory, known, manifest, prices)
-    ]
+    moment = Moment(
+        state=summary.state,
+        invocation=summary.invocation,
+        started_at=summary.started_at,
+        now=summary.updated_at,
+        elapsed_s=summary.elapsed_s,
+        sent=0,
+        limited_by=summary.limited_by,
+        pid=summary.pid,
+        host=summary.host,
+        complete=summary.complete,
+        tags=summary.tags,
+        budgets=summary.budgets,
+    )
+    counted = summarise(manifest, rows_due(known), prices, known.totals, moment, directory)
+    wrong = [name for name in Summary.__struct_fields__ if not _agrees(name, summary, counted, known)]
     return f"{', '.join(wrong)}: not as in checkpoint.db" if wrong else None
 
 
-def _agrees(
-    name: str, summary: Summary, directory: RunDirectory, known: DbRecords, manifest: Manifest, prices: Prices
-) -> bool:
+def _agrees(name: str, summary: Summary, again: Summary, known: DbRecords) -> bool:
+    """Whether a field of the summary is what it should be; `again` is made of the database's records."""
     written: Any = getattr(summary, name)
-    counted: Any = getattr(
-        summarise(manifest, rows_due(known), prices, known.totals, _moment(summary), directory), name
-    )
+    counted: Any = getattr(again, name)
     match name:
         case "totals":
             return _in_order(written) == _in_order(counted)
@@ -183,23 +191,6 @@ def _agrees(
             return written is None
         case _:
             return bool(written == counted)
-
-
-def _moment(summary: Summary) -> Moment:
-    return Moment(
-        state=summary.state,
-        invocation=summary.invocation,
-        started_at=summary.started_at,
-        now=summary.updated_at,
-        elapsed_s=summary.elapsed_s,
-        sent=0,
-        limited_by=summary.limited_by,
-        pid=summary.pid,
-        host=summary.host,
-        complete=summary.complete,
-        tags=summary.tags,
-        budgets=tuple(summary.budgets),
-    )
 
 
 def _in_order(lines: Iterable[TotalsLine]) -> list[TotalsLine]:

@@ -37,8 +37,12 @@ def records(database: bytes, log: bytes, tables: str, version: int) -> Iterator[
         for view in _views(database, log):
             path.write_bytes(new[:PAGE_BYTES] + view[PAGE_BYTES:] + new[max(len(view), PAGE_BYTES) :])
             with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro&immutable=1", uri=True)) as connection:
-                for table, in_index, key in _tables(connection):
-                    for record in _read(connection, table, key, in_index=in_index):
+                for table, statement in connection.execute("SELECT name, sql FROM sqlite_master").fetchall():
+                    _, first, kind, *_ = connection.execute(f"PRAGMA table_info({table})").fetchone()
+                    key = first if kind == "INTEGER" else None
+                    if not statement.endswith("WITHOUT ROWID"):
+                        key = "rowid"
+                    for record in _read(connection, table, key):
                         if record[-1] == crc_of(record[:-1]):
                             yield table, record[:-1]
 
@@ -71,15 +75,8 @@ def _views(database: bytes, log: bytes) -> Iterator[bytes]:
     yield bytes(pages)
 
 
-def _tables(connection: sqlite3.Connection) -> Iterator[tuple[str, bool, str | None]]:
-    """Each table, whether it has no rowid, and the integer column by which its ranges are read, if it has one."""
-    for name, statement in connection.execute("SELECT name, sql FROM sqlite_master").fetchall():
-        _, first, kind, *_ = connection.execute(f"PRAGMA table_info({name})").fetchone()
-        in_index = statement.endswith("WITHOUT ROWID")
-        yield name, in_index, ("rowid" if not in_index else first if kind == "INTEGER" else None)
-
-
-def _read(connection: sqlite3.Connection, table: str, key: str | None, *, in_index: bool) -> Iterator[Record]:
+def _read(connection: sqlite3.Connection, table: str, key: str | None) -> Iterator[Record]:
+    """The table's readable records. `key`: the integer column by which its ranges are read, if it has one."""
     if key is None:  # a short table: both ends, up to the damage
         for order in ("", "ORDER BY 1 DESC"):
             with contextlib.suppress(sqlite3.Error):

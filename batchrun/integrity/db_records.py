@@ -58,7 +58,14 @@ def read(path: Path) -> DbRecords:
         CheckpointError: gone, empty, damaged, or of another version.
     """
     with private_copy(path) as copy:
-        return _read(copy)
+        log = wal_of(copy).read_bytes() if wal_of(copy).exists() else b""
+        with contextlib.closing(Database.open(copy, db_tables.TABLES, FORMAT, lambda full: False)) as database:
+            known = _as_values({name: list(database.records(name)) for name in _TABLES}, whole=True)
+            ((_, frames, _),) = database.query("PRAGMA wal_checkpoint")
+    # A commit of this round after the frames that SQLite could read: its frames have the log's salts.
+    starts = range(LOG_HEADER_BYTES, len(log), FRAME_HEADER_BYTES + PAGE_BYTES)[max(frames, 0) :]
+    torn = any(any(log[start + 4 : start + 8]) and log[start + 8 : start + 16] == log[16:24] for start in starts)
+    return msgspec.structs.replace(known, torn=torn)
 
 
 def left(path: Path) -> DbRecords:
@@ -73,21 +80,6 @@ def left(path: Path) -> DbRecords:
 
 
 _TABLES = tuple(re.findall(r"CREATE TABLE (\w+)", db_tables.TABLES))
-
-
-def _read(path: Path) -> DbRecords:
-    log = wal_of(path).read_bytes() if wal_of(path).exists() else b""
-    with contextlib.closing(Database.open(path, db_tables.TABLES, FORMAT, lambda full: False)) as database:
-        known = _as_values({name: list(database.records(name)) for name in _TABLES}, whole=True)
-        ((_, frames, _),) = database.query("PRAGMA wal_checkpoint")
-    return msgspec.structs.replace(known, torn=_has_commit(log, frames))
-
-
-def _has_commit(log: bytes, frames: int) -> bool:
-    """True if the log has a commit of this round after the frames that SQLite could read."""
-    salts = log[16:24]
-    starts = range(LOG_HEADER_BYTES, len(log), FRAME_HEADER_BYTES + PAGE_BYTES)[max(frames, 0) :]
-    return any(any(log[start + 4 : start + 8]) and log[start + 8 : start + 16] == salts for start in starts)
 
 
 def _as_values(records: dict[str, list[Record]], *, whole: bool) -> DbRecords:
@@ -129,16 +121,13 @@ def _newer(name: str, one: Record, other: Record) -> Record:
         case "chunks":
             return max(one, other, key=lambda record: record[5])
         case "rows":
-            return max(one, other, key=_rank_of)
+            completions = (db_tables.completion(one), db_tables.completion(other))
+            ranks = [rank(completion.status, completion.attempts) for completion in completions]
+            return one if ranks[0] >= ranks[1] else other
         case "manifest":  # variants are only added
             return max(one, other, key=lambda record: len(record[1]))
         case _:
             return one
-
-
-def _rank_of(record: Record) -> tuple[bool, int]:
-    completion = db_tables.completion(record)
-    return rank(completion.status, completion.attempts)
 
 
 def rank(status: str, attempts: int) -> tuple[bool, int]:

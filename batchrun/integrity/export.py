@@ -4,6 +4,7 @@ The checkpoint is read through a private copy, sealed parts are copied as they a
 stored input, and rows that were never opened are read from the input.
 """
 
+import contextlib
 from collections.abc import Iterator
 from itertools import chain, starmap
 from pathlib import Path
@@ -61,7 +62,10 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
         known = Manifest.decode(entries)
         if to is not None:
             _require_place(to, directory, known)
-        summary = run_state.from_checkpoint(directory, checkpoint, _written(directory))
+        written: Summary | None = None
+        with contextlib.suppress(InputError, CheckpointError):  # summary.json may be gone or damaged
+            written = read(directory)
+        summary = run_state.from_checkpoint(directory, checkpoint, written)
         if result.FINISHED in entries:
             return _complete(directory, known, summary, result.finished(entries), to)
         exported = _so_far(directory, checkpoint, known, summary, to or directory.partial)
@@ -80,14 +84,6 @@ def in_words(exported: Exported) -> Iterator[str]:
     yield f"wrote {exported.path}: {plural(exported.rows, 'row')}, {done:,} done, {exported.pending:,} pending"
     if exported.problem is not None:
         yield f"pending rows that had not been read yet have no input columns: {exported.problem}"
-
-
-def _written(directory: RunDirectory) -> Summary | None:
-    """summary.json, if it can be read."""
-    try:
-        return read(directory)
-    except (InputError, CheckpointError):
-        return None
 
 
 def _require_place(to: Path, directory: RunDirectory, known: Manifest) -> None:
@@ -112,7 +108,7 @@ def _require_place(to: Path, directory: RunDirectory, known: Manifest) -> None:
 def _complete(
     directory: RunDirectory, known: Manifest, summary: Summary, written: FinishedResult, to: Path | None
 ) -> Exported:
-    rows = summary.rows - summary.pending
+    rows = summary.done
     if to is None:
         return Exported(result_files.shown(directory), rows, 0, complete=True, written=False)
     parts = [(directory.path / file.name, file.digest, file.rows) for file in written.kept or written.files]
@@ -129,22 +125,16 @@ def _complete(
 
 
 def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, summary: Summary, to: Path) -> Exported:
-    source, problem = _source(directory, known)
-    types = None if known.types is None else ColumnTypes.from_json(known.types)
+    source: Source = JsonlSource(())
+    problem: str | None = None
+    try:
+        source = input_again(known, directory)
+    except InputError as error:  # it has changed since the run began: rows that were not read yet lack their columns
+        relative = any(not (is_url(file.path) or Path(file.path).is_absolute()) for file in known.files)
+        problem = f"{error}" + ("; run this where the run was started" if relative else "")
+    types = known.column_types
     schema = _schema(directory, checkpoint, known, source, types)
-    layout = Layout(
-        source=source,
-        identities=known.files,
-        rejected=frozenset(known.rejected),
-        types=types,
-        schema=schema,
-        settings=known.output,
-        parsed=known.answer_column,
-        number=known.layout,
-        limit=summary.rows if summary.rows < known.rows else None,
-        first_row=known.first_row,
-    )
-    batches = Chunks(directory, checkpoint, layout).so_far()
+    batches = Chunks(directory, checkpoint, Layout.of(known, source, schema, summary.rows)).so_far()
     if problem is not None:
         schema = nullable(schema)
         opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=known.first_row)
@@ -154,15 +144,6 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, su
         batches = chain(widened, partial.without_input(opened, end_row, schema))
     pending = partial.write(to, batches, schema, known.output.compression, summary)
     return Exported(to, summary.rows, pending, complete=False, written=True, problem=problem)
-
-
-def _source(directory: RunDirectory, known: Manifest) -> tuple[Source, str | None]:
-    """The input, if unchanged since the run began; else one without rows, and why."""
-    try:
-        return input_again(known, directory), None
-    except InputError as error:
-        relative = any(not (is_url(file.path) or Path(file.path).is_absolute()) for file in known.files)
-        return JsonlSource(()), f"{error}" + ("; run this where the run was started" if relative else "")
 
 
 def _schema(

@@ -43,8 +43,12 @@ def groups(path: Path, schema: pa.Schema, prefix: str, first_row: int, end_row: 
                 group = _group(file, number, schema, prefix)
             except UNREADABLE:
                 continue
-            if group is not None and _in_order(group.column(prefix + "row"), first_row, end_row):
-                first_row = cast(int, group.column(prefix + "row")[-1].as_py()) + 1
+            if group is None or (numbers := group.column(prefix + "row")).null_count:
+                continue
+            rows = cast(list[int], numbers.to_pylist())
+            in_order = all(before < after for before, after in pairwise(rows))
+            if in_order and first_row <= rows[0] and rows[-1] < end_row:
+                first_row = rows[-1] + 1
                 yield group
 
 
@@ -59,7 +63,11 @@ def schema_of(path: Path) -> pa.Schema | None:
 def _group(file: pq.ParquetFile, number: int, schema: pa.Schema, prefix: str) -> Group | None:
     names = own_schema(prefix).names
     own = _columns(file, number, names)
-    if own is None or not own.num_rows or not _is_ours(own):
+    if own is None or not own.num_rows:
+        return None
+    parsed = OWN_COLUMNS.get_field_index("parsed")  # it has the type of its job
+    types = enumerate(zip(own.schema.types, OWN_COLUMNS.types, strict=True))
+    if any(one != other for place, (one, other) in types if place != parsed):
         return None
     own = as_own(own).rename_columns(names)
     if not pc.all(pc.is_in(own.column(prefix + "status"), _STATUSES)).as_py():
@@ -75,13 +83,6 @@ def _group(file: pq.ParquetFile, number: int, schema: pa.Schema, prefix: str) ->
     return pa.Table.from_arrays(arrays, schema=nullable(schema))
 
 
-def _is_ours(table: pa.Table) -> bool:
-    """True if these are our columns by type; `parsed` has the type of its job."""
-    parsed = OWN_COLUMNS.get_field_index("parsed")
-    found = zip(table.schema.types, OWN_COLUMNS.types, strict=True)
-    return all(place == parsed or one == other for place, (one, other) in enumerate(found))
-
-
 def nullable(schema: pa.Schema) -> pa.Schema:
     """The schema with all columns nullable, for lost values."""
     return pa.schema([field.with_nullable(True) for field in schema])
@@ -95,16 +96,6 @@ def _columns(file: pq.ParquetFile, number: int, names: list[str]) -> pa.Table | 
     except UNREADABLE:
         return None
     return table.select(names) if set(names) <= set(table.column_names) else None
-
-
-def _in_order(rows: "pa.ChunkedArray[Any]", first_row: int, end_row: int) -> bool:
-    numbers = cast(list[int], rows.to_pylist())
-    return (
-        rows.null_count == 0
-        and first_row <= numbers[0]
-        and numbers[-1] < end_row
-        and all(before < after for before, after in pairwise(numbers))
-    )
 
 
 def columns(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:

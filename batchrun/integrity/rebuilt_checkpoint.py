@@ -12,7 +12,7 @@ import pyarrow as pa
 from batchrun.errors import CheckpointError
 from batchrun.integrity.db_records import SALVAGED, DbRecords
 from batchrun.run_summary import LineKey, Summary, TotalsLine
-from batchrun.store import db_tables, in_flight, spill, variants
+from batchrun.store import db_tables, in_flight, price_tables, spill, variants
 from batchrun.store.checkpoint import FORMAT
 from batchrun.store.commits import SPILL
 from batchrun.store.database import Database, Record
@@ -25,7 +25,13 @@ from batchrun.store.spill import Frame
 from batchrun.store.totals import DISCARDED, FIGURES, LOST, UNSTATED, plus
 from batchrun.tables import booked
 
-_KEPT_ENTRIES = (Manifest.ENTRY, "prices", variants.ENTRY, SINCE, UNSTATED)  # and not that the run is finished
+_KEPT_ENTRIES = (
+    Manifest.ENTRY,
+    price_tables.ENTRY,
+    variants.ENTRY,
+    SINCE,
+    UNSTATED,
+)  # and not that the run is finished
 
 
 class Account:
@@ -33,12 +39,12 @@ class Account:
 
     def __init__(self, flying: Sequence[InFlight], spilled: Sequence[Frame]) -> None:
         """`flying` were in flight when the old run's last process ended; no start has stored `spilled` yet."""
+        self.spilled = spilled
         self.chunks: list[Chunk] = []
         self.reopened: list[Reopened] = []
         self.standing: Counter[str] = Counter()
         self.rows = 0
         self._flying = flying
-        self._spilled = spilled
         self._watched = {entry.row for entry in flying} | {c.row for frame in spilled for c in frame.completions}
         self._ended: dict[int, int] = {}
         self._answers: dict[LineKey, TotalsLine] = {}
@@ -97,17 +103,12 @@ class Account:
         return [
             entry
             for entry in self._flying
-            if (entry.row, entry.n) not in ended and self._ended.get(entry.row, -1) < entry.n
+            if (entry.row, entry.n) not in ended and not self.is_kept(entry.row, entry.n)
         ]
 
-    def still_spilled(self) -> list[Frame]:
-        """The spilled answers, without rows that were kept from elsewhere."""
-        return [
-            msgspec.structs.replace(
-                frame, completions=tuple(c for c in frame.completions if self._ended.get(c.row, -1) < c.attempts)
-            )
-            for frame in self._spilled
-        ]
+    def is_kept(self, row: int, attempts: int) -> bool:
+        """Whether a row is kept that ended with this attempt or a later one."""
+        return self._ended.get(row, -1) >= attempts
 
 
 def _add(lines: dict[LineKey, TotalsLine], line: TotalsLine) -> None:
@@ -126,14 +127,21 @@ def write(old: RunDirectory, known: DbRecords, account: Account, new: RunDirecto
     invocation = max((record[0] for record in known.invocations), default=1)
     prefix = Manifest.decode(known.manifest).attempt_prefix
     lost = in_flight.possibly_billed(account.without_known_end(known), invocation, "crash", prefix)
-    last = _last_summary(old)
+    last: Summary | None = None
+    with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
+        last = msgspec.json.decode(old.summary.read_bytes(), type=Summary)
+    invocations = known.invocations
+    if last is not None and all(record[0] < last.invocation for record in invocations):
+        # its start is not on record, and the next start must have the highest number
+        started = (last.invocation, last.started_at.timestamp(), last.pid, last.host, "")
+        invocations = [*invocations, started]
     totals = account.totals(known, [] if last is None else last.totals)
     records: dict[str, list[Record]] = {
         "manifest": [
             (SALVAGED, str(account.rows)),
             *((name, known.manifest[name]) for name in _KEPT_ENTRIES if name in known.manifest),
         ],
-        "invocations": _invocations(known, last),
+        "invocations": invocations,
         "chunks": [msgspec.structs.astuple(chunk) for chunk in account.chunks],
         "attempts": known.attempts,
         "possibly_billed": [db_tables.possibly_billed_record(doubt) for doubt in (*known.possibly_billed, *lost)],
@@ -153,8 +161,9 @@ def write(old: RunDirectory, known: DbRecords, account: Account, new: RunDirecto
         database.transaction(insert)
     finally:
         database.close()
-    for frame in account.still_spilled():
-        spill.append(new.checkpoint.with_name(SPILL), (*frame.completions, *frame.discarded), frame.invocation)
+    for frame in account.spilled:  # without rows that were kept from elsewhere
+        left = (answer for answer in frame.completions if not account.is_kept(answer.row, answer.attempts))
+        spill.append(new.checkpoint.with_name(SPILL), (*left, *frame.discarded), frame.invocation)
     for kept in (old.spool, *old.path.glob("images*.bin")):
         if kept.exists():
             shutil.copyfile(kept, new.path / kept.name)
@@ -167,17 +176,3 @@ def spilled(directory: RunDirectory) -> list[Frame]:
         for frame in spill.read(directory.checkpoint.with_name(SPILL)):
             frames.append(frame)  # one by one: those before the damage count
     return frames
-
-
-def _invocations(known: DbRecords, last: Summary | None) -> list[Record]:
-    """The recorded starts, and the summary's if it is newer: the next start must have the highest number."""
-    if last is None or any(record[0] >= last.invocation for record in known.invocations):
-        return known.invocations
-    return [*known.invocations, (last.invocation, last.started_at.timestamp(), last.pid, last.host, "")]
-
-
-def _last_summary(old: RunDirectory) -> Summary | None:
-    try:
-        return msgspec.json.decode(old.summary.read_bytes(), type=Summary)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return None

@@ -5,7 +5,9 @@ that has only some rows, so only the others are sent. If the input has changed, 
 can't be read, salvaged.parquet still has the rows.
 """
 
+import contextlib
 import csv
+import itertools
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,31 +18,27 @@ from typing import NamedTuple
 import msgspec
 import pyarrow as pa
 
-from batchrun import prices
-from batchrun.durable import disk_errors, fsync, replace
+from batchrun.durable import disk_errors, fsync, replacing
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity import readable_groups, rebuilt_checkpoint
 from batchrun.integrity.db_records import DbRecords
+from batchrun.integrity.findings import Findings
 from batchrun.integrity.rebuilt_checkpoint import Account
 from batchrun.integrity.sound_rows import NO_END, SoundRows
-from batchrun.integrity.verify import Findings, inspected
+from batchrun.integrity.verify import inspected
 from batchrun.job.job import SIMULATOR, Job
 from batchrun.job.settings import Endpoint, Output
-from batchrun.prices import PriceTable
-from batchrun.records import Row
 from batchrun.report.wording import plural
 from batchrun.request.builder import RequestBuilder
 from batchrun.source import START, Source, TableSource, Window, file_at, open_source
 from batchrun.startup import adopt
-from batchrun.store import in_flight, stored_window, variants
+from batchrun.store import in_flight, price_tables, stored_window, variants
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import StoredWindow
-from batchrun.store.variants import Variant
 from batchrun.tables import files
 from batchrun.tables.arrow_types import JSON
-from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, output_schema, own_schema
 
 NAME = "salvaged.parquet"
@@ -89,21 +87,17 @@ def _salvaged(directory: RunDirectory, known: DbRecords) -> Salvaged:
     to = directory.path.with_name(directory.path.name + ".salvaged")
     if to.exists():
         raise JobError(f"{to}: already exists; move it away, then salvage again")
-    manifest = _manifest(known)
-    if manifest is None:
-        return _built(directory, known, None, None, "its manifest can't be read", to)
-    try:
-        return _built(directory, known, manifest, input_again(manifest, directory), None, to)
-    except InputError as error:
-        return _built(directory, known, manifest, None, str(error), to)
-
-
-def _manifest(known: DbRecords) -> Manifest | None:
-    try:
+    manifest: Manifest | None = None
+    problem = "its manifest can't be read"
+    with contextlib.suppress(CheckpointError):
         variants.decode(known.manifest)
-        return Manifest.decode(known.manifest)
-    except CheckpointError:
-        return None
+        manifest = Manifest.decode(known.manifest)
+    if manifest is not None:
+        try:
+            return _built(directory, known, manifest, input_again(manifest, directory), None, to)
+        except InputError as error:  # before or while it was read
+            problem = str(error)
+    return _built(directory, known, manifest, None, problem, to)
 
 
 def input_again(manifest: Manifest, directory: RunDirectory) -> Source:
@@ -143,11 +137,6 @@ def _built(
     return Salvaged(to, copy.account.rows, copy.missing, copy.account.cost_usd(), problem)
 
 
-def _job_of(variant: Variant) -> Job:
-    """A job that makes the requests of this variant."""
-    return Job(Endpoint(url=SIMULATOR, name=str(variant.question["endpoint.name"])), request=variant.request)
-
-
 class Salvage:
     """Copies a run into an empty directory; `write` does all of it."""
 
@@ -159,12 +148,15 @@ class Salvage:
         self._manifest = manifest
         self._source = source
         self._new = new
-        self._types = None if manifest is None or manifest.types is None else ColumnTypes.from_json(manifest.types)
+        self._types = None if manifest is None else manifest.column_types
         self._settings = Output() if manifest is None else manifest.output
         self._schema, self._prefix = self._columns()
         self._own = own_schema(self._prefix).names
-        jobs = [] if manifest is None else [_job_of(variant) for variant in variants.decode(known.manifest)]
-        self._builders = [] if manifest is None else [RequestBuilder(job, manifest.dialect) for job in jobs]
+        self._builders: list[RequestBuilder] = []  # of each variant of the requests that rows were sent as
+        if manifest is not None:
+            for variant in variants.decode(known.manifest):
+                endpoint = Endpoint(url=SIMULATOR, name=str(variant.question["endpoint.name"]))
+                self._builders.append(RequestBuilder(Job(endpoint, request=variant.request), manifest.dialect))
         self._parsed = JSON if manifest is None else manifest.answer_column
         self._kept = SoundRows(old, known, self._schema, self._prefix)
         self.account = Account(in_flight.read(old.inflight), rebuilt_checkpoint.spilled(old))
@@ -173,17 +165,20 @@ class Salvage:
     def write(self) -> None:
         """Writes every file of the new directory."""
         lost: list[tuple[int, int, bool]] = []
-
-        def write(temporary: Path) -> None:
-            schema = self._typed(self._kept.schema)
-            with files.ParquetFile(temporary, schema, self._settings.compression) as file:
-                for piece in self._pieces():
-                    own = piece.kept.select(self._own).rename_columns(OWN_COLUMNS.names)
-                    self.account.add(own, piece.chunk, piece.reopened)
-                    lost.extend((*span, piece.answered) for span in self._gaps(piece))
-                    file.write(joined(piece.kept, own, schema, self._parsed))
-
-        replace(self._new.path / NAME, write)
+        schema = self._typed(self._kept.schema)
+        with (
+            replacing(self._new.path / NAME) as temporary,
+            files.ParquetFile(temporary, schema, self._settings.compression) as file,
+        ):
+            for piece in self._pieces():
+                own = piece.kept.select(self._own).rename_columns(OWN_COLUMNS.names)
+                self.account.add(own, piece.chunk, piece.reopened)
+                next_row = piece.first_row
+                for row in (*self._rows(piece.kept), piece.end_row):
+                    if row > next_row:
+                        lost.append((next_row, row, piece.answered))
+                    next_row = row + 1
+                file.write(joined(piece.kept, own, schema, self._parsed))
         self.missing = sum(end - first for first, end, _ in lost)
         self._write_lost(lost)
         if self._source is not None:
@@ -259,7 +254,10 @@ class Salvage:
             batch = joined(given, own, schema, self._parsed)
             part_digest = files.write_part(part, schema, [batch], self._settings, len(rows))
             chunk = msgspec.structs.replace(chunk, generation=1, part_digest=part_digest)
-        again = self._to_retry(set(rows))
+        # Rows that a retry was about to send, if that is certain; otherwise their old records stand.
+        reopened = self._known.reopened if self._known.whole else {}
+        there = set(rows) - self._known.rows.keys()
+        again = tuple(reopened[row] for row in reopened if row in there)
         if len(rows) == chunk.rows and not again:
             chunk = msgspec.structs.replace(chunk, open=0)
             path.unlink()
@@ -271,31 +269,21 @@ class Salvage:
         """The rows whose key is that of the row's request: files of an earlier layout hold others."""
         columns = (kept.column(self._prefix + name).to_pylist() for name in ("row", "variant", "request_key"))
         keys = {row: (variant, key) for row, variant, key in zip(*columns, strict=True)}
-        right = set()
-        for batch in stored.rows():
-            for row in batch:
-                if row.row in keys and self._is_of(row, *keys[row.row]):
-                    right.add(row.row)
+        right: set[int] = set()
+        for row in itertools.chain.from_iterable(stored.rows()):
+            if row.row not in keys:
+                continue
+            variant, key = keys[row.row]
+            try:
+                request = self._builders[variant].build(row)
+            except (InputError, IndexError):
+                continue
+            # With images the key can't be computed here; but if the input was never laid out again, the row can hold no
+            # other answer.
+            is_first_layout = self._manifest is not None and not self._manifest.layout
+            if is_first_layout if request.pictures else request.key == key:
+                right.add(row.row)
         return kept.filter(pa.array([row in right for row in self._rows(kept)], pa.bool_()))
-
-    def _is_of(self, row: Row, variant: int, key: bytes) -> bool:
-        """True if the key is that of the row's request. With images the key can't be computed here; but if the input
-        was never laid out again, the row can hold no other answer.
-        """
-        try:
-            request = self._builders[variant].build(row)
-        except (InputError, IndexError):
-            return False
-        if request.pictures:
-            return self._manifest is not None and not self._manifest.layout
-        return request.key == key
-
-    def _to_retry(self, kept: set[int]) -> tuple[Reopened, ...]:
-        """Rows that a retry was about to send, if that is certain; otherwise their old records stand."""
-        if not self._known.whole:
-            return ()
-        reopened = self._known.reopened.items()
-        return tuple(again for row, again in reopened if row in kept and row not in self._known.rows)
 
     def _pieces_without_input(self) -> Iterator[Piece]:
         chunks = self._known.chunks
@@ -308,22 +296,15 @@ class Salvage:
             kept = self._kept.between(chunk.first_row, chunk.end_row)
             yield Piece(chunk.first_row, chunk.end_row, not chunk.open, kept)
 
-    def _gaps(self, piece: Piece) -> Iterator[tuple[int, int]]:
-        """Spans of the piece's rows that are not kept."""
-        next_row = piece.first_row
-        for row in (*self._rows(piece.kept), piece.end_row):
-            if row > next_row:
-                yield next_row, row
-            next_row = row + 1
-
     def _rows(self, table: pa.Table) -> list[int]:
         rows: list[int] = table.column(self._prefix + "row").to_pylist()  # type: ignore[assignment]
         return rows
 
     def _write_lost(self, lost: list[tuple[int, int, bool]]) -> None:
-        bound = self._bound_usd()
-
-        def write(temporary: Path) -> None:
+        bound: Decimal | None = None  # the most that one row can cost; None if a price is unknown
+        if self._manifest is not None:
+            bound = price_tables.most_usd(self._manifest, price_tables.decode(self._known.manifest))
+        with replacing(self._new.path / LOST) as temporary:
             temporary.touch(mode=0o600)
             with temporary.open("w", newline="", encoding="utf-8") as file:
                 lines = csv.writer(file, lineterminator="\n")
@@ -331,17 +312,6 @@ class Salvage:
                 for first, end, answered in lost:
                     at_most = "" if bound is None else bound * (end - first)
                     lines.writerow([first, end - 1, end - first, "yes" if answered else "perhaps", at_most])
-
-        replace(self._new.path / LOST, write)
-
-    def _bound_usd(self) -> Decimal | None:
-        """The most that one row can cost; None if a price is unknown."""
-        if self._manifest is None:
-            return None
-        known = msgspec.json.decode(self._known.manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
-        requests = self._manifest.max_request.items()
-        bounds = [prices.upper_bound(*tokens, known.get(model)) for model, tokens in requests]
-        return max((bound or Decimal(0) for bound in bounds), default=None) if None not in bounds else None
 
 
 def in_words(salvaged: Salvaged) -> Iterator[str]:

@@ -4,7 +4,6 @@ A row is kept if its record in the database matches its CRC, or if the pages tha
 their checksums. Of two records of a row, an answer wins over a failure, then the later attempt, as in a sealed chunk.
 """
 
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -33,14 +32,29 @@ class SoundRows:
 
     def between(self, first_row: int, end_row: int) -> pa.Table:
         """The intact rows from `first_row` to `end_row` - 1, in order."""
-        found = [*self._of_parts(first_row, end_row), *self._of_result(first_row, end_row)]
-        return self._best([*found, self._of_records(first_row, end_row)])
-
-    def _of_parts(self, first_row: int, end_row: int) -> Iterator[pa.Table]:
+        found: list[pa.Table] = []
         for path, (first, last) in self._parts.items():
             if first < end_row and first_row <= last:
-                for group in readable_groups.groups(path, self.schema, self._prefix, 0, NO_END):
-                    yield self._within(group, first_row, end_row)
+                found += readable_groups.groups(path, self.schema, self._prefix, 0, NO_END)
+        # Of the result, which is in order, as many groups are read as the span needs; those before it are dropped.
+        while not self._ahead or self._rows(self._ahead[-1])[-1] < end_row - 1:
+            if (group := next(self._result, None)) is None:
+                break
+            self._ahead.append(group)
+        found += self._ahead
+        self._ahead = [group for group in self._ahead if self._rows(group)[-1] >= end_row]
+
+        found.append(self._of_records(first_row, end_row))
+        together = pa.concat_tables([group.select(self.schema.names) for group in found])
+        statuses = cast(list[str], together.column(self._prefix + "status").to_pylist())
+        attempts = cast(list[int], together.column(self._prefix + "attempts").to_pylist())
+        best: dict[int, int] = {}
+        for place, row in enumerate(self._rows(together)):
+            if first_row <= row < end_row:
+                known = best.setdefault(row, place)
+                if rank(statuses[place], attempts[place]) > rank(statuses[known], attempts[known]):
+                    best[row] = place
+        return together.take(pa.array([best[row] for row in sorted(best)], pa.int64()))
 
     @cached_property
     def _parts(self) -> dict[Path, tuple[int, int]]:
@@ -53,17 +67,6 @@ class SoundRows:
                 spans[path] = spans.get(path, (rows[0],))[0], rows[-1]
         return spans
 
-    def _of_result(self, first_row: int, end_row: int) -> Iterator[pa.Table]:
-        """Reads the result's row groups as far as needed and drops those before the span."""
-        while not self._ahead or self._last_row(self._ahead[-1]) < end_row - 1:
-            group = next(self._result, None)
-            if group is None:
-                break
-            self._ahead.append(group)
-        for group in self._ahead:
-            yield self._within(group, first_row, end_row)
-        self._ahead = [group for group in self._ahead if self._last_row(group) >= end_row]
-
     def _of_records(self, first_row: int, end_row: int) -> pa.Table:
         records = self._known.rows
         found = [records[row] for row in sorted(records) if first_row <= row < end_row]
@@ -75,22 +78,5 @@ class SoundRows:
         ]
         return pa.Table.from_arrays(arrays, schema=self.schema)
 
-    def _best(self, candidates: list[pa.Table]) -> pa.Table:
-        together = pa.concat_tables([table.select(self.schema.names) for table in candidates])
-        statuses = cast(list[str], together.column(self._prefix + "status").to_pylist())
-        attempts = cast(list[int], together.column(self._prefix + "attempts").to_pylist())
-        ranks = [rank(*each) for each in zip(statuses, attempts, strict=True)]
-        best: dict[int, int] = {}
-        for place, row in enumerate(self._rows(together)):
-            if ranks[place] > ranks[best.setdefault(row, place)]:
-                best[row] = place
-        return together.take(pa.array([best[row] for row in sorted(best)], pa.int64()))
-
-    def _within(self, group: pa.Table, first_row: int, end_row: int) -> pa.Table:
-        return group.filter(pa.array([first_row <= row < end_row for row in self._rows(group)], pa.bool_()))
-
     def _rows(self, table: pa.Table) -> list[int]:
         return cast(list[int], table.column(self._prefix + "row").to_pylist())
-
-    def _last_row(self, table: pa.Table) -> int:
-        return cast(int, table.column(self._prefix + "row")[-1].as_py())

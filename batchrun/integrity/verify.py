@@ -4,66 +4,35 @@ The database's records have CRCs; parts, stored inputs and results have digests;
 """
 
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+import itertools
+from collections.abc import Collection, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
-import pyarrow as pa
 
 from batchrun.durable import digest, disk_errors
 from batchrun.errors import CheckpointError, DiskError, InputError
 from batchrun.integrity import audit, db_records, readable_groups
-from batchrun.integrity.audit import Prices, RowSums
+from batchrun.integrity.audit import RowSums
 from batchrun.integrity.db_records import DbRecords
+from batchrun.integrity.findings import SALVAGE, Damage, Findings, Span, merged
 from batchrun.report.wording import plural
-from batchrun.store import in_flight, result, result_folder, spill, variants
+from batchrun.store import in_flight, price_tables, result, result_folder, spill, variants
 from batchrun.store.at_rest import wal_of
 from batchrun.store.commits import SPILL
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
+from batchrun.store.price_tables import Tables
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import files
 from batchrun.tables.rows import own_schema
 
-Span = tuple[int, int]
-"""Rows: the first, and one past the last."""
-
-MAX_SPANS = 10
-"""Spans of rows named for each damage; lost.csv of a salvaged run has them all."""
-
-SALVAGE = "keep a copy of the directory; --salvage copies what is intact into a new one"
 RESUME = "run the same command again: it resumes all the same"
 EXPORT_AGAIN = "remove it; `batchrun export` writes it again"
 REBUILD = "`batchrun verify DIR --rebuild` writes the result again from the run's parts"
 REWRITE = "remove it and run the same command again, which rewrites it"
-
-
-class Damage(msgspec.Struct, frozen=True):
-    """What is wrong with one file, which rows it affects at most, and what to do."""
-
-    file: str
-    what: str
-    rows: tuple[Span, ...] = ()
-    then: str = SALVAGE
-
-
-class Findings(msgspec.Struct, frozen=True):
-    """What is intact, in words, and what is damaged.
-
-    `bill_usd` is the known cost of the whole run, `cost_usd` the part of it that no intact row accounts for. None: no
-    one can tell, because answers were replaced or have no known price.
-    """
-
-    sound: tuple[str, ...]
-    damages: tuple[Damage, ...]
-    bill_usd: str
-    cost_usd: str | None
-
-    def rows(self) -> int:
-        """How many rows are affected, at most."""
-        return sum(end - first for first, end in merged(span for damage in self.damages for span in damage.rows))
 
 
 def verify(directory: RunDirectory) -> Findings:
@@ -101,17 +70,13 @@ class Inspection:
         self.damages: list[Damage] = []
         self.sums = RowSums()
         self.known = self._read()
+        self._finished = result.FINISHED in self.known.manifest
 
     def findings(self) -> Findings:
         """The result of `inspect`."""
-        if (
-            not self.known.whole
-            and not self.known.manifest
-            and (bill := audit.bill_elsewhere(self.directory)) is not None
-        ):
-            self.sound.append(
-                f"{bill.place}: {plural(bill.rows, 'row')}, ${bill.usd:,.6f}, with no other record to check it"
-            )
+        if not self.known.whole and not self.known.manifest and (bill := audit.bill_elsewhere(self.directory)):
+            what = f"{plural(bill.rows, 'row')}, ${bill.usd:,.6f}, with no other record to check it"
+            self.sound.append(f"{bill.place}: {what}")
             return Findings(tuple(self.sound), tuple(self.damages), f"{bill.usd:,.6f}", f"{Decimal(0):,.6f}")
         beyond, exact = audit.unaccounted_usd(self.known, self.sums)
         return Findings(
@@ -123,14 +88,21 @@ class Inspection:
 
     def inspect(self) -> None:
         """Inspects every file."""
-        self._log()
+        directory = self.directory
+        if self.known.torn:
+            what = "the last commit can't be read: torn by a power cut, or damaged; its rows are sent again"
+            self._damaged(wal_of(directory.checkpoint), what, then=RESUME)
         if Manifest.ENTRY not in self.known.manifest:
-            self._without_manifest()
+            traces = [path.name for path in (directory.completions, directory.inflight) if path.exists()]
+            if self.known.whole and traces:
+                self._damaged(directory.checkpoint, f"holds no run, although {traces[0]} exists")
+            elif self.known.whole:
+                self.sound.append("no run has started here")
             return
         try:
             manifest = Manifest.decode(self.known.manifest)
             variants.decode(self.known.manifest)
-            prices = msgspec.json.decode(self.known.manifest.get("prices", "{}"), type=Prices)
+            prices = price_tables.decode(self.known.manifest)
         except (CheckpointError, msgspec.DecodeError) as error:
             self._damaged(self.directory.checkpoint, f"its manifest can't be read: {error}")
             return
@@ -151,10 +123,6 @@ class Inspection:
         self._kept_input(manifest)
         self._partial()
 
-    @property
-    def _finished(self) -> bool:
-        return result.FINISHED in self.known.manifest
-
     def _damaged(self, path: Path, what: str, rows: tuple[Span, ...] = (), then: str = SALVAGE) -> None:
         name = str(path.relative_to(self.directory.path))
         self.damages.append(Damage(name, what.removeprefix(f"{path}: "), rows, then))
@@ -173,20 +141,6 @@ class Inspection:
         else:
             self.sound.append(f"checkpoint.db: {plural(known.records, 'record')}, every page")
         return known
-
-    def _log(self) -> None:
-        if self.known.torn:
-            what = "the last commit can't be read: torn by a power cut, or damaged; its rows are sent again"
-            self._damaged(wal_of(self.directory.checkpoint), what, then=RESUME)
-
-    def _without_manifest(self) -> None:
-        traces = [path for path in (self.directory.completions, self.directory.inflight) if path.exists()]
-        if not self.known.whole:
-            return
-        if traces:
-            self._damaged(self.directory.checkpoint, f"holds no run, although {traces[0].name} exists")
-        else:
-            self.sound.append("no run has started here")
 
     def _chunks(self, manifest: Manifest) -> None:
         row = manifest.first_row
@@ -214,7 +168,9 @@ class Inspection:
                 path, chunk.part_digest or "", span, manifest.output.prefix, elsewhere, all_rows=not chunk.open
             )
         if chunk.open:
-            self._stored_input(chunk, manifest.layout)
+            stored = self.directory.input_of(chunk.chunk, manifest.layout)
+            name = stored.relative_to(self.directory.path)
+            self._whole_file(stored, chunk.input_digest, f"{name}: {plural(chunk.rows, 'row')} of input")
             overlay = [self.known.rows[row] for row in newer]
             self.sums.add([str(row.status) for row in overlay], [row.cost_usd for row in overlay])
 
@@ -239,26 +195,17 @@ class Inspection:
             groups = readable_groups.groups(path, own_schema(prefix), prefix, *span)
         found: set[int] = set()
         for group in groups:
-            rows = _values(group, names[0])
+            rows, statuses, costs = (cast(list[Any], group.column(name).to_pylist()) for name in names)
             found.update(rows)
-            standing = group.filter(pa.array([row not in elsewhere for row in rows], pa.bool_()))
-            self.sums.add(_values(standing, names[1]), _values(standing, names[2]))
+            standing = [row not in elsewhere for row in rows]
+            self.sums.add(itertools.compress(statuses, standing), itertools.compress(costs, standing))
         lost = merged((row, row + 1) for row in range(*span) if row not in found and row not in elsewhere)
         if problem is not None or (lost and all_rows):
             self._damaged(path, problem or "rows are missing", lost)
         else:
             self.sound.append(f"{path.relative_to(self.directory.path)}: {plural(len(found), 'row')}")
 
-    def _stored_input(self, chunk: Chunk, layout: int) -> None:
-        path = self.directory.input_of(chunk.chunk, layout)
-        with disk_errors(path):
-            found = digest(path) if path.exists() else None
-        if found == chunk.input_digest:
-            self.sound.append(f"{path.relative_to(self.directory.path)}: {plural(chunk.rows, 'row')} of input")
-        else:
-            self._damaged(path, "is missing" if found is None else "its digest is not the one on record")
-
-    def _counted_twice(self, manifest: Manifest, prices: Prices) -> None:
+    def _counted_twice(self, manifest: Manifest, prices: Tables) -> None:
         all_read = self.known.whole and not any(damage.rows for damage in self.damages)
         result_damaged = any(damage.file == self.directory.completions.name for damage in self.damages)
         if all_read:
@@ -278,11 +225,7 @@ class Inspection:
         """The manifest of a result of several files, and files beside them that are not of the result."""
         written = result.finished(self.known.manifest)
         for file in written.beside[:-1]:
-            path = self.directory.path / file.name
-            with disk_errors(path):
-                found = digest(path) if path.exists() else None
-            problem = "is missing" if found is None else "its digest is not the one on record"
-            self._report(path, None if found == file.digest else problem, "as it was written")
+            self._whole_file(self.directory.path / file.name, file.digest, f"{file.name}: as it was written")
         if written.kept:  # else its files are the parts, or the one file, and were read above
             for file in written.files:
                 path = self.directory.path / file.name
@@ -310,6 +253,14 @@ class Inspection:
         self._report(
             path, None if whole else "its footer belongs to another file", "readable, from before", EXPORT_AGAIN
         )
+
+    def _whole_file(self, path: Path, expected: str, sound: str) -> None:
+        with disk_errors(path):
+            found = digest(path) if path.exists() else None
+        if found == expected:
+            self.sound.append(sound)
+        else:
+            self._damaged(path, "is missing" if found is None else "its digest is not the one on record")
 
     def _report(self, path: Path, problem: str | None, otherwise: str, then: str = SALVAGE) -> None:
         if problem is None:
@@ -358,37 +309,3 @@ class Inspection:
         if found is None and [file.path for file in manifest.files] != [str(path)]:
             return
         self._report(path, None if (found,) == manifest.digests else "is not the input of this run", "as it was read")
-
-
-def _values(table: pa.Table, name: str) -> list[Any]:
-    return table.column(name).to_pylist()
-
-
-def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The same rows in as few spans as possible, in order."""
-    found: list[Span] = []
-    for first, end in sorted(spans):
-        if found and first <= found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
-        else:
-            found.append((first, end))
-    return tuple(found)
-
-
-def in_words(findings: Findings) -> Iterator[str]:
-    """A line for each intact thing; for each damage what, which rows, and what to do; the sum last."""
-    for line in findings.sound:
-        yield f"intact   {line}"
-    for damage in findings.damages:
-        yield f"damaged  {damage.file}: {damage.what}"
-        if damage.rows:
-            spans = [f"{first:,}" if end == first + 1 else f"{first:,} to {end - 1:,}" for first, end in damage.rows]
-            more = f" and {len(spans) - MAX_SPANS:,} more spans" if len(spans) > MAX_SPANS else ""
-            yield f"         rows {', '.join(spans[:MAX_SPANS])}{more}"
-        yield f"         {damage.then}"
-    if not findings.damages:
-        yield "nothing is damaged"
-        return
-    cost = "an unknown part" if findings.cost_usd is None else f"${findings.cost_usd}"
-    lost = f"{plural(findings.rows(), 'row')} and {cost} of ${findings.bill_usd}"
-    yield f"{plural(len(findings.damages), 'damage')}: {lost} can't be read"

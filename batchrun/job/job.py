@@ -126,10 +126,8 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
 
     @property
     def endpoint_name(self) -> str:
-        """The name of the endpoint, a part of every request_key. Two URLs of one server may share a name.
-
-        Several endpoints have one name, since any of them may answer: the one that is set, else that of the first URL.
-        """
+        """The name of the endpoint, a part of every request_key. Two URLs of one server may share a name."""
+        # several endpoints have one name, since any of them may answer: the one that is set, else that of the first URL
         if (name := next((each.name for each in self.endpoints if each.name is not None), None)) is not None:
             return name
         if self.simulated:

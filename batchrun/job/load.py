@@ -36,15 +36,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
     try:
         return from_tables(tables)
     except JobError as error:
-        raise JobError(f"{_origin(path, overrides, str(error))}: {error}") from error
-
-
-def _origin(path: Path, overrides: Sequence[str], problem: str) -> str:
-    """Where the invalid setting was made: in the job file, or by an override."""
-    path_of_problem = re.split(r"[:\[]", problem, maxsplit=1)[0] + "."
-    names = (".".join(_keys(override.partition("=")[0])) + "." for override in overrides)
-    overridden = any(name.startswith(path_of_problem) or path_of_problem.startswith(name) for name in names)
-    return f"{path}, overridden by --set or an option" if overridden else str(path)
+        invalid = re.split(r"[:\[]", str(error), maxsplit=1)[0] + "."
+        names = (".".join(_keys(override.partition("=")[0])) + "." for override in overrides)
+        is_overridden = any(name.startswith(invalid) or invalid.startswith(name) for name in names)
+        where = f"{path}, overridden by --set or an option" if is_overridden else str(path)
+        raise JobError(f"{where}: {error}") from error
 
 
 def from_tables(tables: Mapping[str, Any]) -> Job:

@@ -51,15 +51,14 @@ def explain(message: str, tables: Mapping[str, Any], root: type, settings: Colle
         what = f"expected {' or '.join(choices)}"
     if isinstance(value, str | int | float):
         what = what.partition(", got ")[0].replace("Invalid decimal string", "Expected an amount in USD")
-    what = _TYPES.sub(_in_plain_words, what).replace(" of length >= 1", ", and not empty")
+    # msgspec's "`int | null`" is "an integer": TOML has no null
+    for types in reversed(list(_TYPES.finditer(what))):
+        names = [name for name in (types["expected"] or types["got"]).split(" | ") if name != "null"]
+        words = " or ".join(_PLAIN.get(name, f"`{name}`") for name in names) or "nothing"
+        what = what[: types.start()] + words + what[types.end() :]
+    what = what.replace(" of length >= 1", ", and not empty")
     shown = f" (is {value!r})" if isinstance(value, str | int | float) else ""
     return f"{_path(steps) or 'job'}: {what[0].lower()}{what[1:]}{shown}"
-
-
-def _in_plain_words(types: re.Match[str]) -> str:
-    """msgspec's "`int | null`" as "an integer": TOML has no null."""
-    names = [name for name in (types["expected"] or types["got"]).split(" | ") if name != "null"]
-    return " or ".join(_PLAIN.get(name, f"`{name}`") for name in names) or "nothing"
 
 
 def _path(steps: Sequence[Step]) -> str:
@@ -74,23 +73,19 @@ def _steps(message: str, at: str, tables: Mapping[str, Any], root: type) -> list
     """msgspec's path as steps. msgspec does not name the keys of dicts; trying each key finds them."""
     steps: list[Step] = []
     for match in _STEP.finditer(at):
-        if match["index"] == _ANY_KEY:
-            steps.append(_invalid_key(message, tables, steps, root))
-        else:
+        if match["index"] != _ANY_KEY:
             steps.append(int(match["index"]) if match["index"] else match["name"])
+            continue
+        entries, invalid = _value_at(tables, steps), _ANY_KEY
+        for key, value in entries.items() if isinstance(entries, Mapping) else ():
+            try:
+                msgspec.convert(_with(tables, steps, {key: value}), root)
+            except msgspec.ValidationError as error:
+                if str(error) == message:  # it is wrong as the only key
+                    invalid = str(key)
+                    break
+        steps.append(invalid)
     return steps
-
-
-def _invalid_key(message: str, tables: Mapping[str, Any], steps: list[Step], root: type) -> str:
-    """The first key of the dict at `steps` that causes the same message when it is the only key."""
-    entries = _value_at(tables, steps)
-    for key, value in entries.items() if isinstance(entries, Mapping) else ():
-        try:
-            msgspec.convert(_with(tables, steps, {key: value}), root)
-        except msgspec.ValidationError as error:
-            if str(error) == message:
-                return str(key)
-    return _ANY_KEY
 
 
 def _with(tables: Mapping[str, Any], steps: Sequence[Step], value: object) -> Any:
@@ -115,17 +110,11 @@ def _value_at(tables: object, steps: Sequence[Step]) -> object:
 
 def _types_at(root: type, steps: Sequence[Step]) -> list[Type]:
     """The types that are allowed at `steps`; a union counts as its alternatives."""
-    nodes = list(_alternatives(type_info(root)))
+    nodes: list[Type] = [type_info(root)]
     for step in steps:
-        nodes = [each for node in nodes for below in _below(node, step) for each in _alternatives(below)]
+        below = [each for node in nodes for each in _below(node, step)]
+        nodes = [each for node in below for each in (node.types if isinstance(node, UnionType) else (node,))]
     return nodes
-
-
-def _alternatives(node: Type) -> Iterator[Type]:
-    if isinstance(node, UnionType):
-        yield from node.types
-    else:
-        yield node
 
 
 def _below(node: Type, step: Step) -> Iterator[Type]:

@@ -71,7 +71,8 @@ class _Suspicion(msgspec.Struct, frozen=True):
 
 
 class Circuit:
-    """The state machine: `phase` is the current state, `successes` counts this process's good answers.
+    """The state machine: `phase` is the current state, `successes` counts this process's good answers, `out` the
+    attempts in flight.
 
     A failed attempt may count against its row only if `successes` has grown since the row was first sent: then the
     endpoint was working, so an outage uses up no row's attempts.
@@ -100,7 +101,7 @@ class Circuit:
         self._sent = 0  # attempts admitted so far: the order of the next one
         self._episode = 0  # the first order of this episode
         self._trouble = 0  # the first order after the last cooling began; attempts before it are its stragglers
-        self._out = 0  # attempts out, stragglers not counted
+        self.out = 0  # attempts out, stragglers not counted
         self._probe_out = False
         self._extended = False
         self._coolings = 0
@@ -130,7 +131,7 @@ class Circuit:
     def binding(self, now_s: float) -> Binding | None:
         """What blocks the next attempt; None if `admit` may be called. A cooling that is over becomes probing."""
         if self.phase is OPEN:
-            return None if self._out < self.in_flight.allowed else self._room(now_s)
+            return None if self.out < self.in_flight.allowed else self._room(now_s)
         match self.phase:
             case Cooling(until_s=until_s, because=because) if now_s < until_s:
                 return Binding(Limit.COOLING, until_s, because)
@@ -144,15 +145,15 @@ class Circuit:
         return Binding(Limit.PROBING) if self._probe_out else None
 
     def _room(self, now_s: float) -> Binding | None:
-        ready_s = self.in_flight.ready_s(self._out, now_s)
+        ready_s = self.in_flight.ready_s(self.out, now_s)
         if ready_s == now_s:
             return None
         return IN_FLIGHT if ready_s is None else Binding(Limit.IN_FLIGHT, ready_s)
 
     def admit(self, now_s: float) -> int:
         """Counts one more attempt in flight; returns its order, to be passed back with its outcome."""
-        self._out += 1
-        self.in_flight.sent(self._out, now_s)
+        self.out += 1
+        self.in_flight.sent(self.out, now_s)
         self._probe_out = True
         self._sent += 1
         return self._sent - 1
@@ -160,7 +161,7 @@ class Circuit:
     def withdraw(self, order: int) -> None:
         """An admitted attempt is no longer in flight: it ended, or was never sent."""
         if order >= self._trouble:
-            self._out -= 1
+            self.out -= 1
         if order >= self._episode:
             self._probe_out = False
 
@@ -178,19 +179,28 @@ class Circuit:
         self._first_failures = None
         self._coolings = 0
         self._episode = self._trouble = self._sent
-        self._out = 0
+        self.out = 0
         self.phase, before = OPEN, self.phase
         self._on_change(before, self.phase)
         self._probe(why)
+
+    def answered(self, row: int, order: int, now_s: float) -> Decision:
+        """As `observe`, for a good answer."""
+        self.withdraw(order)
+        self.successes += 1
+        self._first_failures = None
+        own = self._cleared_by(row, order) if self._suspicions else ()
+        self._answered(order, now_s)
+        return Decision(own=own) if own else PROCEED
 
     def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Decision:
         """Takes one admitted attempt's outcome into account; returns what it means for rows.
 
         `finding` is what `Refusals` concluded from a refusal.
         """
-        self.withdraw(order)
         if outcome.verdict is OK:
-            return self._succeeded(outcome.row, order, now_s)
+            return self.answered(outcome.row, order, now_s)
+        self.withdraw(order)
         if outcome.says_nothing:
             return PROCEED
         match outcome.verdict:
@@ -204,13 +214,6 @@ class Circuit:
                 return self._run_failed(outcome, order)
             case _:
                 assert_never(outcome.verdict)
-
-    def _succeeded(self, row: int, order: int, now_s: float) -> Decision:
-        self.successes += 1
-        self._first_failures = None
-        own = self._cleared_by(row, order) if self._suspicions else ()
-        self._answered(order, now_s)
-        return Decision(own=own) if own else PROCEED
 
     def _row_failed(self, outcome: Outcome, order: int, now_s: float) -> Decision:
         """A bad answer is still an answer: the endpoint works. Only a success would show that the key does, too."""
@@ -274,7 +277,7 @@ class Circuit:
         if order < self._trouble:
             return
         if self._first_failures is None:
-            self.in_flight.answered(self._out, now_s)
+            self.in_flight.answered(self.out, now_s)
         if self.phase is not OPEN and not self._suspicions and isinstance(self.phase, Probing):
             self._coolings = 0
             self._enter(OPEN)
@@ -349,7 +352,7 @@ class Circuit:
         self._episode = self._sent
         self._trouble = self._episode
         self._unanswered.forget()
-        self._out = 0
+        self.out = 0
         self._extended = False
         self._enter(Cooling(until_s, why, because, probe))
 

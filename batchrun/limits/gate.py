@@ -1,6 +1,7 @@
 """Admits each attempt when rates, budget, requests in flight and the endpoint's circuit all allow it."""
 
 import asyncio
+import math
 import re
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from decimal import Decimal
@@ -27,6 +28,9 @@ from batchrun.run_summary import InForce
 BUDGET = Binding(Limit.BUDGET)
 NO_SLOT = Binding(Limit.IN_FLIGHT)
 """All slots are taken: only a commit helps, as no other block does."""
+
+SEARCHING_S = 0.05
+"""While a limit is searched from far below, an accepted attempt may raise the rate before the next one is due."""
 
 HEADERS_EVERY_S = 0.01
 """How often rate limit headers are read: often enough to know a limit's level, and cheap in a busy run."""
@@ -250,8 +254,31 @@ class Gate:
             flight.drained |= limit.remaining is not None and limit.remaining < flight.demand.tokens
             self._tokens.apply_headers(limit, now_s, sent_s=flight.sent_s, sent_total=flight.tokens_before)
 
+    def answered(self, slot: int, row: int) -> Decision:
+        """As `observe`, for a good answer to this row."""
+        circuit, now_s = self._circuit, self._loop.time()
+        flight, was_open = self._flights[slot], circuit.phase is OPEN
+        assert not flight.observed, f"slot {slot} is observed twice"
+        flight.observed = True
+        if self._overruns is not None and self._overruns.most_in_flight(flight.demand.model) is not None:
+            self._overruns.ended(flight.demand.model, OK)
+        # it shows how fast the endpoint is with so many in flight, and that it accepted the attempt
+        in_flight = circuit.in_flight
+        free = self._requests.learned is None and in_flight.crowding.cap is None
+        latency_s = now_s - flight.sent_s
+        in_flight.knee.answered(now_s, latency_s, flight.others, in_flight.allowed, in_flight.most, free=free)
+        self._refusals.ended(flight.order, now_s)
+        decision = circuit.answered(row, flight.order, now_s)
+        if not was_open and circuit.phase is OPEN:
+            self._refusals.reopened(now_s)
+        if self._queue.blocker is not NO_SLOT or circuit.phase is not OPEN or not was_open:
+            self._shared.wake()
+        return decision
+
     def observe(self, slot: int, outcome: Outcome) -> Decision:
         """Records how the attempt ended; returns what that means for its row and for rows held earlier."""
+        if outcome.verdict is OK:
+            return self.answered(slot, outcome.row)
         flight = self._flights[slot]
         assert not flight.observed, f"slot {slot} is observed twice"
         flight.observed = True
@@ -259,11 +286,7 @@ class Gate:
             self._overruns.ended(flight.demand.model, outcome.verdict)
         circuit, now_s = self._circuit, self._loop.time()
         was_open = circuit.phase is OPEN
-        if outcome.verdict is OK:
-            finding = NOTHING
-            self._learn_from_answer(flight, now_s)
-        else:
-            finding = self._adjust_limits(flight, outcome, now_s)
+        finding = self._adjust_limits(flight, outcome, now_s)
         decision = circuit.observe(outcome, flight.order, now_s, finding)
         if not was_open and circuit.phase is OPEN:
             self._refusals.reopened(now_s)
@@ -319,14 +342,6 @@ class Gate:
         """The first in the queue checks again: a budget that it waits for may have got money."""
         self._shared.wake()
 
-    def _learn_from_answer(self, flight: Flight, now_s: float) -> None:
-        """An answer shows how fast the endpoint is with so many in flight, and that it accepted the attempt."""
-        in_flight = self._circuit.in_flight
-        free = self._requests.learned is None and in_flight.crowding.cap is None
-        latency_s, allowed = now_s - flight.sent_s, in_flight.allowed
-        in_flight.knee.answered(now_s, latency_s, flight.others, allowed, in_flight.most, free=free)
-        self._refusals.ended(flight.order, now_s)
-
     def _adjust_limits(self, flight: Flight, outcome: Outcome, now_s: float) -> Finding:
         """Updates rates and requests in flight after a failure. A refused attempt used nothing, so it is given back to
         the buckets, unless the rate was itself learned from refusals: then it would be sent and refused again at once.
@@ -363,9 +378,10 @@ class Gate:
         Raises as `admit` does.
         """
         circuit, now_s = self._circuit, self._loop.time()
-        blocker = circuit.binding(now_s) if circuit.phase is OPEN else self._blocked_by_circuit(probes, now_s)
-        if blocker is not None:
-            return blocker
+        if circuit.phase is not OPEN or circuit.out >= circuit.in_flight.allowed:
+            blocker = circuit.binding(now_s) if circuit.phase is OPEN else self._blocked_by_circuit(probes, now_s)
+            if blocker is not None:
+                return blocker
         if len(self._free) <= self._slots - circuit.in_flight.most:  # all, or all but those beyond a lower limit
             return NO_SLOT
         if self._overruns is not None:
@@ -374,6 +390,8 @@ class Gate:
             return blocker
         self._refusals.rise(now_s)
         if (blocker := self._rates.blocked_by(demand, now_s)) is not None:
+            if self._refusals.is_searching:
+                return Binding(blocker.limit, min(blocker.until_s or math.inf, now_s + SEARCHING_S))
             return blocker
         return self._take(demand, now_s)
 

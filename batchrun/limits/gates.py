@@ -205,6 +205,9 @@ class Gates:
     def read_headers(self, slot: int, headers: Mapping[str, str]) -> None:
         self._lane_of[slot].gate.read_headers(slot, headers)
 
+    def answered(self, slot: int, row: int) -> Decision:
+        return self.observe(slot, Outcome(row, Verdict.OK))
+
     def observe(self, slot: int, outcome: Outcome) -> Decision:
         """As `Gate.observe`. If this sets the endpoint aside, its rows in question are sent elsewhere."""
         lane = self._lane_of[slot]

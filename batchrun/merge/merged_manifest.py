@@ -38,14 +38,16 @@ def merged_manifest(shards: Sequence[CompleteShard], target: RunDirectory) -> Ma
         output=msgspec.structs.replace(every[0].output, path=str(target.path)),
         estimate=_estimate([each.estimate for each in every if each.estimate is not None]),
         share=None,
-        merged=tuple(map(_as_merged, shards)),
-    )
-
-
-def _as_merged(shard: CompleteShard) -> MergedShard:
-    totals = shard.known.totals
-    return MergedShard(
-        shard.manifest.run_id, str(shard.share.shard), shard.manifest.rows, totals.requests(), totals.cost_usd()
+        merged=tuple(
+            MergedShard(
+                shard.manifest.run_id,
+                str(shard.share.shard),
+                shard.manifest.rows,
+                shard.known.totals.requests(),
+                shard.known.totals.cost_usd(),
+            )
+            for shard in shards
+        ),
     )
 
 

@@ -6,7 +6,7 @@ imports. hatch_build.py loads this file by itself: it must import nothing of bat
 
 import json
 import os
-from datetime import time
+from datetime import timedelta
 from decimal import Decimal
 from importlib.metadata import distribution, version
 from pathlib import Path
@@ -57,56 +57,50 @@ def installed() -> str:
     """
     from genai_prices.data import providers
 
-    vendors = [_vendor(provider) for provider in providers]
+    vendors = [
+        {
+            "id": provider.id,
+            "name": provider.name,
+            "address": provider.api_pattern,
+            "makes": _match(provider.model_match) if provider.model_match is not None else {},
+            "also_sells": provider.fallback_model_providers or [],
+            "listed": [_model(each) for each in provider.models],
+        }
+        for provider in providers
+    ]
     whole = {"source": f"{PACKAGE} {version(PACKAGE)}", "version": version(PACKAGE), "vendors": vendors}
     return json.dumps(whole, separators=(",", ":"))
 
 
-def _vendor(provider: Any) -> dict[str, object]:
-    return {
-        "id": provider.id,
-        "name": provider.name,
-        "address": provider.api_pattern,
-        "makes": _match(provider.model_match) if provider.model_match is not None else {},
-        "also_sells": provider.fallback_model_providers or [],
-        "listed": [_model(each) for each in provider.models],
-    }
-
-
 def _model(model: Any) -> dict[str, object]:
     listed = model.prices if isinstance(model.prices, list) else [model]
-    tiers = [_tier(each) for each in model.price_variants or ()]
+    tiers: list[dict[str, object]] = []
+    for variant in model.price_variants or ():
+        name, when = variant.when.get("service_tier") or variant.when.get("processing"), _when(variant.constraint)
+        if name is not None and len(variant.when) == 1 and "hours" not in when:  # else more than the tier decides
+            tiers.append(_price(variant.prices) | when | {"tier": name})
     return {
         "match": _match(model.match),
         "prices": [_price(each.prices) | _when(getattr(each, "constraint", None)) for each in listed],
-        "tiers": [tier for tier in tiers if tier is not None],
+        "tiers": tiers,
     }
 
 
-def _tier(variant: Any) -> dict[str, object] | None:
-    """A price by the tier that an answer names; None where more than that decides."""
-    name, when = variant.when.get("service_tier") or variant.when.get("processing"), _when(variant.constraint)
-    if name is None or len(variant.when) != 1 or "hours" in when:
-        return None
-    return _price(variant.prices) | when | {"tier": name}
-
-
 def _when(constraint: Any) -> dict[str, object]:
-    """From which day on, or at which hours, a price holds."""
+    """From which day on, or at which hours, a price holds; hours are seconds of the day in UTC."""
     match type(constraint).__name__:
         case "NoneType":
             return {}
         case "StartDateConstraint":
             return {"since": constraint.start_date.isoformat()}
         case "TimeOfDateConstraint":
-            return {"hours": [_second(constraint.start_time), _second(constraint.end_time)]}
+            hours: list[int] = []
+            for at in (constraint.start_time, constraint.end_time):
+                offset = at.utcoffset() or timedelta()
+                seconds = at.hour * 3600 + at.minute * 60 + at.second - int(offset.total_seconds())
+                hours.append(seconds % _DAY_S)
+            return {"hours": hours}
     raise ValueError(f"a price has an unknown condition: {constraint}")
-
-
-def _second(at: time) -> int:
-    """The second of the day, in UTC."""
-    offset = at.utcoffset()
-    return (at.hour * 3600 + at.minute * 60 + at.second - int(offset.total_seconds() if offset else 0)) % _DAY_S
 
 
 def _price(price: Any) -> dict[str, object]:

@@ -17,7 +17,7 @@ from batchrun import prices
 from batchrun.errors import JobError
 from batchrun.job.settings import Price as Override
 from batchrun.price_list import newest
-from batchrun.price_list.tables import Model, Price, Rate, Vendor
+from batchrun.price_list.tables import Model, Price, Vendor
 
 VENDOR_PREFIX = "vtrix-"
 """The project's own vendor resells models under its own prefix and states no price."""
@@ -70,7 +70,9 @@ def listed(model: str, day: str, url: str) -> prices.PriceTable | None:
     today, host = date.fromisoformat(day), vendor_at(url)
     if host is not None:
         found = find(host, model) or find(host, model.partition("/")[2])
-        return None if found is None else table_of(model, host, found, today, None, regional=_is_regional(url))
+        # The list has one price for all regions.
+        regional = _REGION.search(urlsplit(url.lower()).hostname or "") is not None
+        return None if found is None else table_of(model, host, found, today, None, regional=regional)
     plain = model.removeprefix(VENDOR_PREFIX)
     own = _own_vendor(plain)
     return None if own is None else table_of(model, *own, today, plain.rpartition("/")[2])
@@ -108,21 +110,16 @@ def _is_at(pattern: str, origin: str, path: str) -> bool:
     return found is not None and address[found.end() :][:1] in ("", "/")
 
 
-def _is_regional(url: str) -> bool:
-    """True for an address that names a region. The list has one price for all of them."""
-    return _REGION.search(urlsplit(url.lower()).hostname or "") is not None
-
-
 def find(vendor: Vendor, name: str) -> Model | None:
     """The model of that name on the vendor's list, or on that of a vendor whose models it also sells: then without its
     prices by tier, which are the other vendor's own.
     """
     name = name.lower()
-    for spelled in dict.fromkeys((name, _COMPACT_DATE.sub(_with_dashes, name))) if name else ():
-        if (found := vendor.find(spelled)) is not None:
+    for spelling in dict.fromkeys((name, _COMPACT_DATE.sub(_with_dashes, name))) if name else ():
+        if (found := vendor.find(spelling)) is not None:
             return found
         for other in vendor.also_sells:
-            if (found := newest.price_list().vendor(other).find(spelled)) is not None:
+            if (found := newest.price_list().vendor(other).find(spelling)) is not None:
                 return msgspec.structs.replace(found, tiers=())
     return None
 
@@ -155,6 +152,11 @@ def table_of(
     standard, clock = _standard(found, today)
     if not _complete(standard):
         return None
+    services = dict[str, prices.Tiers]()  # by the tiers that an answer can name in `service_tier`; `batch` is one
+    for price in found.tiers:
+        name = price.tier or ""
+        if name not in services and name not in prices.ORDINARY and (price.since is None or price.since <= today):
+            services[name] = _steps(price, standard)
     return prices.PriceTable(
         model,
         _steps(standard),
@@ -162,7 +164,7 @@ def table_of(
         today.isoformat(),
         upstream,
         vendor.name,
-        _services(found, standard, today),
+        services,
         tuple(clock),
         regional=regional,
     )
@@ -184,27 +186,16 @@ def _standard(found: Model, today: date) -> tuple[Price, list[prices.Hours]]:
     return standard, clock
 
 
-def _services(found: Model, standard: Price, today: date) -> dict[str, prices.Tiers]:
-    """The prices of the tiers that an answer can name in `service_tier`; `batch` is one."""
-    services = dict[str, prices.Tiers]()
-    for price in found.tiers:
-        name = price.tier or ""
-        if name not in services and name not in prices.ORDINARY and (price.since is None or price.since <= today):
-            services[name] = _steps(price, standard)
-    return services
-
-
 def _steps(price: Price, instead: Price | None = None) -> prices.Tiers:
     """A price of the list, which has its steps by kind of token, as steps of all kinds; what it leaves out is taken
     from the other.
     """
     kinds = [mine or other for mine, other in zip(price.rates, (instead or price).rates, strict=True)]
     starts = {0} | {start for kind in kinds if kind is not None for start, _ in kind.steps}
-    return tuple(_step(kinds, start) for start in sorted(starts))
-
-
-def _step(kinds: Sequence[Rate | None], start: int) -> prices.Tier:
-    read, cached, output, write, write_1h = (None if kind is None else kind.above(start) for kind in kinds)
-    assert read is not None  # `_complete`
-    assert output is not None
-    return prices.Tier(start, read, read if cached is None else cached, output, write, write_1h)
+    tiers: list[prices.Tier] = []
+    for start in sorted(starts):
+        read, cached, output, write, write_1h = (None if kind is None else kind.above(start) for kind in kinds)
+        assert read is not None  # `_complete`
+        assert output is not None
+        tiers.append(prices.Tier(start, read, read if cached is None else cached, output, write, write_1h))
+    return tuple(tiers)

@@ -65,10 +65,15 @@ class Cluster:
             RunStoppedError: the cluster has no room for an actor.
         """
         version = self._connect()
+        import ray
+
         from batchrun.ray_engine.fleet import Fleet
         from batchrun.ray_engine.sender import Setup
 
-        authorities = tuple(_content_of(endpoint.ca_file) for endpoint in wanted.endpoints)
+        authorities = tuple(
+            None if endpoint.ca_file is None else Path(endpoint.ca_file).read_text("ascii", "ignore")  # noqa: ASYNC240  (small, and nothing is sent yet)
+            for endpoint in wanted.endpoints
+        )
         is_local = self._address == LOCAL
         setup = Setup(__version__, tuple(wanted.endpoints), authorities, wanted.in_flight, wanted.tails, is_local)
         engine = self._job.engine
@@ -82,7 +87,8 @@ class Cluster:
         try:
             first = await fleet.start()
             many = str(engine.actors) if engine.max_actors is None else f"{engine.actors} to {engine.max_actors}"
-            where = self._where()
+            address = "local" if is_local else ray.get_runtime_context().gcs_address
+            where = "a local Ray" if is_local else f"the Ray cluster at {address}"
             self._note(f"sending from {many} {'actor' if many == '1' else 'actors'} of {where} ({version})")
             yield [
                 Opened(
@@ -93,13 +99,6 @@ class Cluster:
             ]
         finally:
             await fleet.close()
-
-    def _where(self) -> str:
-        import ray
-
-        return (
-            "a local Ray" if self._address == LOCAL else f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
-        )
 
     def disconnect(self) -> None:
         """Leaves the cluster, and ends one that was started by `_connect`."""
@@ -128,12 +127,20 @@ class Cluster:
                     "object_store_memory": OBJECT_STORE_BYTES,
                     "include_dashboard": False,
                 }
-            with _environ_for_ray(self._job.endpoints), _own_signals():
+            before = signal.getsignal(signal.SIGTERM)
+            with _environ_for_ray(self._job.endpoints):
                 try:
-                    _require_listener(self._address)
+                    host, _, port = self._address.rpartition(":")
+                    if port.isdecimal():  # Ray itself tries for minutes, and writes to stderr meanwhile
+                        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
                     ray.init(address=self._address, **options)
                 except Exception as error:
-                    raise JobError(f"engine ray: can't connect to {self._address}: {_in_a_line(error)}") from error
+                    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+                    why = (lines[0] if lines else type(error).__name__)[:300]
+                    raise JobError(f"engine ray: can't connect to {self._address}: {why}") from error
+                finally:
+                    if signals.ours():  # Ray's own handler would end the run without a drain
+                        signal.signal(signal.SIGTERM, before)
         self._ours = True
         return str(ray.__version__)
 
@@ -165,17 +172,6 @@ class ActorTransport:
         return 0
 
 
-def _require_listener(address: str) -> None:
-    """Ray itself tries for minutes, and writes to stderr meanwhile.
-
-    Raises:
-        OSError: nothing listens at `host:port`.
-    """
-    host, _, port = address.rpartition(":")
-    if port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-
-
 @contextlib.contextmanager
 def _environ_for_ray(endpoints: Sequence[Endpoint]) -> Iterator[None]:
     """The environment that a local Ray's processes get: without the job's secrets, which come to actors by a call."""
@@ -189,17 +185,6 @@ def _environ_for_ray(endpoints: Sequence[Endpoint]) -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray sets a handler for SIGTERM, which would end the run without a drain."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if signals.ours():
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -221,17 +206,8 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _content_of(ca_file: str | None) -> str | None:
-    return None if ca_file is None else Path(ca_file).read_text("ascii", "ignore")
-
-
 def _is_loopback(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _in_a_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]

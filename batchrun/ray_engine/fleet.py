@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import ray
@@ -95,17 +95,16 @@ class Fleet:
             async with asyncio.timeout(self._engine.start_timeout_s):
                 return await asyncio.shield(self._first)
         except TimeoutError:
-            raise RunStoppedError(self._no_room(), ExitCode.PAUSED) from None
-
-    def _no_room(self) -> str:
-        if self._last_failure is not None:
-            return f"no Ray actor could start: {self._last_failure}; run the same command again"
-        free, all_of_them = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
-        return (
-            f"no Ray actor could start within {self._engine.start_timeout_s:g} s: each needs "
-            f"{self._engine.cpus_per_actor:g} CPU (engine.cpus_per_actor), and {free:g} of the cluster's "
-            f"{all_of_them:g} are free; run the same command again when there are more"
-        )
+            if self._last_failure is not None:
+                why = f"no Ray actor could start: {self._last_failure}; run the same command again"
+                raise RunStoppedError(why, ExitCode.PAUSED) from None
+            free, all_of_them = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
+            raise RunStoppedError(
+                f"no Ray actor could start within {self._engine.start_timeout_s:g} s: each needs "
+                f"{self._engine.cpus_per_actor:g} CPU (engine.cpus_per_actor), and {free:g} of the cluster's "
+                f"{all_of_them:g} are free; run the same command again when there are more",
+                ExitCode.PAUSED,
+            ) from None
 
     async def close(self) -> None:
         """Ends all actors; what they have in flight is abandoned."""
@@ -124,45 +123,39 @@ class Fleet:
         if self._cut_off is not None:
             raise self._cut_off
         now = self._loop.time()
-        for actor in self._alive():
-            if now - actor.heard_at > SILENT_S:
+        for actor in tuple(self._actors):
+            if actor.ready is not None and now - actor.heard_at > SILENT_S:
                 self._lost(actor, f"it has not answered for {SILENT_S:g} s")
-        wanted = self._wanted()
+        # an actor for every `requests_per_actor` in flight, within the bounds
+        most, busy = self._engine.max_actors or self._engine.actors, len(self._replies)
+        wanted = min(most, max(self._engine.actors, math.ceil(busy / self._engine.requests_per_actor)))
         if len(self._actors) < wanted:
             self._start_one()  # one a second: a fleet whose actors die at once is no busy loop
         self._end_surplus(wanted, now)
-        if any(self._alive()):
+        if any(actor.ready is not None for actor in self._actors):
             self._no_actor_since = None
         elif self._no_actor_since is None:
             self._no_actor_since = now
         elif now - self._no_actor_since > UNSENT_S:
             self._fail_unsent(f"no Ray actor has been there for {UNSENT_S:g} s")
 
-    def _wanted(self) -> int:
-        """An actor for every `requests_per_actor` in flight, within the bounds."""
-        most = self._engine.max_actors or self._engine.actors
-        return min(most, max(self._engine.actors, math.ceil(len(self._replies) / self._engine.requests_per_actor)))
-
     def _end_surplus(self, wanted: int, now: float) -> None:
-        """Ends actors that have not been needed for a while, so that Ray can give their nodes back.
-
-        They get no more requests from then on: few requests, dealt evenly, would keep each of them busy for ever.
-        """
+        """Ends actors that have not been needed for a while, so that Ray can give their nodes back."""
         if len(self._actors) <= wanted:
             self._surplus_since = None
         elif self._surplus_since is None:
             self._surplus_since = now
         is_over = self._surplus_since is not None and now - self._surplus_since > SURPLUS_S
         for place, actor in enumerate(sorted(self._actors, key=lambda actor: actor.ready is None)):
+            # no more requests for it: few requests, dealt evenly, would keep each actor busy for ever
             actor.leaving = is_over and place >= wanted
             if actor.leaving and not actor.in_flight and not actor.handing_over:
                 self._end(actor)
                 self._report("actor ended", None, actor=str(actor), why="not needed")
 
-    def _alive(self) -> Iterator[Actor]:
-        return (actor for actor in tuple(self._actors) if actor.ready is not None)
-
     def _start_one(self) -> None:
+        if self._closing:
+            return
         actor = Actor(self._class.remote(), self._loop.time())
         self._actors.append(actor)
         self._run(self._open(actor))
@@ -175,8 +168,19 @@ class Fleet:
             self._require_reachable(ready)
         except Exception as error:
             self._end(actor)
-            if not self._closing:
-                self._could_not_start(error)
+            if self._closing:
+                return
+            self._note_cut_off(error)
+            self._last_failure = why = failures.in_words(error)
+            if self._first.done():
+                self._report("actor failed", f"warning: a Ray actor could not start: {why}", why=why)
+                return
+            # before the first actor works, an error that all would have ends the start; a node that dies does not
+            self._report("actor failed", None, why=why)
+            if (known := self._cut_off or failures.as_ours(error, why)) is not None:
+                self._first.set_exception(known)
+            else:
+                self._loop.call_later(REPEAT_S, self._start_one)
             return
         if actor not in self._actors:
             return
@@ -186,23 +190,6 @@ class Fleet:
             self._first.set_result(ready)
         self._deal_soon()
         await self._collect(actor)
-
-    def _could_not_start(self, error: Exception) -> None:
-        """Before the first actor works, an error that all would have ends the start; a node that dies does not."""
-        self._note_cut_off(error)
-        self._last_failure = why = failures.in_words(error)
-        if self._first.done():
-            self._report("actor failed", f"warning: a Ray actor could not start: {why}", why=why)
-            return
-        self._report("actor failed", None, why=why)
-        if (known := self._cut_off or failures.as_ours(error, why)) is not None:
-            self._first.set_exception(known)
-        else:
-            self._loop.call_later(REPEAT_S, self._start_another)
-
-    def _start_another(self) -> None:
-        if not self._closing:
-            self._start_one()
 
     def _end(self, actor: Actor) -> None:
         if actor in self._actors:
@@ -241,10 +228,9 @@ class Fleet:
             del self._replies[number]
 
     def _deal_soon(self) -> None:
-        """Deals after this turn of the loop, so that requests which were admitted together travel together."""
         if not self._deals_soon:
             self._deals_soon = True
-            self._loop.call_soon(self._deal)
+            self._loop.call_soon(self._deal)  # requests that were admitted in one turn of the loop travel together
 
     def _deal(self) -> None:
         """Hands waiting requests over, so that all actors have equally many in flight."""

@@ -16,9 +16,17 @@ def end_agents_with(raylet: int) -> None:
 
     A raylet dies with its driver, by the kernel. Without pidfds (before Linux 5.3) nothing happens.
     """
+    agents = []
     try:
         watched = os.pidfd_open(raylet)
-        agents = [os.pidfd_open(pid) for pid in _agents_of(raylet)]
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+                name = (place / "cmdline").read_bytes().rstrip(b"\0 ").decode("utf-8", "replace")
+            except (OSError, ValueError):
+                continue  # it has just ended
+            if parent == raylet and name.endswith(AGENTS):
+                agents.append(os.pidfd_open(int(place.name)))
     except (AttributeError, OSError):
         return
     threading.Thread(target=_wait_and_end, args=(watched, agents), name="orphans", daemon=True).start()
@@ -31,16 +39,3 @@ def _wait_and_end(watched: int, agents: list[int]) -> None:
             signal.pidfd_send_signal(agent, signal.SIGKILL)
         except ProcessLookupError:
             continue
-
-
-def _agents_of(raylet: int) -> list[int]:
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-            name = (place / "cmdline").read_bytes().rstrip(b"\0 ").decode("utf-8", "replace")
-        except (OSError, ValueError):
-            continue  # it has just ended
-        if parent == raylet and name.endswith(AGENTS):
-            found.append(int(place.name))
-    return found

@@ -28,7 +28,7 @@ REPLY_BYTES = 64_000
 """How much one reply carries, unless one answer alone is more. Ray sends results below 100 KB directly; larger ones
 pass through the object store of the actor's node, and are lost with it."""
 
-SWEEP_S = 1.0
+SWEEP_S = 1.0  # as often as the driver calls `Transport.expire` where it sends itself
 
 Parcel = tuple[int, int, bytes, str]
 """A request under way to an actor: its number, the endpoint's place in the job, the body, and our id of the attempt."""
@@ -142,16 +142,14 @@ class Sender:
         self._news.set()
 
     async def _sweep(self) -> None:
-        """Ends exchanges that take too long, except just after this process was stopped: answers wait to be read.
-
-        Without its raylet, which has started it, this process can't be reached any more: Ray ends it after a minute.
-        """
+        """Ends exchanges that take too long."""
         clock = asyncio.get_running_loop().time
         while True:
             slept_at_s = clock()
             await asyncio.sleep(SWEEP_S)
             if os.getppid() != self._parent:
-                os._exit(1)
+                os._exit(1)  # without its raylet no one reaches this process, and Ray would end it after a minute
+            # else this process was stopped meanwhile, and answers wait to be read
             if clock() - slept_at_s < 2 * SWEEP_S:
                 for transport in self._transports:
                     transport.expire()

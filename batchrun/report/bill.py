@@ -1,11 +1,12 @@
 """The bill over runs: the lines of their totals, summed by group. PURE, except that it reads the runs."""
 
+import functools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -131,27 +132,24 @@ def what_if(bill: Bill, prices: str, before_usd: Decimal, after_usd: Decimal) ->
 
 def counted(found: Sequence[Found], by: tuple[str, ...], span: Span, *, rows: bool = True) -> list[Counted]:
     """The runs with lines within the span, in order."""
-
-    def count(each: Found) -> Counted:
-        began = day_of(each.account.began, span.zone)
-        lines = [line for line in days.localised(each, span.zone) if span.holds(line.day, began)]
-        return Counted(each, lines, _scan(each, by, span, began) if rows else None)
-
     with ThreadPoolExecutor(READERS) as pool:
-        every = list(pool.map(count, found))
+        every = list(pool.map(functools.partial(_counted, by=by, span=span, rows=rows), found))
     ends = span.since is not None or span.until is not None
     return [each for each in every if each.lines or not ends]
 
 
-def _scan(each: Found, by: tuple[str, ...], span: Span, began: str) -> Scanned | None:
-    """The latencies of the rows within the span; None if the rows can't be read, which a bill does not need."""
+def _counted(found: Found, *, by: tuple[str, ...], span: Span, rows: bool) -> Counted:
+    began = day_of(found.account.began, span.zone)
+    lines = [line for line in days.localised(found, span.zone) if span.holds(line.day, began)]
+    if not rows:
+        return Counted(found, lines, None)
     names = _scanned_by(by, span)
-    scanned = run_rows.if_readable(each.place, lambda result: latencies.scan(result, names, span.zone))
+    scanned = run_rows.if_readable(found.place, lambda result: latencies.scan(result, names, span.zone))
     if scanned is not None and "day" in names:
         place = names.index("day")
         for values in [values for values in scanned if not span.holds(str(values[place]), began)]:
             del scanned[values]
-    return scanned
+    return Counted(found, lines, scanned)
 
 
 def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tuple[LeftOut, ...]) -> Bill:
@@ -159,14 +157,24 @@ def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tu
     lines: dict[tuple[str, ...], BillLine] = {}
     total = BillLine(("total",))
     for each in every:
-        whole = _whole(each)
+        whole = functools.reduce(added, map(_of_line, each.lines), BillLine(()))
         total = added(total, _of_run(whole, each))
-        for place, line in _grouped(each, whole, by, span).items():
-            lines[place] = added(lines.get(place) or _empty(place, by), line)
+        for place, part in _grouped(each, whole, by, span).items():
+            lines[place] = added(lines.get(place) or _empty(place, by), part)
     accounts = [each.found.account for each in every]
     possibly_billed = sum(account.possibly_billed_count for account in accounts)
     possibly_usd = sum((account.possibly_billed_usd for account in accounts), Decimal(0))
     booked = [line for each in every for line in each.lines]
+    unpriced: Counter[str] = Counter()
+    for line in booked:
+        unpriced[line.model] += line.unpriced
+    without_usage = []
+    for job in sorted({account.job for account in accounts}):
+        of_job = [line for each in every if each.found.account.job == job for line in each.lines]
+        if answers := sum(line.without_usage for line in of_job):
+            prompt_tokens = sum(line.offline_prompt_tokens for line in of_job)
+            completion_tokens = sum(line.offline_completion_tokens for line in of_job)
+            without_usage.append(WithoutUsage(job, answers, prompt_tokens, completion_tokens))
     return Bill(
         by=by,
         lines=tuple(lines[place] for place in sorted(lines)),
@@ -178,8 +186,8 @@ def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tu
             possibly_billed, possibly_usd, (doubt for account in accounts for doubt in account.possibly_billed)
         ),
         lost=sum(line.attempts for line in booked if line.status == LOST),
-        without_usage=tuple(_without_usage(every)),
-        unpriced=_unpriced(booked),
+        without_usage=tuple(without_usage),
+        unpriced={model: count for model, count in sorted(unpriced.items()) if count},
         estimated=_expected(accounts),
         left_out=left_out,
         span=span,
@@ -190,25 +198,22 @@ def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tu
 
 def _grouped(each: Counted, whole: BillLine, by: tuple[str, ...], span: Span) -> dict[tuple[str, ...], BillLine]:
     """One run's lines by group. A group that holds the whole run also has the figures that only a whole run has."""
-    found = each.found
-    divided = bool(OF_LINES & set(by))
-    if not divided:
-        place = group(by, found, TotalsLine(0, "", ""), span.zone)
+    if not OF_LINES & set(by):
+        place = group(by, each.found, TotalsLine(0, "", ""), span.zone)
         return {place: msgspec.structs.replace(_of_run(whole, each), group=place)}
     empty = _empty((), by)
+    parts = [(line, _of_line(line)) for line in each.lines]
+    for values, buckets in (each.scanned or {}).items():
+        value = dict(zip(_scanned_by(by, span), values, strict=True))
+        model, status, day, tier = (
+            str(value.get(key) or "") for key in ("requested_model", "status", "day", "service_tier")
+        )
+        parts.append((TotalsLine(0, model, status, day, tier), msgspec.structs.replace(empty, latencies=buckets)))
     lines: dict[tuple[str, ...], BillLine] = {}
-
-    def add(line: TotalsLine, figures: BillLine) -> None:
-        place = group(by, found, line, span.zone)
+    for line, figures in parts:
+        place = group(by, each.found, line, span.zone)
         before = lines.get(place, msgspec.structs.replace(empty, group=place, runs=1))
         lines[place] = added(before, figures)
-
-    for line in each.lines:
-        add(line, _of_line(line))
-    if each.scanned is not None:
-        for values, buckets in each.scanned.items():
-            row = _line_of_row(values, _scanned_by(by, span))
-            add(row, msgspec.structs.replace(empty, latencies=buckets))
     return lines
 
 
@@ -219,35 +224,21 @@ def _empty(place: tuple[str, ...], by: tuple[str, ...]) -> BillLine:
     return BillLine(place)
 
 
-def _whole(each: Counted) -> BillLine:
-    total = BillLine(())
-    for line in each.lines:
-        total = added(total, _of_line(line))
-    return total
+_SAME = tuple(name for name in BillLine.__struct_fields__ if name in TotalsLine.__struct_fields__)
+"""The sums that a line of a run's totals has, too."""
 
 
 def _of_line(line: TotalsLine) -> BillLine:
+    same: dict[str, Any] = {name: getattr(line, name) for name in _SAME}
     return BillLine(
         (),
         complete=None,
-        rows=line.rows,
         pending=None,
-        ok=line.rows if line.status == Status.OK else 0,
-        attempts=line.attempts,
-        prompt_tokens=line.prompt_tokens,
-        cached_tokens=line.cached_tokens,
-        cache_write_tokens=line.cache_write_tokens,
-        completion_tokens=line.completion_tokens,
-        reasoning_tokens=line.reasoning_tokens,
-        total_tokens=line.total_tokens,
-        cost_usd=line.cost_usd,
-        wasted_usd=line.cost_usd if line.status == DISCARDED else Decimal(0),
         possibly_billed=None,
         possibly_billed_usd=None,
-        unpriced=line.unpriced,
-        without_usage=line.without_usage,
-        reused=line.reused,
-        saved_usd=line.saved_usd,
+        ok=line.rows if line.status == Status.OK else 0,
+        wasted_usd=line.cost_usd if line.status == DISCARDED else Decimal(0),
+        **same,
     )
 
 
@@ -299,24 +290,6 @@ def _scanned_by(by: tuple[str, ...], span: Span) -> list[str]:
     return list(dict.fromkeys(needed))
 
 
-def _line_of_row(values: tuple[object, ...], names: Sequence[str]) -> TotalsLine:
-    """A totals line that the group keys see for a group of rows."""
-    value = dict(zip(names, values, strict=True))
-    model, status, day, tier = (
-        str(value.get(key) or "") for key in ("requested_model", "status", "day", "service_tier")
-    )
-    return TotalsLine(0, model, status, day, tier)
-
-
-def _unpriced(lines: Iterable[TotalsLine]) -> dict[str, int]:
-    """Attempts without a known price, by model."""
-    attempts: dict[str, int] = {}
-    for line in lines:
-        if line.unpriced:
-            attempts[line.model] = attempts.get(line.model, 0) + line.unpriced
-    return dict(sorted(attempts.items()))
-
-
 def _expected(accounts: Sequence[Account]) -> Expected | None:
     """None if no complete run has both an estimate and a cost."""
     known = [
@@ -328,11 +301,3 @@ def _expected(accounts: Sequence[Account]) -> Expected | None:
     if not known:
         return None
     return Expected(len(known), sum((e for e, _ in known), Decimal(0)), sum((c for _, c in known), Decimal(0)))
-
-
-def _without_usage(every: Sequence[Counted]) -> Iterator[WithoutUsage]:
-    for job in sorted({each.found.account.job for each in every}):
-        lines = [line for each in every if each.found.account.job == job for line in each.lines]
-        if answers := sum(line.without_usage for line in lines):
-            prompt_tokens = sum(line.offline_prompt_tokens for line in lines)
-            yield WithoutUsage(job, answers, prompt_tokens, sum(line.offline_completion_tokens for line in lines))

@@ -14,7 +14,7 @@ from batchrun.report.summary import failures
 from batchrun.report.wording import are, plural, rounded
 from batchrun.run_summary import Summary
 
-LABEL_WIDTH = 13
+LABEL_WIDTH = 13  # "completions", the longest label, and two spaces
 
 RATE_S = 60.0
 """A shorter start has no rate per minute: the burst that a limit allows would read as a broken limit. 348 requests in
@@ -45,7 +45,7 @@ def in_words(
 
 
 def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tuple[str, str]]:
-    done = summary.rows - summary.pending
+    done = summary.done
     counts = ", ".join(f"{n:,} {status}" for status, n in summary.by_status.items()) or "none"
     aside = f"; {plural(summary.rejected, 'input record')} set aside in rejects.jsonl" if summary.rejected else ""
     yield "rows", f"{done:,} of {summary.rows:,} done: {counts}{aside}"
@@ -63,9 +63,13 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     yield "tokens", f"{prompt:,} in{cached_part}, {completion:,} out{reasoning_part}"
     cost, *beyond = cost_lines(summary)
     yield "cost", cost
-    for line in (*_by_service_tier(summary), *beyond, *(summary.price or "").split("; ")):
-        if line:
-            yield "", line
+    for tier in sorted({line.service_tier for line in summary.totals} - {""}):
+        lines = [line for line in summary.totals if line.service_tier == tier]
+        rows, cost_usd = sum(line.rows for line in lines), sum((line.cost_usd for line in lines), Decimal(0))
+        yield "", f"service tier {tier}: {plural(rows, 'row')}, ${cost_usd:,.6f}"
+    for text in (*beyond, *(summary.price or "").split("; ")):
+        if text:
+            yield "", text
     if (estimate := estimate_in_words(summary)) is not None:
         yield "estimate", estimate
     yield "rate", _rate(summary, requests_per_minute)
@@ -81,14 +85,6 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
         if use.is_nearly_used:
             yield "budget", nearly_used(use)
     yield from summary.files.items()
-
-
-def _by_service_tier(summary: Summary) -> Iterator[str]:
-    """The rows that each tier answered, with their cost; nothing where answers name no tier."""
-    for tier in sorted({line.service_tier for line in summary.totals} - {""}):
-        lines = [line for line in summary.totals if line.service_tier == tier]
-        cost_usd = sum((line.cost_usd for line in lines), Decimal(0))
-        yield f"service tier {tier}: {plural(sum(line.rows for line in lines), 'row')}, ${cost_usd:,.6f}"
 
 
 def _rate(summary: Summary, requests_per_minute: float | None) -> str:

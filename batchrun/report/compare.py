@@ -10,7 +10,6 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from batchrun.report.wording import plural
 
 pc: Any = pyarrow.compute  # its stubs know less than it does
 
-MOST_EXAMPLES = 20
+MOST_EXAMPLES = 20  # as many as one screen shows
 
 PIECE_BYTES, PIECE_ROWS = 16_000_000, 20_000
 """About how much of both results is compared at once, by its size in the files."""
@@ -70,18 +69,30 @@ def compare(
     Raises:
         InputError: a result has no such column.
     """
-    key = by or _common_id(before, after)
+    key = by or "row"
+    if by is None:  # the first column of both that is called like an id
+        for name in before.inputs:
+            lower = name.lower()
+            if name in after.inputs and (lower in ("id", "uuid", "key", "custom_id") or lower.endswith("_id")):
+                key = name
+                break
     sizes = [_size(result, key) for result in (before, after)]
     rows, size = max(rows for rows, _ in sizes), sum(size for _, size in sizes)
     count = min(MOST_PIECES, max(1, -(-rows // piece_rows), -(-size // PIECE_BYTES)))
-    piece_of = partial(_by_position, -(-rows // count)) if key == "row" else partial(_by_hash, count)
+    rows_each = max(1, -(-rows // count)) if key == "row" else None
     tally = _Tally(examples)
     with tempfile.TemporaryDirectory(prefix="batchrun-") as folder:
         for side, result in (("before", before), ("after", after)):
             Path(folder, side).mkdir()
-            _divide(_tables(result, key), Path(folder, side), piece_of)
+            _divide(_tables(result, key), Path(folder, side), count, rows_each)
         for name in sorted({path.name for path in Path(folder).glob("*/*")}):
-            tally.add(*(_piece(Path(folder, side, name)) for side in ("before", "after")))
+            pieces: list[pa.Table | None] = []
+            for side in ("before", "after"):
+                pieces.append(None)
+                if Path(folder, side, name).exists():
+                    with pa.ipc.open_stream(Path(folder, side, name)) as reader:  # type: ignore[arg-type]
+                        pieces[-1] = reader.read_all()
+            tally.add(*pieces)
     return tally.comparison(key)
 
 
@@ -111,9 +122,12 @@ class _Tally:
         self._sums["only_after"] += other.num_rows - after.num_rows
         differs = pa.chunked_array([pa.array([False] * after.num_rows, pa.bool_())])
         for name in [name for name in one.column_names if name in other.column_names and name not in _NOT_COMPARED]:
-            column = _differ(before[name], after[name])
-            self._changed[name] += pc.sum(column).as_py() or 0
-            differs = pc.or_(differs, column)
+            old, new = before[name], after[name]
+            if old.type != new.type:
+                old, new = pc.cast(old, pa.large_string()), pc.cast(new, pa.large_string())
+            same = pc.or_(pc.fill_null(pc.equal(old, new), False), pc.and_(pc.is_null(old), pc.is_null(new)))
+            self._changed[name] += pc.sum(pc.invert(same)).as_py() or 0
+            differs = pc.or_(differs, pc.invert(same))
         for pair in zip(before["status"].to_pylist(), after["status"].to_pylist(), strict=True):
             self._statuses[" → ".join(map(str, pair))] += 1
         priced = pc.and_(pc.is_valid(before["cost_usd"]), pc.is_valid(after["cost_usd"]))
@@ -134,26 +148,19 @@ class _Tally:
 
     def comparison(self, by: str) -> Comparison:
         """The sums over all pieces, with examples in the order of their rows."""
-        sums = {name: self._sums[name] for name in ("both", "only_before", "only_after", "repeated", "priced")}
-        examples = tuple(example for _, _, example in sorted(self._examples, key=lambda each: each[1]))
         return Comparison(
             by=by,
+            both=self._sums["both"],
+            only_before=self._sums["only_before"],
+            only_after=self._sums["only_after"],
+            repeated=self._sums["repeated"],
             changed=dict(self._changed),
             statuses=dict(self._statuses.most_common()),
             before_usd=self._usd[0],
             after_usd=self._usd[1],
-            examples=examples,
-            **sums,
+            priced=self._sums["priced"],
+            examples=tuple(example for _, _, example in sorted(self._examples, key=lambda each: each[1])),
         )
-
-
-def _common_id(before: Result, after: Result) -> str:
-    """The column that names rows in both: one called like an id; else their position."""
-    for name in before.inputs:
-        lower = name.lower()
-        if name in after.inputs and (lower in ("id", "uuid", "key", "custom_id") or lower.endswith("_id")):
-            return name
-    return "row"
 
 
 _OWN = ["status", "content", "function_call", "parsed", "cost_usd", "row"]
@@ -196,22 +203,17 @@ def _tables(result: Result, key: str) -> Iterator[pa.Table]:
         )
 
 
-def _by_position(rows: int, table: pa.Table) -> Any:
-    return pc.divide(pc.fill_null(table["row"], 0), max(1, rows))
-
-
-def _by_hash(count: int, table: pa.Table) -> Any:
-    ids: list[Any] = table["id"].to_pylist()
-    return pa.array([0 if id_ is None else zlib.crc32(id_.encode()) % count for id_ in ids], pa.int64())
-
-
-def _divide(tables: Iterator[pa.Table], folder: Path, piece_of: Any) -> None:
-    """Each row is in the file of its piece, named by its number."""
+def _divide(tables: Iterator[pa.Table], folder: Path, count: int, rows_each: int | None) -> None:
+    """Each row is in the file of its piece: so many consecutive ones, or, with None, those whose ids hash alike."""
     writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     try:
         for table in tables:
-            pieces = piece_of(table)
+            if rows_each is None:
+                ids: list[Any] = table["id"].to_pylist()
+                pieces = pa.array([0 if id_ is None else zlib.crc32(id_.encode()) % count for id_ in ids], pa.int64())
+            else:
+                pieces = pc.divide(pc.fill_null(table["row"], 0), rows_each)
             order = pc.sort_indices(pieces)
             ordered, first = table.take(order), 0
             for number, rows in sorted(run_rows.counts(pieces).items()):
@@ -222,13 +224,6 @@ def _divide(tables: Iterator[pa.Table], folder: Path, piece_of: Any) -> None:
     finally:
         for writer in writers.values():
             writer.close()
-
-
-def _piece(path: Path) -> pa.Table | None:
-    if not path.exists():
-        return None
-    with pa.ipc.open_stream(path) as reader:  # type: ignore[arg-type]
-        return reader.read_all()
 
 
 def _unique(table: pa.Table | None) -> tuple[pa.Table | None, int]:
@@ -252,14 +247,6 @@ def _comparable(column: Any) -> Any:
     return pc.cast(column, pa.large_string())
 
 
-def _differ(one: Any, other: Any) -> Any:
-    """For each row whether the values differ; null equals null."""
-    if one.type != other.type:
-        one, other = pc.cast(one, pa.large_string()), pc.cast(other, pa.large_string())
-    same = pc.fill_null(pc.equal(one, other), False)
-    return pc.invert(pc.or_(same, pc.and_(pc.is_null(one), pc.is_null(other))))
-
-
 def _answers(table: pa.Table) -> list[str | None]:
     """Each row's answer, or its status if it has no text."""
     columns = (table[name].to_pylist() for name in ("content", "function_call", "status"))
@@ -276,25 +263,22 @@ def in_words(comparison: Comparison) -> list[str]:
     if comparison.repeated:
         lines.append(f"{plural(comparison.repeated, 'row')} left out: no id, or the id of another row, too")
     for name, count in comparison.changed.items():
-        share = f"{count / both:.1%}" if both else "–"
-        lines.append(f"  {name}: {count:,} changed ({share})")
+        changed = f"{count / both:.1%}" if both else "–"
+        lines.append(f"  {name}: {count:,} changed ({changed})")
     lines += [f"  {change}: {count:,}" for change, count in comparison.statuses.items()]
-    lines.append(_cost(comparison))
+    if not comparison.priced:
+        lines.append("cost: unknown in one of them or both")
+    else:
+        difference = comparison.after_usd - comparison.before_usd
+        share = f" ({difference / comparison.before_usd:+.1%})" if comparison.before_usd else ""
+        sign = "+" if difference >= 0 else "−"
+        lines.append(
+            f"cost: ${comparison.before_usd:,.6f} → ${comparison.after_usd:,.6f}, "
+            f"{sign}${abs(difference):,.6f}{share}, over {plural(comparison.priced, 'row')} of known cost"
+        )
     for example in comparison.examples:
         lines += [example.id, f"  − {_short(example.before)}", f"  + {_short(example.after)}"]
     return lines
-
-
-def _cost(comparison: Comparison) -> str:
-    if not comparison.priced:
-        return "cost: unknown in one of them or both"
-    difference = comparison.after_usd - comparison.before_usd
-    share = f" ({difference / comparison.before_usd:+.1%})" if comparison.before_usd else ""
-    sign = "+" if difference >= 0 else "−"
-    return (
-        f"cost: ${comparison.before_usd:,.6f} → ${comparison.after_usd:,.6f}, {sign}${abs(difference):,.6f}{share}, "
-        f"over {plural(comparison.priced, 'row')} of known cost"
-    )
 
 
 def _short(text: str | None) -> str:

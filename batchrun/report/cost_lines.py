@@ -18,7 +18,7 @@ def prices_in_words(tables: Mapping[str, PriceTable | None]) -> list[str]:
 
 
 def known_cost(cost_usd: Decimal, unknown: int) -> Decimal | None:
-    """The sum of all known costs; None if no cost is known, because an unknown cost is not 0.
+    """The sum of all known costs; None if no cost is known: an unknown cost is not 0.
 
     `unknown` counts the attempts whose price or usage is unknown.
     """
@@ -31,9 +31,9 @@ def headline_usd(summary: Summary, form: str = ",.6f") -> str:
     return "unknown" if cost_usd is None else f"${cost_usd:{form}}"
 
 
-def cost_in_words(summary: Summary) -> str:
-    """The cost in one line, with what it does not cover."""
-    return "; ".join(cost_lines(summary))
+def about_cost(rows: int, mean_cost_usd: Decimal | None) -> str:
+    """The expected cost of so many rows, to append to a line; empty if no price is known."""
+    return "" if mean_cost_usd is None else f", about ${mean_cost_usd * rows:,.4f}"
 
 
 def cost_lines(summary: Summary) -> list[str]:
@@ -76,7 +76,7 @@ def estimate_in_words(summary: Summary) -> str | None:
     """What the run was estimated to cost before its first request, compared with what the same rows did cost."""
     if (estimate := summary.estimate) is None:
         return None
-    done, rows = summary.rows - summary.pending, plural(estimate.rows, "row")
+    done, rows = summary.done, plural(estimate.rows, "row")
     if estimate.expected_usd is None:
         return f"{estimate.prompt_tokens:,} tokens in and {estimate.completion_tokens:,} out for {rows}"
     whole = f"${estimate.expected_usd:,.6f} for {rows}"

@@ -31,12 +31,12 @@ _OF_REUSE = ("reused_cost_usd", "duplicate_of")
 def localised(found: Found, zone: str) -> list[TotalsLine]:
     """The run's totals with local days in `day`; their sum does not change."""
     if zone == "UTC":
-        return [_on(line, line.day or UNKNOWN) for line in found.account.totals]
+        return [msgspec.structs.replace(line, day=line.day or UNKNOWN) for line in found.account.totals]
     lines, divided = [], []
     for line in found.account.totals:
         days = _days(found, line, zone)
         if len(days) == 1:
-            lines.append(_on(line, days[0]))
+            lines.append(msgspec.structs.replace(line, day=days[0]))
         else:
             divided.append(line)
     return lines + _divided(found, divided, zone) if divided else lines
@@ -56,6 +56,7 @@ def _days(found: Found, line: TotalsLine, zone: str) -> list[str]:
 
 
 def _divided(found: Found, lines: list[TotalsLine], zone: str) -> list[TotalsLine]:
+    """These lines by the local days on which their rows ended, and what rows do not tell on one of several days."""
     rows: dict[LineKey, list[TotalsLine]] = defaultdict(list)
     read = run_rows.if_readable(found.place, lambda result: list(_rows_by_day(result, zone)))
     for utc_day, line in read or ():
@@ -63,10 +64,13 @@ def _divided(found: Found, lines: list[TotalsLine], zone: str) -> list[TotalsLin
     divided = []
     for line in lines:
         known = rows.get(line.key, [])
-        rest = _minus(line, known)
         divided += known
-        if any(getattr(rest, name) for name in FIGURES):
-            divided.append(_on(rest, " or ".join(_days(found, line, zone))))
+        left: dict[str, Any] = {
+            name: getattr(line, name) - sum(getattr(part, name) for part in known) for name in FIGURES
+        }
+        if any(left.values()):
+            day = " or ".join(_days(found, line, zone))
+            divided.append(msgspec.structs.replace(line, **left, day=day))
     return divided
 
 
@@ -91,37 +95,26 @@ def _rows_by_day(result: Result, zone: str) -> Iterator[tuple[str, TotalsLine]]:
         summed = [*_SUMMED, "unpriced", "without_usage", "reused", "saved_usd", "duplicates"]
         grouped = pa.table(columns).group_by([*keys, "utc", "local"])
         for row in grouped.aggregate([*((name, "sum") for name in summed), ([], "count_all")]).to_pylist():
-            if row["local"] is not None:
-                yield row["utc"].isoformat(), _line(row)
-
-
-def _line(row: dict[str, Any]) -> TotalsLine:
-    tokens: dict[str, Any] = {name: row[f"{name}_sum"] or 0 for name in _TOKENS}
-    return TotalsLine(
-        row["invocation"],
-        row["requested_model"],
-        row["status"],
-        row["local"].isoformat(),
-        row["service_tier"] or "",
-        rows=row["count_all"],
-        attempts=row["count_all"] - (row["reused_sum"] or 0),
-        cost_usd=row["answer_cost_usd_sum"] or Decimal(0),
-        unpriced=row["unpriced_sum"],
-        without_usage=row["without_usage_sum"],
-        reported_cost_usd=row["reported_cost_usd_sum"] or Decimal(0),
-        reused=row["reused_sum"] or 0,
-        duplicates=row["duplicates_sum"] or 0,
-        saved_usd=row["saved_usd_sum"] or Decimal(0),
-        **tokens,
-    )
-
-
-def _minus(line: TotalsLine, parts: list[TotalsLine]) -> TotalsLine:
-    changes: dict[str, Any] = {
-        name: getattr(line, name) - sum(getattr(part, name) for part in parts) for name in FIGURES
-    }
-    return msgspec.structs.replace(line, **changes)
-
-
-def _on(line: TotalsLine, day: str) -> TotalsLine:
-    return msgspec.structs.replace(line, day=day)
+            if row["local"] is None:
+                continue
+            tokens: dict[str, Any] = {name: row[f"{name}_sum"] or 0 for name in _TOKENS}
+            yield (
+                row["utc"].isoformat(),
+                TotalsLine(
+                    row["invocation"],
+                    row["requested_model"],
+                    row["status"],
+                    row["local"].isoformat(),
+                    row["service_tier"] or "",
+                    rows=row["count_all"],
+                    attempts=row["count_all"] - (row["reused_sum"] or 0),
+                    cost_usd=row["answer_cost_usd_sum"] or Decimal(0),
+                    unpriced=row["unpriced_sum"],
+                    without_usage=row["without_usage_sum"],
+                    reported_cost_usd=row["reported_cost_usd_sum"] or Decimal(0),
+                    reused=row["reused_sum"] or 0,
+                    duplicates=row["duplicates_sum"] or 0,
+                    saved_usd=row["saved_usd_sum"] or Decimal(0),
+                    **tokens,
+                ),
+            )

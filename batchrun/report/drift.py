@@ -17,8 +17,8 @@ from batchrun.report.runs import Account
 
 DEVIATIONS = 3.0  # of the earlier runs; docs/cost.md, "Night over night"
 ERRORS = 4.0  # standard errors of a share: a few hundred rows vary by chance
-LEAST_SHARE = 0.02
-LEAST_CHANGE = 0.25
+LEAST_SHARE = 0.02  # of a share, and
+LEAST_CHANGE = 0.25  # of an amount: nights that hardly differ would make any change a jump
 
 MOST_VALUES = 12
 """A field with more values is free text, whose values are not compared one by one."""
@@ -81,31 +81,30 @@ def figures(account: Account, profile: Profile | None) -> dict[str, Figure]:
 
 def jumps(now: Mapping[str, Figure], before: Sequence[Mapping[str, Figure]]) -> list[Jump]:
     """Every figure of now or before, those furthest beyond the allowed distance first."""
-    names = list(dict.fromkeys([*now, *(name for night in before for name in night)]))
-    found = [jump for name in names if (jump := _jump(name, now, before)) is not None]
+    found = []
+    for name in dict.fromkeys([*now, *(name for night in before for name in night)]):
+        known = [night[name] for night in before if name in night]
+        kind = (known or [now[name]])[0]
+        if kind.share:  # a value that never occurred has a share of 0
+            values = [night[name].value if name in night else 0.0 for night in before]
+            value = now[name].value if name in now else 0.0
+        elif known and name in now:
+            values, value = [figure.value for figure in known], now[name].value
+        else:
+            continue
+        if not values:
+            continue
+        mean = statistics.fmean(values)
+        spread = DEVIATIONS * statistics.stdev(values) if len(values) > 1 else 0.0
+        if kind.share:
+            of = min(figure.of for figure in [*known, *([now[name]] if name in now else [])])
+            pooled = (mean + value) / 2
+            chance = ERRORS * math.sqrt(pooled * (1 - pooled) / of) if of else 0.0
+            allowed = max(spread, chance, LEAST_SHARE)
+        else:
+            allowed = max(spread, LEAST_CHANGE * abs(mean))
+        found.append(Jump(name, value, mean, allowed, len(values), kind.share))
     return sorted(found, key=lambda jump: (not jump.jumped, -abs(jump.now - jump.before) / (jump.allowed or 1)))
-
-
-def _jump(name: str, now: Mapping[str, Figure], before: Sequence[Mapping[str, Figure]]) -> Jump | None:
-    known = [night[name] for night in before if name in night]
-    kind = (known or [now[name]])[0]
-    if kind.share:  # a value that never occurred has a share of 0
-        values = [night[name].value if name in night else 0.0 for night in before]
-        value = now[name].value if name in now else 0.0
-    elif not known or name not in now:
-        return None
-    else:
-        values, value = [figure.value for figure in known], now[name].value
-    if not values:
-        return None
-    mean = statistics.fmean(values)
-    spread = DEVIATIONS * statistics.stdev(values) if len(values) > 1 else 0.0
-    if kind.share:
-        of = min(figure.of for figure in [*known, *([now[name]] if name in now else [])])
-        pooled = (mean + value) / 2
-        chance = ERRORS * math.sqrt(pooled * (1 - pooled) / of) if of else 0.0
-        return Jump(name, value, mean, max(spread, chance, LEAST_SHARE), len(values), share=True)
-    return Jump(name, value, mean, max(spread, LEAST_CHANGE * abs(mean)), len(values), share=False)
 
 
 def in_words(jump: Jump) -> str:

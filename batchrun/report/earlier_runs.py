@@ -45,13 +45,11 @@ def against(text: str) -> Against:
     """
     if text == "last":
         return Against(1)
-    if text.isdecimal() and not Path(text).exists():
-        if not 1 <= int(text) <= 1_000:
-            raise JobError(f"--against {text}: expected last, a number of nights, or a run directory")
-        return Against(int(text))
-    if not Path(text).exists():
+    if Path(text).exists():
+        return Against(path=Path(text))
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000:
         raise JobError(f"--against {text}: expected last, a number of nights, or a run directory")
-    return Against(path=Path(text))
+    return Against(int(text))
 
 
 def unusual(found: Sequence[Found], limits: Mapping[str, float]) -> list[Finding]:
@@ -79,17 +77,12 @@ def compared(found: Sequence[Found], with_: Against) -> list[Compared]:
         before = [each for each in before if each.account.complete]
         if not before:
             continue
-        now, then = _figures(newest), [_figures(each) for each in before]
+        now, *then = (drift.figures(night.account, night.profile) for night in map(_night, (newest, *before)))
         places = tuple(str(each.place) for each in before)
         table.append(Compared(newest.account.job, newest.account.run_id, places, tuple(drift.jumps(now, then))))
     if not table:
         raise InputError("--against: no complete run before the newest one of any job; name more runs, or a path")
     return table
-
-
-def _figures(found: Found) -> dict[str, drift.Figure]:
-    night = _night(found)
-    return drift.figures(night.account, night.profile)
 
 
 def _night(found: Found) -> Night:

@@ -78,15 +78,12 @@ def thresholds(settings: Sequence[str]) -> dict[str, float]:
 
 def findings(now: Night, before: Sequence[Night], limits: Mapping[str, float]) -> list[Finding]:
     """What is unusual in `now`. `before` are the job's earlier nights, the newest first."""
-    found = []
-    for name, find in _FINDERS.items():
-        if name in limits:
-            account = now.account
-            found += [
-                Finding(name, account.job, account.run_id, text, advice)
-                for text, advice in find(now, before, limits[name])
-            ]
-    return found
+    return [
+        Finding(name, now.account.job, now.account.run_id, text, advice)
+        for name, find in _FINDERS.items()
+        if name in limits
+        for text, advice in find(now, before, limits[name])
+    ]
 
 
 _Found = Iterator[tuple[str, str]]
@@ -128,8 +125,7 @@ def _cut(now: Night, before: Sequence[Night], limit: float) -> _Found:
 
 
 def _invalid(now: Night, before: Sequence[Night], limit: float) -> _Found:
-    share = _status(now, "invalid")
-    if share is not None and share > limit:
+    if (share := _status(now, "invalid")) is not None and share > limit:
         yield (
             f"{share:.1%} of the answers are invalid",
             "batchrun show DIR --status invalid shows why; retry.invalid lets the model correct them",

@@ -87,7 +87,16 @@ def render(bill: Bill, form: str, columns: Sequence[str] | None = None) -> bytes
     """
     match form:
         case "csv":
-            return _csv(bill, columns or FIGURES).encode()
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow([*bill.by, *(columns or FIGURES)])
+            for line in bill.lines:
+                values = (figure(line, name) for name in columns or FIGURES)
+                amounts = ("" if value is None else exact(value) for value in values)
+                # a spreadsheet would run a text that begins like a formula
+                names = (f"'{name}" if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name for name in line.group)
+                writer.writerow([*names, *amounts])
+            return text.getvalue().encode()
         case "json":
             return msgspec.json.format(msgspec.json.encode(tree(bill, columns or FIGURES)), indent=2) + b"\n"
         case "parquet":
@@ -97,29 +106,19 @@ def render(bill: Bill, form: str, columns: Sequence[str] | None = None) -> bytes
 
             return spreadsheet.workbook(bill, columns or FIGURES, tuple(remarks(bill)))
         case "markdown":
-            return _markdown(bill, columns or SHOWN).encode()
+            header, *body = ([cell.translate(_MARKUP) for cell in row] for row in with_total(bill, columns or SHOWN))
+            rule = [*["---"] * len(bill.by), *["---:"] * (len(header) - len(bill.by))]
+            lines = [f"| {' | '.join(row)} |" for row in (header, rule, *body)]
+            notes = [f"- {remark.translate(_MARKUP)}" for remark in remarks(bill)]
+            return ("\n".join([*lines, *(["", *notes] if notes else [])]) + "\n").encode()
         case _:
-            return _table(bill, columns or SHOWN).encode()
-
-
-def _csv(bill: Bill, columns: Sequence[str]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*bill.by, *columns])
-    for line in bill.lines:
-        values = (figure(line, name) for name in columns)
-        writer.writerow([*map(guarded, line.group), *("" if value is None else exact(value) for value in values)])
-    return text.getvalue()
+            lines = aligned(with_total(bill, columns or SHOWN), range(len(bill.by)))
+            return ("\n".join([*lines, *remarks(bill)]) + "\n").encode()
 
 
 def exact(value: float | Decimal) -> str:
     """Every digit, without an exponent."""
     return f"{value:f}" if isinstance(value, Decimal) else str(value)
-
-
-def guarded(cell: str) -> str:
-    """The cell as text: a spreadsheet would run one that begins like a formula."""
-    return "'" + cell if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
 
 
 def tree(bill: Bill, columns: Sequence[str] = FIGURES) -> dict[str, object]:
@@ -210,34 +209,15 @@ def heading(name: str) -> str:
     return HEADINGS.get(name, name.replace("_", " "))
 
 
-def _table(bill: Bill, columns: Sequence[str]) -> str:
-    """Aligned columns, the total last, then the remarks."""
-    lines = aligned(with_total(bill, columns), range(len(bill.by)))
-    return "\n".join([*lines, *remarks(bill)]) + "\n"
-
-
-def _markdown(bill: Bill, columns: Sequence[str]) -> str:
-    """A Markdown table, then the remarks as a list."""
-    header, *body = ([cell.translate(_MARKUP) for cell in row] for row in with_total(bill, columns))
-    rule = [*["---"] * len(bill.by), *["---:"] * len(columns)]
-    lines = [f"| {' | '.join(row)} |" for row in (header, rule, *body)]
-    notes = [f"- {remark.translate(_MARKUP)}" for remark in remarks(bill)]
-    return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
-
-
 _MARKUP = {ord(sign): f"\\{sign}" for sign in "\\|`*<>[]"} | {ord("\n"): " ", ord("\r"): " "}
 """Escapes: the name of a job or model must not act as markup."""
 
 
 def with_total(bill: Bill, columns: Sequence[str]) -> list[tuple[str, ...]]:
     """The header, a row of cells for each line, and the total."""
-    lines = [(*line.group, *_cells(line, columns)) for line in bill.lines]
-    total = ("total", *[""] * (len(bill.by) - 1), *_cells(bill.total, columns))
-    return [(*bill.by, *map(heading, columns)), *lines, total]
-
-
-def _cells(line: BillLine, columns: Sequence[str]) -> list[str]:
-    return [cell(figure(line, name), name) for name in columns]
+    total = msgspec.structs.replace(bill.total, group=("total", *[""] * (len(bill.by) - 1)))
+    lines = ((*line.group, *(cell(figure(line, name), name) for name in columns)) for line in (*bill.lines, total))
+    return [(*bill.by, *map(heading, columns)), *lines]
 
 
 def cell(value: Value, name: str) -> str:

@@ -60,7 +60,10 @@ def span(zone: str, since: str | None, until: str | None) -> Span:
     Raises:
         JobError: an unknown zone, an invalid date, or an empty span.
     """
-    name = _local_zone() if zone == "local" else zone
+    name = zone
+    if zone == "local":  # the machine's, by its name: TZ, else what /etc/localtime points to
+        target = os.path.realpath("/etc/localtime")
+        name = os.environ.get("TZ", "").lstrip(":") or target.partition("zoneinfo/")[2] or "UTC"
     try:
         ZoneInfo(name)
     except (ZoneInfoNotFoundError, ValueError, OSError) as error:
@@ -83,14 +86,6 @@ def _date(flag: str, text: str | None) -> date | None:
         return date.fromisoformat(text)
     except ValueError as error:
         raise JobError(f"{flag} {text}: expected a date like 2026-11-01, or a month like 2026-11") from error
-
-
-def _local_zone() -> str:
-    """The machine's time zone by its name: TZ, else what /etc/localtime points to."""
-    if name := os.environ.get("TZ", "").lstrip(":"):
-        return name
-    target = os.path.realpath("/etc/localtime")
-    return target.partition("zoneinfo/")[2] or "UTC"
 
 
 def night(found: Found, zone: str) -> str:

@@ -1,7 +1,6 @@
 """Latencies counted in narrow buckets, so any number of rows takes little memory. PURE, except that it reads rows.
 
-A bucket is 1 % wide, so a percentile is exact to half a percent. Buckets of groups and runs can be added; percentiles
-can't.
+Buckets of groups and runs can be added; percentiles can't.
 """
 
 import math
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 from batchrun.report import run_rows
 from batchrun.report.run_rows import Result
 
-_WIDTH = math.log(1.01)
+_WIDTH = math.log(1.01)  # a bucket is 1 % wide, so a percentile is exact to half a percent
 _SHORTEST_S = 1e-6  # the logarithm of 0 is not finite
 
 Group = tuple[object, ...]
@@ -46,16 +45,18 @@ def _bucket(numbers: Any) -> Any:
     return pc.floor(pc.divide(pc.ln(at_least), _WIDTH))
 
 
-class Scanned(dict[Group, "Counter[int]"]):
-    """Buckets by group."""
+Scanned = dict[Group, Counter[int]]
+"""Buckets by group."""
 
 
 def scan(result: Result, keys: Sequence[str], zone: str) -> Scanned:
     """The rows by `keys`, some of `requested_model`, `status` and `day` (the local date in `zone`)."""
-    found = Scanned()
+    found: Scanned = {}
     needed = [*("finished_at" if key == "day" else key for key in keys), "latency_s"]
     for table in run_rows.tables(result, needed):
-        columns: dict[str, Any] = {key: _key(table, key, zone) for key in keys}
+        columns: dict[str, Any] = {key: table[key] for key in keys if key != "day"}
+        if "day" in keys:
+            columns["day"] = pc.cast(local_days(table["finished_at"], zone), pa.string())
         columns["bucket"] = _bucket(table["latency_s"])
         grouped = pa.table(columns).group_by([*keys, "bucket"], use_threads=False).aggregate([([], "count_all")])
         values = [grouped[name].to_pylist() for name in (*keys, "bucket", "count_all")]
@@ -63,12 +64,6 @@ def scan(result: Result, keys: Sequence[str], zone: str) -> Scanned:
             if bucket is not None:  # a pending row and a reused one have no latency
                 found.setdefault(tuple(group), Counter())[int(bucket)] += count
     return found
-
-
-def _key(table: pa.Table, key: str, zone: str) -> "pa.ChunkedArray[Any]":
-    if key != "day":
-        return table[key]
-    return pc.cast(local_days(table["finished_at"], zone), pa.string())
 
 
 def local_days(times: "pa.ChunkedArray[Any]", zone: str) -> "pa.ChunkedArray[Any]":

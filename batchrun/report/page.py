@@ -11,9 +11,11 @@ from markupsafe import Markup
 
 from batchrun.report import charts, drift, formats, page_data
 from batchrun.report.bill import Bill, counted
-from batchrun.report.charts import Chart
 from batchrun.report.figures import figure
 from batchrun.report.runs import Found
+
+HEADLINE = ("cost_usd", "cost_per_1000_rows_usd", "rows", "ok_share", "wasted_usd", "possibly_billed_usd")
+"""The figures of the total at the top of the page."""
 
 MOST_MESSAGE = 300
 """Characters shown of a server's message."""
@@ -34,41 +36,37 @@ def page(bill: Bill, found: Sequence[Found], columns: Sequence[str], now: dateti
     every = counted(found, bill.by, bill.span, rows=False)
     within = [each.found for each in every]
     over_runs = page_data.throughput(within), page_data.latency(bill)
-    drawn = [*page_data.by_night(every, bill.span), *(chart for chart in over_runs if chart is not None)]
+    drawn = []
+    for chart in (*page_data.by_night(every, bill.span), *over_runs):
+        if chart is not None:
+            series = [(plain(name), values) for name, values in chart.series]
+            labels = [plain(label) for label in chart.labels]
+            clean = chart._replace(title=plain(chart.title), labels=labels, series=series)
+            drawn.append((chart, Markup(charts.svg(clean))))  # noqa: S704  (ElementTree wrote it)
     rows = page_data.rows(within, bill.span)
     header, *lines = formats.with_total(bill, columns)
+    headline = [(formats.heading(name), formats.cell(figure(bill.total, name), name)) for name in HEADLINE]
     text = environment.from_string(folder.joinpath("page.html").read_text("utf-8")).render(
         style=style,
         style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
         bill=bill,
-        headline=_headline(bill),
+        headline=[("runs", f"{bill.runs:,}"), *headline],
         made=f"{now:%Y-%m-%d %H:%M} UTC",
         keys=len(bill.by),
         header=header,
         lines=lines[:-1],
         total=lines[-1],
         remarks=[line for line in formats.remarks(bill) if not line.startswith(("finding (", "jumped:", "against "))],
-        charts=[(chart, Markup(charts.svg(_plain(chart)))) for chart in drawn],  # noqa: S704  (ElementTree wrote it)
+        charts=drawn,
         failures=rows.failures,
-        dearest=rows.dearest,
+        costliest=rows.costliest,
         jumps=[(each, [drift.in_words(jump) for jump in each.jumps if jump.jumped]) for each in bill.against],
         most=MOST_MESSAGE,
     )
     return text.encode("utf-8", "replace")
 
 
-def _headline(bill: Bill) -> list[tuple[str, str]]:
-    names = ("cost_usd", "cost_per_1000_rows_usd", "rows", "ok_share", "wasted_usd", "possibly_billed_usd")
-    figures = [(formats.heading(name), formats.cell(figure(bill.total, name), name)) for name in names]
-    return [("runs", f"{bill.runs:,}"), *figures]
-
-
 def plain(text: object) -> str:
     """The text with invisible characters escaped, so none changes its direction or hides."""
     characters = (" " if char in "\n\t" else char for char in str(text))
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in characters)
-
-
-def _plain(chart: Chart) -> Chart:
-    series = [(plain(name), values) for name, values in chart.series]
-    return chart._replace(title=plain(chart.title), labels=[plain(label) for label in chart.labels], series=series)

@@ -4,8 +4,8 @@ It reads no row's question or answer: the page is mailed, and prompts are data.
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import pyarrow.compute
 
 from batchrun.records import RowError
 from batchrun.report import latencies, run_rows
-from batchrun.report.bill import Bill, BillLine, Counted, fold
+from batchrun.report.bill import Bill, Counted, fold
 from batchrun.report.charts import COLOURS, Chart
 from batchrun.report.keys import Span, night
 from batchrun.report.run_rows import Result
@@ -24,7 +24,7 @@ from batchrun.report.runs import Found
 
 pc: Any = pyarrow.compute  # its stubs know less than it does
 
-DEAREST = 10
+MOST_COSTLY = 10  # rows in the page's table of the most expensive ones
 MOST_NIGHTS = 62
 """With more nights, bars are of months."""
 
@@ -40,7 +40,7 @@ class Failure(msgspec.Struct, frozen=True):
     example: str
 
 
-class Dear(NamedTuple):
+class CostlyRow(NamedTuple):
     """One of the most expensive rows."""
 
     cost_usd: Decimal
@@ -57,7 +57,7 @@ class Rows(NamedTuple):
     """What is collected from the rows of every run."""
 
     failures: list[Failure]
-    dearest: list[Dear]
+    costliest: list[CostlyRow]
 
 
 def by_night(every: Sequence[Counted], span: Span) -> list[Chart]:
@@ -65,7 +65,9 @@ def by_night(every: Sequence[Counted], span: Span) -> list[Chart]:
     key = "night" if len({night(each.found, span.zone) for each in every}) <= MOST_NIGHTS else "month"
     bill = fold(every, (key, "model"), span, ())
     labels = sorted({line.group[0] for line in bill.lines})
-    costs = _by_model(bill)
+    costs: defaultdict[str, Decimal] = defaultdict(Decimal)
+    for line in bill.lines:
+        costs[line.group[1]] += line.cost_usd
     names = sorted(costs, key=lambda name: (-costs[name], name))
     shown = names if len(names) <= COLOURS else names[: COLOURS - 1]
     cost = {name: [0.0] * len(labels) for name in (shown if shown == names else [*shown, "others"])}
@@ -73,7 +75,13 @@ def by_night(every: Sequence[Counted], span: Span) -> list[Chart]:
     for line in bill.lines:
         place = labels.index(line.group[0])
         cost[line.group[1] if line.group[1] in shown else "others"][place] += float(line.cost_usd)
-        for kind, value in _tokens(line).items():
+        tokens = (
+            line.prompt_tokens - line.cached_tokens,
+            line.cached_tokens,
+            line.completion_tokens - line.reasoning_tokens,
+            line.reasoning_tokens,
+        )
+        for kind, value in zip(_KINDS, tokens, strict=True):
             kinds[kind][place] += value
     return [
         Chart("stacked", f"Cost by {key} and model", "USD", labels, list(cost.items())),
@@ -82,23 +90,6 @@ def by_night(every: Sequence[Counted], span: Span) -> list[Chart]:
 
 
 _KINDS = ("input, not cached", "input, cached", "output, besides reasoning", "reasoning")
-
-
-def _tokens(line: BillLine) -> Mapping[str, int]:
-    values = (
-        line.prompt_tokens - line.cached_tokens,
-        line.cached_tokens,
-        line.completion_tokens - line.reasoning_tokens,
-        line.reasoning_tokens,
-    )
-    return dict(zip(_KINDS, values, strict=True))
-
-
-def _by_model(bill: Bill) -> dict[str, Decimal]:
-    costs: dict[str, Decimal] = {}
-    for line in bill.lines:
-        costs[line.group[1]] = costs.get(line.group[1], Decimal(0)) + line.cost_usd
-    return costs
 
 
 def latency(bill: Bill) -> Chart | None:
@@ -142,50 +133,51 @@ def _by_second(result: Result) -> Counter[int]:
 
 
 def rows(found: Sequence[Found], span: Span) -> Rows:
-    """Failures by kind and the most expensive rows, of every run whose rows can be read."""
-    read = (run_rows.if_readable(each.place, partial(_of_run, each, span)) for each in found)
-    known = [each for each in read if each is not None]
-    failures = [failure for each in known for failure in each.failures]
-    return _together(failures, [dear for each in known for dear in each.dearest])
-
-
-def _of_run(found: Found, span: Span, result: Result) -> Rows:
-    failures: list[Failure] = []
-    dearest: list[Dear] = []
-    for table in run_rows.tables(result, _COLUMNS):
-        failures, dearest = _together([*failures, *_failures(table)], [*dearest, *_dearest(table, found, span)])
-    return Rows(failures, dearest)
-
-
-def _together(failures: Iterable[Failure], dearest: Iterable[Dear]) -> Rows:
-    """Failures summed by kind, the commonest first, and the most expensive rows."""
-    kinds: dict[str, Failure] = {}
-    for each in failures:
-        before = kinds.setdefault(each.kind, Failure(each.kind, 0, each.example))
-        kinds[each.kind] = msgspec.structs.replace(before, rows=before.rows + each.rows)
-    return Rows(
-        sorted(kinds.values(), key=lambda failure: -failure.rows),
-        sorted(dearest, key=lambda dear: (-dear.cost_usd, dear.job, dear.row))[:DEAREST],
-    )
+    """Failures by kind, the commonest first, and the most expensive rows, of every run whose rows can be read."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    costliest: list[CostlyRow] = []
+    for each in found:
+        of_run = run_rows.if_readable(each.place, partial(_of_run, each, span))
+        if of_run is not None:
+            counts.update(of_run[0])
+            examples = {**of_run[1], **examples}
+            costliest += of_run[2]
+    failures = [Failure(kind, count, examples[kind]) for kind, count in counts.most_common()]
+    return Rows(failures, _most_costly(costliest))
 
 
 _COLUMNS = ("row", "status", "attempts", "prompt_tokens", "completion_tokens", "cost_usd", "error")
 
 
-def _failures(table: pa.Table) -> list[Failure]:
-    failed = table.filter(pc.and_(pc.is_valid(table["error"]), pc.not_equal(table["status"], "ok")))
-    columns: list[Any] = failed["error"].to_pylist()
-    errors = [RowError(**error) for error in columns]
-    kinds = [f"{status}, {error.kind}" for status, error in zip(failed["status"].to_pylist(), errors, strict=True)]
-    examples = dict(zip(reversed(kinds), reversed(errors), strict=True))  # the first of each
-    return [Failure(kind, rows, examples[kind].text) for kind, rows in Counter(kinds).items()]
-
-
-def _dearest(table: pa.Table, found: Found, span: Span) -> Iterator[Dear]:
-    paid = table.filter(pc.is_valid(table["cost_usd"]))
-    for row in paid.take(pc.sort_indices(paid, sort_keys=[("cost_usd", "descending")])[:DEAREST]).to_pylist():
-        if row["cost_usd"]:
-            yield Dear(
-                *(row["cost_usd"], found.account.job, night(found, span.zone), row["row"], row["status"]),
+def _of_run(found: Found, span: Span, result: Result) -> tuple[Counter[str], dict[str, str], list[CostlyRow]]:
+    """How many rows each kind of failure has, an example of each, and the run's most expensive rows."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    costliest: list[CostlyRow] = []
+    for table in run_rows.tables(result, _COLUMNS):
+        failed = table.filter(pc.and_(pc.is_valid(table["error"]), pc.not_equal(table["status"], "ok")))
+        errors: list[Any] = failed["error"].to_pylist()
+        for status, fields in zip(failed["status"].to_pylist(), errors, strict=True):
+            error = RowError(**fields)
+            kind = f"{status}, {error.kind}"
+            counts[kind] += 1
+            if kind not in examples:
+                examples[kind] = error.text
+        paid = table.filter(pc.is_valid(table["cost_usd"]))
+        first = pc.sort_indices(paid, sort_keys=[("cost_usd", "descending")])[:MOST_COSTLY]
+        named = (found.account.job, night(found, span.zone))
+        costliest += [
+            CostlyRow(
+                *(row["cost_usd"], *named, row["row"], row["status"]),
                 *(row["attempts"], row["prompt_tokens"], row["completion_tokens"]),
             )
+            for row in paid.take(first).to_pylist()
+            if row["cost_usd"]
+        ]
+        costliest = _most_costly(costliest)
+    return counts, examples, costliest
+
+
+def _most_costly(rows: list[CostlyRow]) -> list[CostlyRow]:
+    return sorted(rows, key=lambda row: (-row.cost_usd, row.job, row.row))[:MOST_COSTLY]

@@ -40,7 +40,7 @@ class Field:
             known = pc.drop_null(column)
             step = max(1, len(known) // SAMPLE_ROWS)
             self.numbers += [float(value) for value in known.to_pylist()[::step]]
-        elif pa.types.is_boolean(type_) or pa.types.is_dictionary(type_) or _is_text(type_):
+        elif type_ in (pa.bool_(), pa.string(), pa.large_string()) or pa.types.is_dictionary(type_):
             plain = column.cast(pa.large_string())
             self.values.update(run_rows.counts(plain))
             if len(self.values) > MOST_VALUES:
@@ -67,7 +67,7 @@ class Profile:
         self.lengths: Counter[int] = Counter()
         self.latencies: Counter[int] = Counter()
         self.contents = Field()
-        self.repeated: Counter[str] = Counter()
+        self.repeated: Counter[str] = Counter()  # how many different questions have each long answer
         self.models: Counter[tuple[str, str]] = Counter()
         self.kinds: Counter[str] = Counter()
         self.fields: dict[str, Field] = {}
@@ -94,24 +94,18 @@ def profile(result: Result) -> Profile:
         made.kinds.update(run_rows.counts(pc.struct_field(table["error"], "kind")))
         answered = table.filter(pc.is_valid(table["content"]))
         made.contents.add(answered["content"])
-        _repeated(answered, made.repeated)
+        longer = answered.filter(pc.greater_equal(pc.utf8_length(answered["content"]), LONG_CHARS))
+        groups = longer.group_by("content").aggregate([("request_key", "count_distinct")])
+        for each in groups.to_pylist():
+            made.repeated[each["content"]] += each["request_key_count_distinct"]
+        if len(made.repeated) > MOST_VALUES:
+            made.repeated = Counter(dict(made.repeated.most_common(MOST_VALUES // 2)))
         pairs = table.filter(pc.equal(table["status"], "ok")).group_by(["requested_model", "model"])
         for pair in pairs.aggregate([([], "count_all")]).to_pylist():
             made.models[pair["requested_model"], pair["model"]] += pair["count_all"]
         for name, column in _leaves(table.filter(pc.equal(table["status"], "ok"))["parsed"], ""):
             made.fields.setdefault(name, Field()).add(column)
     return made
-
-
-def _repeated(answered: pa.Table, repeated: Counter[str]) -> None:
-    """Counts how many different questions have each long answer."""
-    longer = answered.filter(pc.greater_equal(pc.utf8_length(answered["content"]), LONG_CHARS))
-    groups = longer.group_by("content").aggregate([("request_key", "count_distinct")])
-    for each in groups.to_pylist():
-        repeated[each["content"]] += each["request_key_count_distinct"]
-    if len(repeated) > MOST_VALUES:
-        for value, _ in repeated.most_common()[MOST_VALUES // 2 :]:
-            del repeated[value]
 
 
 def _leaves(column: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -124,7 +118,3 @@ def _leaves(column: Any, path: str) -> Iterator[tuple[str, Any]]:
     for place in range(type_.num_fields):
         name = type_.field(place).name
         yield from _leaves(pc.struct_field(column, [place]), f"{path}.{name}" if path else name)
-
-
-def _is_text(type_: pa.DataType) -> bool:
-    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))

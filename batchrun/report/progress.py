@@ -13,23 +13,28 @@ LEAST_BAR = 8
 FRAME = 3
 """Columns of the bar's two ends and the space after it."""
 
-MOST_NAME = 16
+MOST_NAME = 16  # columns of the job's name beside a bar, of 80
 MOST_ETA = len("ETA Thu 06:00")
 
 
 def line(summary: Summary) -> str:
     """One line for a log, in full words."""
-    done = summary.rows - summary.pending
+    done = summary.done
     share = f" ({done / summary.rows:.0%})" if summary.rows else ""
+    retried = ""
+    if summary.retrying is not None:
+        retried = f"{summary.retrying.rows:,} retried ({', '.join(summary.retrying.reasons)})"
     parts = [
         f"{done:,}/{summary.rows:,} rows{share}",
         f"{failures(summary):,} failed",
-        *_retried(summary),
+        *([retried] if retried else []),
         f"{summary.tokens_per_second:,.0f} tokens/s",
         *_cached(summary),
         headline_usd(summary, ",.4f").replace("unknown", "cost unknown"),
-        _eta(summary),
     ]
+    if summary.limited_by == summary.state:  # no rows are sent
+        return ", ".join([*parts, summary.state])
+    parts.append(_eta(summary))
     if summary.by_deadline is not None and summary.by_deadline < 1:
         parts.append(f"{int(summary.by_deadline * 100)} % by the deadline")
     return ", ".join([*parts, f"limited by {summary.limited_by}"])
@@ -42,7 +47,7 @@ def around_bar(summary: Summary, columns: int) -> tuple[str, str, bool]:
     width of the terminal; the last column stays free.
     """
     name = summary.job if len(summary.job) <= MOST_NAME else summary.job[: MOST_NAME - 1] + "…"
-    share = f"{(summary.rows - summary.pending) / summary.rows if summary.rows else 1:.0%}"
+    share = f"{summary.done / summary.rows if summary.rows else 1:.0%}"
     full, short = " ".join(_figures(summary, "{:,.0f}".format)), " ".join(_figures(summary, short_number))
     for left, right, bar in (
         (f"{name} {share:>4}", full, 2 * LEAST_BAR),
@@ -55,29 +60,19 @@ def around_bar(summary: Summary, columns: int) -> tuple[str, str, bool]:
     return "", " ".join(_figures(summary, short_number, tight=True)), False
 
 
-def _cost(summary: Summary) -> str:
-    usd = headline_usd(summary, ".2f")
-    return "$?" if usd == "unknown" else usd
-
-
 def _figures(summary: Summary, number: Callable[[float], str], *, tight: bool = False) -> Iterator[str]:
-    yield f"{number(summary.rows - summary.pending)}/{number(summary.rows)}"
+    yield f"{number(summary.done)}/{number(summary.rows)}"
     yield f"{number(failures(summary))} failed"
     if summary.retrying is not None:
         yield f"{number(summary.retrying.rows)} retried"
     if not tight:
         yield f"{number(summary.tokens_per_second)} tok/s"
         yield from _cached(summary)
-    yield f"${number(float(summary.cost_usd))}" if summary.cost_usd >= 1000 else _cost(summary)
+    usd = headline_usd(summary, ".2f").replace("unknown", "$?")
+    yield f"${number(float(summary.cost_usd))}" if summary.cost_usd >= 1000 else usd
     eta = _eta(summary)
     yield eta.rpartition(" ")[0] if tight and len(eta) > MOST_ETA else eta
     yield summary.limited_by
-
-
-def _retried(summary: Summary) -> Iterator[str]:
-    if summary.retrying is not None:
-        reasons = ", ".join(summary.retrying.reasons)
-        yield f"{summary.retrying.rows:,} retried ({reasons})"
 
 
 def _cached(summary: Summary) -> Iterator[str]:

@@ -15,7 +15,7 @@ from batchrun.report.runs import Found
 from batchrun.store import at_rest
 from batchrun.store.rundir import RunDirectory
 
-MOST_NAMED = 20
+MOST_NAMED = 20  # items of each kind that are shown; all are counted
 
 _ID = ("request_id", "x_request_id", "requestid", "request", "id", "custom_id")
 _DAY = ("day", "date", "usage_date", "timestamp", "created_at", "created", "time")
@@ -89,7 +89,7 @@ def reconcile(invoice: Path, found: Sequence[Found]) -> Reconciled:
                     only_here.append(key)
         elif cost is None:
             unpriced += 1
-        elif _same(cost, billed):
+        elif abs(cost - billed) <= _half_of_last_digit(billed):  # the invoice has our amount, as rounded there
             matched += 1
         else:
             different += 1
@@ -120,11 +120,9 @@ def reconcile(invoice: Path, found: Sequence[Found]) -> Reconciled:
     )
 
 
-def _same(here: Decimal, there: Decimal) -> bool:
-    """True if the invoice has our amount, as rounded there."""
-    exponent = there.as_tuple().exponent
-    half = Decimal(1).scaleb(exponent) / 2 if isinstance(exponent, int) and exponent < 0 else Decimal("0.5")
-    return abs(here - there) <= half
+def _half_of_last_digit(amount: Decimal) -> Decimal:
+    exponent = amount.as_tuple().exponent
+    return Decimal(1).scaleb(exponent) / 2 if isinstance(exponent, int) and exponent < 0 else Decimal("0.5")
 
 
 def _invoice(path: Path) -> tuple[str, dict[str, Decimal]]:
@@ -133,8 +131,9 @@ def _invoice(path: Path) -> tuple[str, dict[str, Decimal]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file)
             names = {re.sub(r"\W+", "_", name.strip().lower()).strip("_"): name for name in lines.fieldnames or ()}
-            usd = _one_of(_USD, names)
-            by_id, day, model = _one_of(_ID, names), _one_of(_DAY, names), _one_of(_MODEL, names)
+            usd, by_id, day, model = (
+                next((names[name] for name in wanted if name in names), None) for wanted in (_USD, _ID, _DAY, _MODEL)
+            )
             if usd is None or (by_id is None and (day is None or model is None)):
                 raise InputError(
                     f"{path}: expected a column of amounts (cost_usd, amount, …) and one of request ids "
@@ -142,24 +141,18 @@ def _invoice(path: Path) -> tuple[str, dict[str, Decimal]]:
                 )
             amounts: dict[str, Decimal] = {}
             for line in lines:
-                key = _text(line[by_id]) if by_id else f"{_text(line[day or ''])[:10]} {_text(line[model or ''])}"
+                # a line that is too short has None in its last columns
+                texts = [(line[name] or "").strip() for name in ([by_id] if by_id else [day, model]) if name]
+                key = texts[0] if by_id else f"{texts[0][:10]} {texts[1]}"
                 amounts[key] = amounts.get(key, Decimal(0)) + _amount(line[usd], path, lines.line_num)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: can't be read as CSV: {error}") from error
     return ("request" if by_id else "day and model"), amounts
 
 
-def _one_of(wanted: Sequence[str], names: dict[str, str]) -> str | None:
-    return next((names[name] for name in wanted if name in names), None)
-
-
-def _text(text: str | None) -> str:
-    return (text or "").strip()
-
-
 def _amount(text: str | None, path: Path, number: int) -> Decimal:
     try:
-        amount = Decimal(_text(text).removeprefix("$").replace(",", ""))
+        amount = Decimal((text or "").strip().removeprefix("$").replace(",", ""))
     except InvalidOperation as error:
         raise InputError(f"{path}:{number}: {text!r} is not an amount") from error
     if not amount.is_finite():
@@ -189,21 +182,17 @@ def _requests(found: Sequence[Found]) -> Iterator[Line]:
                 for id_, cost, tokens in zip(*columns, strict=True):
                     if id_ is not None and (cost is not None or tokens is not None):
                         yield Line(str(id_), cost)
-        yield from _discarded(each)
-
-
-def _discarded(found: Found) -> Iterator[Line]:
-    directory = RunDirectory(found.place)
-    if not directory.checkpoint.exists():
-        return
-    try:
-        with at_rest.opened(directory.checkpoint, directory.inflight, quick=True) as checkpoint:
-            for chunk in checkpoint.chunks():
-                for attempt in checkpoint.discarded(chunk):
-                    if attempt.request_id is not None and attempt.usage is not None:
-                        yield Line(attempt.request_id, attempt.cost_usd)
-    except CheckpointError as error:
-        raise InputError(f"{found.place}: its attempts can't be read: {error}") from error
+        directory = RunDirectory(each.place)
+        if not directory.checkpoint.exists():
+            continue
+        try:
+            with at_rest.opened(directory.checkpoint, directory.inflight, quick=True) as checkpoint:
+                for chunk in checkpoint.chunks():
+                    for attempt in checkpoint.discarded(chunk):
+                        if attempt.request_id is not None and attempt.usage is not None:
+                            yield Line(attempt.request_id, attempt.cost_usd)
+        except CheckpointError as error:
+            raise InputError(f"{each.place}: its attempts can't be read: {error}") from error
 
 
 def in_words(found: Reconciled) -> Iterator[str]:

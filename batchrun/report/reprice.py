@@ -11,7 +11,7 @@ from batchrun import prices
 from batchrun.errors import JobError
 from batchrun.job.settings import Price
 from batchrun.records import Usage
-from batchrun.report.runs import Account, Found
+from batchrun.report.runs import Found
 from batchrun.run_summary import TotalsLine
 
 
@@ -42,12 +42,11 @@ def repriced(found: Sequence[Found], new: Mapping[str, Price]) -> tuple[Found, .
     The prices do not depend on the prompt's size, so the cost of a sum of tokens is the sum of their costs, up to
     rounding at 12 decimals.
     """
-    return tuple(each._replace(account=_account(each.account, new)) for each in found)
-
-
-def _account(account: Account, new: Mapping[str, Price]) -> Account:
-    totals = [_line(line, new[line.model]) if line.model in new else line for line in account.totals]
-    return msgspec.structs.replace(account, totals=totals, estimate=None)
+    again = []
+    for each in found:
+        totals = [_line(line, new[line.model]) if line.model in new else line for line in each.account.totals]
+        again.append(each._replace(account=msgspec.structs.replace(each.account, totals=totals, estimate=None)))
+    return tuple(again)
 
 
 def _line(line: TotalsLine, price: Price) -> TotalsLine:
@@ -59,10 +58,11 @@ def _line(line: TotalsLine, price: Price) -> TotalsLine:
         line.reasoning_tokens,
         line.cache_write_tokens,
     )
-    fee = price.per_request or Decimal(0)
     table = prices.stated(line.model, msgspec.structs.replace(price, per_request=None), "")
     cost = prices.cost(usage, table, line.service_tier or None) or Decimal(0)
+    # a fee is paid for each answer; a line without tokens has none
     answered = line.attempts - line.without_usage if line.total_tokens else 0
+    fee = price.per_request or Decimal(0)
     return msgspec.structs.replace(line, cost_usd=cost + fee * answered, unpriced=0)
 
 

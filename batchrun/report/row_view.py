@@ -67,7 +67,14 @@ def row_numbers(text: str) -> tuple[int, ...]:
 def rows(result: Result, selection: Selection) -> Iterator[dict[str, Any]]:
     """The selected rows in order, each with its columns and those of its headline. Reads no further than needed."""
     inputs, own = _columns(result, selection)
-    schema = pa.schema([_as_read(result, field) for field in result.schema])
+    fields = []  # with the names and types in which `tables` reads them
+    for field in result.schema:
+        name = field.name.removeprefix(result.prefix)
+        if field.name in result.inputs or name not in run_rows.OWN:
+            fields.append(field)
+        else:
+            fields.append(field.with_name(name) if name == "parsed" else OWN_COLUMNS.field(name))
+    schema = pa.schema(fields)
     where = None if selection.where is None else RowFilter(selection.where, schema)
     needed = dict.fromkeys([*own, "row", "status", *(where.columns if where else ())])
     extra = [name for name in needed if name not in run_rows.OWN and name not in inputs]
@@ -104,14 +111,6 @@ def _columns(result: Result, selection: Selection) -> tuple[list[str], list[str]
     return inputs, own
 
 
-def _as_read(result: Result, field: "pa.Field[Any]") -> "pa.Field[Any]":
-    """A column with the name and type in which it is read."""
-    own = field.name.removeprefix(result.prefix)
-    if field.name in result.inputs or own not in run_rows.OWN:
-        return field
-    return field.with_name(own) if own == "parsed" else OWN_COLUMNS.field(own)
-
-
 def as_json(row: dict[str, Any], chosen: Sequence[str]) -> str:
     """A row as one line of JSON: money as text, bytes as hexadecimal digits or, of `raw`, as text."""
     shown = {name: row[name] for name in chosen} if chosen else row
@@ -134,7 +133,18 @@ def _in_json(value: Any, name: str = "") -> Any:
 
 def lines(row: dict[str, Any], inputs: Sequence[str], chosen: Sequence[str]) -> Iterator[str]:
     """A row for people: headline, question, answer. A text's further lines begin with `|`, to tell them from ours."""
-    yield " · ".join(_headline(row))
+    headline = [f"row {row['row']:,}" if "row" in row else "row"]
+    if "status" in row:
+        headline.append(str(row["status"]))
+    if "cost_usd" in row:
+        headline.append("cost unknown" if row["cost_usd"] is None else f"${row['cost_usd']:,.6f}")
+    if row.get("latency_s") is not None:
+        headline.append(f"{row['latency_s']:.2f} s")
+    if (attempts := row.get("attempts")) is not None:
+        headline.append(plural(attempts, "attempt"))
+    if row.get("requested_model"):
+        headline.append(str(row["requested_model"]))
+    yield " · ".join(headline)
     shown = chosen or [*inputs, "content", "refusal", "function_call", "tool_calls", "error"]
     width = max((len(name) for name in shown), default=0)
     for name in shown:
@@ -144,20 +154,6 @@ def lines(row: dict[str, Any], inputs: Sequence[str], chosen: Sequence[str]) -> 
         yield f"  {name.ljust(width)}  {first}"
         yield from (f"  {' ' * width}| {line}" for line in more)
     yield ""
-
-
-def _headline(row: dict[str, Any]) -> Iterator[str]:
-    yield f"row {row['row']:,}" if "row" in row else "row"
-    if "status" in row:
-        yield str(row["status"])
-    if "cost_usd" in row:
-        yield "cost unknown" if row["cost_usd"] is None else f"${row['cost_usd']:,.6f}"
-    if row.get("latency_s") is not None:
-        yield f"{row['latency_s']:.2f} s"
-    if (attempts := row.get("attempts")) is not None:
-        yield plural(attempts, "attempt")
-    if row.get("requested_model"):
-        yield str(row["requested_model"])
 
 
 def _text(value: Any, name: str) -> str:

@@ -11,7 +11,7 @@ import msgspec
 from batchrun.errors import CheckpointError, ExitCode, InputError
 from batchrun.report import resume_command
 from batchrun.report.cost_lines import known_cost
-from batchrun.report.run_state import RunState, run_state
+from batchrun.report.run_state import run_state
 from batchrun.report.summary import failures
 from batchrun.report.text_table import aligned
 from batchrun.report.wording import age_in_words
@@ -59,11 +59,15 @@ def collect(paths: Sequence[Path], now: datetime) -> list[ListedRun]:
     """
     places: dict[Path, Path] = {}
     for path in paths:
-        found = list(_run_directories(path))
+        found = False
+        for folder, names, files in os.walk(path):
+            if "summary.json" in files and is_run(Path(folder)):
+                names.clear()  # no run inside a run
+                places.setdefault(Path(folder).resolve(), Path(folder))
+                found = True
+            names.sort()
         if not found:
             raise InputError(f"{path}: no run here; name a run directory, or a folder of them")
-        for place in found:
-            places.setdefault(place.resolve(), place)
     latest = datetime.max.replace(tzinfo=UTC)
     runs = [_run(place, now) for place in places.values()]
     runs.sort(key=lambda run: (run.created_at or latest, run.path), reverse=True)
@@ -95,11 +99,11 @@ _LEFT = (0, 7, 8)
 
 
 def _cells(run: ListedRun) -> tuple[str, ...]:
+    if run.state == "unreadable":
+        return (run.state, "", "", "", "", "", "", run.path, run.reason or "")
     cost = "unknown" if run.cost_usd is None else f"${run.cost_usd:,.4f}"
     counts = (f"{number:,}" for number in (run.done, run.rows, run.failed, run.pending))
     age = "" if run.age_s is None else age_in_words(run.age_s)
-    if run.state == "unreadable":
-        return (run.state, "", "", "", "", "", "", run.path, run.reason or "")
     return (run.state, *counts, cost, age, run.path, run.next or "")
 
 
@@ -111,23 +115,16 @@ def is_run(path: Path) -> bool:
     )
 
 
-def _run_directories(path: Path) -> Iterator[Path]:
-    """The run directories that `path` is or holds, at any depth, but not inside another run directory."""
-    for folder, names, files in os.walk(path):
-        if "summary.json" in files and is_run(Path(folder)):
-            names.clear()
-            yield Path(folder)
-        names.sort()
-
-
 def _run(path: Path, now: datetime) -> ListedRun:
     try:
-        return _listed(path, run_state(RunDirectory(path)), now)
+        found = run_state(RunDirectory(path))
     except (InputError, CheckpointError) as error:
-        return _unreadable(path, str(error))
+        return ListedRun(
+            path=str(path), job="", state="unreadable", working=False, complete=False, rows=0, done=0, failed=0,
+            pending=0, by_status={}, cost_usd=None, possibly_billed_usd=Decimal(0), unpriced=0, created_at=None,
+            updated_at=None, age_s=None, exit_code=None, reason=str(error), next=None,
+        )  # fmt: skip
 
-
-def _listed(path: Path, found: RunState, now: datetime) -> ListedRun:
     summary = found.summary
     return ListedRun(
         path=str(path),
@@ -136,7 +133,7 @@ def _listed(path: Path, found: RunState, now: datetime) -> ListedRun:
         working=found.working,
         complete=summary.complete,
         rows=summary.rows,
-        done=summary.rows - summary.pending,
+        done=summary.done,
         failed=failures(summary),
         pending=summary.pending,
         by_status=summary.by_status,
@@ -150,11 +147,3 @@ def _listed(path: Path, found: RunState, now: datetime) -> ListedRun:
         reason=found.problem or summary.reason,
         next=None if summary.complete or found.working else resume_command.in_directory(summary.command, path),
     )
-
-
-def _unreadable(path: Path, why: str) -> ListedRun:
-    return ListedRun(
-        path=str(path), job="", state="unreadable", working=False, complete=False, rows=0, done=0, failed=0, pending=0,
-        by_status={}, cost_usd=None, possibly_billed_usd=Decimal(0), unpriced=0, created_at=None, updated_at=None,
-        age_s=None, exit_code=None, reason=why, next=None,
-    )  # fmt: skip

@@ -34,12 +34,6 @@ class Result(NamedTuple):
             name for name in self.schema.names[: self.schema.get_field_index(self.prefix + "row")] if name not in own
         ]
 
-    @property
-    def parsed(self) -> pa.DataType:
-        """The type of `parsed`: the one of the job's JSON schema, else JSON text."""
-        type_: pa.DataType = self.schema.field(self.prefix + "parsed").type
-        return type_
-
 
 def result_of(place: Path) -> Result | None:
     """The result of the run in the directory, or the file itself; None if there is none, or it is not ours.
@@ -87,7 +81,7 @@ def counts(column: Any) -> dict[Any, int]:
 _WIDE = frozenset({"parsed", "content", "raw", "choices", "error"})
 """Columns read one row group at a time: they may be large, and Arrow can't join dictionaries in structs."""
 
-ROWS_AT_ONCE = 65_536
+ROWS_AT_ONCE = 65_536  # narrow columns of so many rows are a few MB
 
 
 def _together(file: pq.ParquetFile, *, narrow: bool) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 The figures come from summary.json, or from the footer of a completions file that was moved out of its run.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -135,12 +136,19 @@ def _each_once(found: list[Found], left_out: list[LeftOut]) -> Runs:
     by_run: dict[str, list[Found]] = {}
     for each in found:
         by_run.setdefault(each.account.run_id or str(each.place.resolve()), []).append(each)
-    counted: list[Found] = []
+    newest = []
     for copies in by_run.values():
-        newest, *others = sorted(copies, key=_age, reverse=True)
-        counted.append(newest)
-        left_out += (LeftOut(_shown(other.place), _copy(other.account, newest)) for other in others)
-    counted, merged = _without_merged(counted)
+        copies.sort(  # by age; among equal ones always the same counts
+            key=lambda each: (
+                each.account.invocation,
+                each.account.updated_at,
+                each.place.is_dir(),
+                str(each.place.resolve()),
+            )
+        )
+        newest.append(copies[-1])
+        left_out += (LeftOut(_shown(other.place), _copy(other.account, copies[-1])) for other in copies[:-1])
+    counted, merged = _without_merged(newest)
     left_out += merged
     counted.sort(key=lambda each: (each.account.job, each.account.run_id, each.account.updated_at))
     return Runs(tuple(counted), tuple(sorted(left_out, key=lambda each: each.path)))
@@ -160,12 +168,6 @@ def _without_merged(found: list[Found]) -> tuple[list[Found], list[LeftOut]]:
             why += f", but resumed since: no figure includes at least ${max(later_usd, Decimal(0)):,.6f} of it"
         left_out.append(LeftOut(_shown(each.place), why))
     return [each for each in found if each.account.run_id not in merged], left_out
-
-
-def _age(found: Found) -> tuple[int, datetime, bool, str]:
-    """Sorts copies of one run from the oldest to the newest; among equal ones always the same counts."""
-    account = found.account
-    return account.invocation, account.updated_at, found.place.is_dir(), str(found.place.resolve())
 
 
 def _copy(other: Account, newest: Found) -> str:
@@ -243,7 +245,7 @@ def _is_run(directory: Path) -> bool:
 
 
 def _account(place: Path) -> tuple[Account | None, str]:
-    """The run's account; or None, and why there is none to count.
+    """The account of the run, or of the moved file; or None, and why there is none to count.
 
     Raises:
         InputError: it is a run, and its account can't be read.
@@ -259,18 +261,13 @@ def _account(place: Path) -> tuple[Account | None, str]:
         raise InputError(f"{files.summary} is missing; resume that run, which writes it again, or leave the run out")
     try:
         account = _decoded(files.summary.read_bytes(), files.summary)
-        return (account if account.exit_code is not None else _on_disk(files, account)), ""
     except OSError as error:
         raise InputError(f"{files.summary}: can't be read: {error.strerror}") from error
-
-
-def _on_disk(files: RunDirectory, written: Account) -> Account:
-    """The account of a run whose last process was killed or still works: it spent more than summary.json says."""
-    try:
-        found = run_state(files)
-    except CheckpointError:
-        return written
-    return msgspec.convert(msgspec.to_builtins(found.summary), Account)
+    if account.exit_code is None:
+        # its last process was killed or still works, and spent more than summary.json says
+        with contextlib.suppress(CheckpointError):
+            account = msgspec.convert(msgspec.to_builtins(run_state(files).summary), Account)
+    return account, ""
 
 
 def _of_file(path: Path) -> tuple[Account | None, str]:

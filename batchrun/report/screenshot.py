@@ -1,7 +1,6 @@
 """The page as a picture, for mail: drawn by a headless Chromium on this machine, which it drives through two pipes.
 
-(Chrome DevTools Protocol with `--remote-debugging-pipe`: messages are JSON objects that end with a zero byte, on the
-browser's descriptors 3 and 4. Its flag `--screenshot` draws a window, and the page's height is not known before.)
+(Chrome DevTools Protocol: messages are JSON objects that end with a zero byte, on the browser's descriptors 3 and 4.)
 """
 
 import base64
@@ -34,8 +33,9 @@ _WIDEN = "document.querySelector('main').style.maxWidth = 'none'"
 MOST_PIXELS = 16_000
 """The browser draws no taller picture (its textures have 16,384)."""
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0  # a page takes seconds; a browser that hangs must not hang a night's report
 
+# not `--screenshot`: it draws a window, and the page's height is not known before
 _FLAGS = (
     *("--headless", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--disable-background-networking", "--disable-extensions", "--hide-scrollbars"),

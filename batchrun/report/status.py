@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 from batchrun.limits import deadline
 from batchrun.report.closing import pace
-from batchrun.report.cost_lines import cost_in_words, estimate_in_words
+from batchrun.report.cost_lines import cost_lines, estimate_in_words
 from batchrun.report.limit_lines import limits_in_words, retrying_in_words
 from batchrun.report.run_state import RunState
 from batchrun.report.wording import age_in_words
@@ -18,17 +18,24 @@ def lines(directory: RunDirectory, found: RunState) -> Iterator[str]:
     summary = found.summary
     state = "died; run the same command again to resume" if found.died else summary.state
     yield f"{summary.job}  {state}" + (f" (pid {summary.pid} on {summary.host})" if found.working else "")
-    done = summary.rows - summary.pending
+    done = summary.done
     counts = ", ".join(f"{rows:,} {status}" for status, rows in summary.by_status.items())
     if summary.rows:
         yield f"rows    {done:,} of {summary.rows:,} done, {summary.pending:,} pending" + (counts and f": {counts}")
     else:  # the input has not been read to its end
         yield "rows    not counted yet"
-    yield f"cost    {cost_in_words(summary)}"
+    yield f"cost    {'; '.join(cost_lines(summary))}"
     if (estimated := estimate_in_words(summary)) is not None:
         yield f"estimate {estimated}"
     if found.working:
-        yield from _outlook(summary)
+        if summary.pending and summary.rows_per_minute:
+            end = "" if summary.eta is None else f"; done at {_clock(summary.eta, summary)}"
+            yield f"rate    {pace(summary)}, limited by {summary.limited_by}{end}"
+        if summary.deadline is not None:
+            share = "" if summary.by_deadline is None else f": {int(summary.by_deadline * 100)} % of the rows by then"
+            yield f"until   {_clock(summary.deadline, summary)}{share}"
+        if summary.limits is not None:
+            yield f"limits  {limits_in_words(summary.limits)}"
         if summary.retrying is not None:
             yield f"retries {retrying_in_words(summary.retrying)}"
     if found.problem is not None:
@@ -40,18 +47,6 @@ def lines(directory: RunDirectory, found: RunState) -> Iterator[str]:
         yield f"rows so far, of {at:%Y-%m-%d %H:%M:%S}: {directory.partial}"
     age_s = (datetime.now(UTC) - summary.updated_at).total_seconds()
     yield f"as of   {summary.updated_at.astimezone():%Y-%m-%d %H:%M:%S}, {age_in_words(age_s)} ago"
-
-
-def _outlook(summary: Summary) -> Iterator[str]:
-    """The rate of a running run, when it will be done, and its limits."""
-    if summary.pending and summary.rows_per_minute:
-        end = "" if summary.eta is None else f"; done at {_clock(summary.eta, summary)}"
-        yield f"rate    {pace(summary)}, limited by {summary.limited_by}{end}"
-    if summary.deadline is not None:
-        share = "" if summary.by_deadline is None else f": {int(summary.by_deadline * 100)} % of the rows by then"
-        yield f"until   {_clock(summary.deadline, summary)}{share}"
-    if summary.limits is not None:
-        yield f"limits  {limits_in_words(summary.limits)}"
 
 
 def _clock(at: datetime, summary: Summary) -> str:

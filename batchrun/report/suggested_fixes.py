@@ -88,7 +88,7 @@ def fix_for(message: str, settings: Collection[str] | None = None) -> Fix | None
 
     `settings` are the paths that the job sets: any other parameter came with the rows of the input.
     """
-    readings = (_context, _limit, _role, _stream, _schema, _both, _parameter)
+    readings = (_context, _limit, _role, _stream, _both, _parameter)
     fix = next((found for read in readings if (found := read(message)) is not None), None)
     if fix is None or settings is None or not fix.flags or not fix.changes_the_question:
         return fix
@@ -203,16 +203,11 @@ def _stream(message: str) -> Fix | None:
     return None
 
 
-def _schema(message: str) -> Fix | None:
-    """A valid schema that `strict` does not allow."""
+def _both(message: str) -> Fix | None:
+    """Two parameters that exclude each other; a type of response_format, or a schema that `strict` does not allow."""
     if _BAD_SCHEMA.search(message):
         setting = "request.response_format.strict"
         return Fix(setting, "strict does not allow this schema", _set(setting, "false"))
-    return None
-
-
-def _both(message: str) -> Fix | None:
-    """Two parameters that exclude each other, or a type of response_format."""
     if _BOTH.search(message) and _names(message, "temperature") and _names(message, "top_p"):
         return Fix("request.top_p", "this endpoint takes only one of the two: leave it out", _set("request.top_p", ""))
     if _FORMAT.search(message):

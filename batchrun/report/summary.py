@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 
 import msgspec
 
@@ -12,7 +13,7 @@ from batchrun.limits.forecast import Forecast
 from batchrun.prices import PriceTable
 from batchrun.records import FAILURES, Status
 from batchrun.report.cost_lines import prices_in_words, scaled
-from batchrun.run_summary import BudgetUse, EndpointTotals, Estimate, InForce, Live, Retrying, Summary, Tuned
+from batchrun.run_summary import BudgetUse, EndpointTotals, InForce, Live, Retrying, Summary, Tuned
 from batchrun.store import result_files
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -47,14 +48,14 @@ class Moment(msgspec.Struct, frozen=True):
     now_s: float = 0.0
     limits: InForce | None = None
     tuned: Tuned | None = None
-    unknown_finish_reasons: tuple[str, ...] = ()
-    unpriced_tiers: tuple[str, ...] = ()
+    unknown_finish_reasons: list[str] = []
+    unpriced_tiers: list[str] = []
     example_error: str | None = None
     command: str | None = None
     retrying: Retrying | None = None
     tags: dict[str, str] = {}
-    endpoints: tuple[EndpointTotals, ...] = ()
-    budgets: tuple[BudgetUse, ...] = ()
+    endpoints: list[EndpointTotals] = []
+    budgets: list[BudgetUse] = []
     live: Live | None = None
     last_answer_at: datetime | None = None
 
@@ -123,20 +124,17 @@ def starting(
     `earlier` is the summary of the start before; `spent` are the totals, once the checkpoint is open.
     """
     if earlier is None:
-        return _summary(job, "", moment.started_at, 0, 0, {}, Totals(), moment, directory, None)
-    totals = spent or Totals()
-    now = _summary(
-        earlier.job,
-        earlier.run_id,
-        earlier.created_at,
-        earlier.rows,
-        earlier.rejected,
-        {},
-        totals,
-        moment,
-        directory,
-        None,
-    )
+        run = {
+            "job": job,
+            "run_id": "",
+            "created_at": moment.started_at,
+            "rejected": 0,
+            "price": None,
+            "estimate": None,
+        }
+        return _summary(moment, Totals(), directory, 0, run)
+    run = {name: getattr(earlier, name) for name in ("job", "run_id", "created_at", "rejected", "price", "estimate")}
+    now = _summary(moment, spent or Totals(), directory, earlier.rows, run)
     kept = _OF_THE_RUN if spent is None else _NOT_IN_CHECKPOINT
     return msgspec.structs.replace(now, **{name: getattr(earlier, name) for name in kept})
 
@@ -150,43 +148,35 @@ def summarise(
     directory: RunDirectory,
 ) -> Summary:
     """The summary of the run now. Everything in it is durable."""
-    rejected = len(manifest.rejected)
-    estimate = None if manifest.estimate is None else scaled(manifest.estimate, rows)
-    made = _summary(
-        manifest.job, manifest.run_id, manifest.created_at, rows, rejected, tables, spent, moment, directory, estimate
-    )
-    shard = None if manifest.share is None else str(manifest.share.shard)
-    return msgspec.structs.replace(made, shard=shard, merged=list(manifest.merged))
+    run = {
+        "job": manifest.job,
+        "run_id": manifest.run_id,
+        "created_at": manifest.created_at,
+        "rejected": len(manifest.rejected),
+        "price": "; ".join(prices_in_words(tables)) or None,
+        "estimate": None if manifest.estimate is None else scaled(manifest.estimate, rows),
+        "shard": None if manifest.share is None else str(manifest.share.shard),
+        "merged": list(manifest.merged),
+    }
+    return _summary(moment, spent, directory, rows, run)
 
 
-def _summary(
-    job: str,
-    run_id: str,
-    created_at: datetime,
-    rows: int,
-    rejected: int,
-    tables: dict[str, PriceTable | None],
-    spent: Totals,
-    moment: Moment,
-    directory: RunDirectory,
-    estimate: Estimate | None,
-) -> Summary:
-    settled = spent.settled()
-    lines = spent.lines()
+_OF_THE_MOMENT = tuple(name for name in Moment.__struct_fields__ if name in Summary.__struct_fields__)
+"""The fields that the summary has as the moment has them, but for `elapsed_s` and `deadline`."""
+
+
+def _summary(moment: Moment, spent: Totals, directory: RunDirectory, rows: int, run: dict[str, Any]) -> Summary:
+    """`run` are the fields that neither the moment nor the totals have."""
+    settled, lines = spent.settled(), spent.lines()
     mine = [line for line in spent.booked.values() if line.invocation == moment.invocation]
     minutes = max(moment.elapsed_s, 1e-9) / 60
-    names = prices_in_words(tables)
+    of_the_moment: dict[str, Any] = {name: getattr(moment, name) for name in _OF_THE_MOMENT}
+    of_the_moment["elapsed_s"] = round(moment.elapsed_s, 3)
+    of_the_moment["deadline"] = None if moment.deadline is None else moment.deadline.at.astimezone(UTC)
     return Summary(
         version=VERSION,
-        job=job,
-        run_id=run_id,
-        state=moment.state,
-        exit_code=moment.exit_code,
-        reason=moment.reason,
-        complete=moment.complete,
         rows=rows,
         rows_in_output=settled if moment.complete else 0,
-        rejected=rejected,
         by_status={str(status): n for status in Status if (n := spent.standing.get(status, 0))},
         pending=rows - settled,
         totals=lines,
@@ -198,39 +188,19 @@ def _summary(
         possibly_billed_count=spent.possibly_billed_count,
         possibly_billed_usd=spent.possibly_billed_usd,
         models=spent.answered_as,
-        unknown_finish_reasons=list(moment.unknown_finish_reasons),
-        unpriced_tiers=list(moment.unpriced_tiers),
-        example_error=moment.example_error,
-        price="; ".join(names) or None,
-        estimate=estimate,
-        invocation=moment.invocation,
-        created_at=created_at,
-        started_at=moment.started_at,
         updated_at=moment.now,
-        elapsed_s=round(moment.elapsed_s, 3),
         rows_per_minute=round(sum(line.rows for line in mine) / minutes, 1),
         requests_per_minute=round(moment.sent / minutes, 1),
         tokens_per_minute=round(sum(line.total_tokens for line in mine) / minutes, 1),
         tokens_per_second=0.0 if moment.forecast is None else round(moment.forecast.tokens_per_s, 1),
-        limited_by=moment.limited_by,
-        limits=moment.limits,
-        tuned=moment.tuned,
         eta=moment.eta,
-        deadline=None if moment.deadline is None else moment.deadline.at.astimezone(UTC),
         by_deadline=moment.by_deadline(settled, rows),
-        pid=moment.pid,
-        host=moment.host,
-        command=moment.command,
         files=files(directory) if moment.complete else files_so_far(directory, moment.started_at),
-        retrying=moment.retrying,
-        tags=moment.tags,
-        endpoints=list(moment.endpoints),
-        budgets=list(moment.budgets),
         reused=sum(line.reused for line in lines),
         duplicates=sum(line.duplicates for line in lines),
         saved_usd=sum((line.saved_usd for line in lines), Decimal(0)),
-        live=moment.live,
-        last_answer_at=moment.last_answer_at,
+        **of_the_moment,
+        **run,
     )
 
 

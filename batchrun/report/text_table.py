@@ -1,4 +1,4 @@
-"""Columns of text in line. A table library would replace these ten lines by a dependency (docs/design.md). PURE."""
+"""Columns of text in line. A table library would replace these ten lines by a dependency (docs/decisions.md). PURE."""
 
 from collections.abc import Collection, Sequence
 

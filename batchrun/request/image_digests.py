@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from batchrun.durable import disk_errors, replace
+from batchrun.durable import disk_errors, replacing
 
 _ENTRY = struct.Struct("<16sI")
 ENTRY_BYTES = _ENTRY.size
@@ -20,14 +20,13 @@ ENTRY_BYTES = _ENTRY.size
 
 def write(path: Path, entries: Iterable[tuple[bytes, int]]) -> None:
     """The file says (digest, row) of every entry; rows ascend."""
-
-    def write_entries(temporary: Path) -> None:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            for digest, row in entries:
-                file.seek(row * _ENTRY.size)
-                file.write(_ENTRY.pack(digest, _crc(digest, row)))
-
-    replace(path, write_entries)
+    with (
+        replacing(path) as temporary,
+        open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file,
+    ):
+        for digest, row in entries:
+            file.seek(row * _ENTRY.size)
+            file.write(_ENTRY.pack(digest, _crc(digest, row)))
 
 
 class ImageDigests:

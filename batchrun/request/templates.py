@@ -168,7 +168,8 @@ def _null_in_words(text: str, columns: Columns) -> str:
     """Which column is null, or which of them hold the null, and what to write instead."""
     used = sorted(_used_names(text) & columns.keys())
     if nulls := [name for name in used if columns[name] is None]:
-        return f"column {' and '.join(map(repr, nulls))} is null; write {_or_empty(nulls[0])} where that may be"
+        columns_are = f"column {nulls[0]!r} is" if len(nulls) == 1 else f"columns {', '.join(map(repr, nulls))} are"
+        return f"{columns_are} null; write {_or_empty(nulls[0])} where that may be"
     where = f", in column {' or '.join(map(repr, used))}" if used else ""
     return f"a value in the template is null{where}; write {_or_empty('it')} in its place where that may be"
 

@@ -128,28 +128,33 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 def _without_surrogates(value: Any) -> Any:
     """The value with pairs joined and lone ones replaced in all its texts."""
-    if isinstance(value, str):
-        return _text_without_surrogates(value)
+    if isinstance(value, str) and _SURROGATE.search(value):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     if isinstance(value, list):
         return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
-        return {_text_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
     return value
-
-
-def _text_without_surrogates(text: str) -> str:
-    if not _SURROGATE.search(text):
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
     if responses_object.is_response(body):
         body = responses_object.as_completion(body)
-    choice = _first_choice(body)
+    all_choices = body.get("choices")
+    choices = all_choices if isinstance(all_choices, list) else []
+    # the one with the lowest number: servers were seen that list the one first that ended first
+    numbered = [(messages.index(each, place), place) for place, each in enumerate(choices) if isinstance(each, dict)]
+    choice: dict[str, Any] = choices[min(numbered)[1]] if numbered else {}
+    finish_reason = messages.text(choice.get("finish_reason"))
     message = messages.of(choice)
-    failure = error_body.read(body)
     usage, service_tier, reported_cost_usd = usages.stated_in(body)
+
+    failure = error_body.read(body)
+    if failure is None and choice.get("error"):  # a choice's own error, as OpenRouter sends it
+        failure = error_body.read({"error": choice["error"]})
+    elif failure is None and meaning_of(finish_reason) is Meaning.FAILURE:
+        text = f"the answer broke off with the finish_reason {finish_reason!r:.100}"
+        failure = error_body.Failure(text, code=finish_reason)
     if message is None:
         read = Answer(
             flagged=flagged,
@@ -158,25 +163,37 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
             service_tier=service_tier,
             reported_cost_usd=reported_cost_usd,
         )
-        return _failed(read, failure or _choice_failure(choice))
-    tool_calls, shown = messages.tool_calls(message.get("tool_calls"))
+        return _failed(read, failure)
+
+    calls = message.get("tool_calls")
+    tool_calls, shown = messages.as_text(calls) if calls and isinstance(calls, list) else (None, True)
+    created = body.get("created")
+    is_time = isinstance(created, int) and not isinstance(created, bool) and 0 <= created <= typed.MAX_CREATED
     read = Answer(
         completion=True,
         flagged=flagged or not shown,
         completion_id=messages.text(body.get("id")),
-        created=_created(body.get("created")),
+        created=created if is_time else None,
         model=messages.text(body.get("model")),
         content=messages.content(message.get("content")),
         refusal=messages.refusal(message),
         function_call=messages.function_call(message.get("function_call")),
         tool_calls=tool_calls,
-        choices=_choices(body.get("choices")),
-        finish_reason=messages.text(choice.get("finish_reason")),
+        choices=tuple(_choice(each, place) for place, each in enumerate(choices) if isinstance(each, dict))
+        if len(choices) > 1
+        else (),
+        finish_reason=finish_reason,
         usage=usage,
         service_tier=service_tier,
         reported_cost_usd=reported_cost_usd,
     )
-    return _failed(read, failure or _choice_failure(choice))
+    return _failed(read, failure)
+
+
+def _choice(choice: dict[str, Any], place: int) -> Choice:
+    message = messages.of(choice)
+    content = None if message is None else messages.content(message.get("content"))
+    return Choice(messages.index(choice, place), content, messages.text(choice.get("finish_reason")))
 
 
 def _failed(answer: Answer, failure: error_body.Failure | None) -> Answer:
@@ -194,45 +211,6 @@ def _failed(answer: Answer, failure: error_body.Failure | None) -> Answer:
     )
 
 
-def _choice_failure(choice: dict[str, Any]) -> error_body.Failure | None:
-    """A choice that says that it failed: by an error of its own, as OpenRouter sends it, or by its finish_reason."""
-    if choice.get("error"):
-        return error_body.read({"error": choice["error"]})
-    reason = messages.text(choice.get("finish_reason"))
-    if meaning_of(reason) is not Meaning.FAILURE:
-        return None
-    return error_body.Failure(f"the answer broke off with the finish_reason {reason!r:.100}", code=reason)
-
-
-def _first_choice(body: dict[str, Any]) -> dict[str, Any]:
-    """The choice with the lowest number: servers were seen that list the one first that ended first."""
-    choices = body.get("choices")
-    if not isinstance(choices, list):
-        return {}
-    numbered = [
-        (messages.index(choice, place), place) for place, choice in enumerate(choices) if isinstance(choice, dict)
-    ]
-    return choices[min(numbered)[1]] if numbered else {}
-
-
-def _choices(value: Any) -> tuple[Choice, ...]:
-    """All choices, where there are several."""
-    if not isinstance(value, list) or len(value) < 2:
-        return ()
-    return tuple(_choice(place, choice) for place, choice in enumerate(value) if isinstance(choice, dict))
-
-
-def _choice(place: int, choice: dict[str, Any]) -> Choice:
-    message = messages.of(choice)
-    content = None if message is None else messages.content(message.get("content"))
-    return Choice(messages.index(choice, place), content, messages.text(choice.get("finish_reason")))
-
-
-def _created(value: Any) -> int | None:
-    # the column is a timestamp: what does not fit into years 1970 to 9999 is no time
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 253_402_300_800 else None
-
-
 def has_token(data: bytes) -> bool:
     """True when the event's data carries something of an answer, be it text, a call or reasoning: no mere role."""
     event, _ = decode(data)
@@ -242,10 +220,10 @@ def has_token(data: bytes) -> bool:
     deltas = (
         [messages.delta(choice) for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
     )
-    return any(delta.get(name) for delta in deltas if delta is not None for name in _SPOKEN)
+    return any(delta.get(name) for delta in deltas if delta is not None for name in _DELTA_PARTS)
 
 
-_SPOKEN = ("content", "function_call", "tool_calls", "reasoning_content", "reasoning", "refusal")
+_DELTA_PARTS = ("content", "function_call", "tool_calls", "reasoning_content", "reasoning", "refusal")
 """What servers call the parts of a delta (practice)."""
 
 
@@ -258,17 +236,18 @@ def is_done(data: bytes) -> bool:
 
 
 def _from_events(pieces: Iterable[bytes], choices: int) -> Answer:
-    """A stream folded into the completion it spells. Without `[DONE]` it is whole only if every choice that was asked
+    """The completion that a stream's events add up to. Without `[DONE]` it is whole only if every choice that was asked
     for, and any other that began, has its finish_reason.
     """
-    spelled = _Spelled()
+    streamed = _StreamedAnswer()
+    done = False
     for event in chain.from_iterable(_separated(event) for event in sse.events(pieces)):
-        done = event.data.strip() == _DONE
-        if not done:
-            spelled.take(event)
-        if done or spelled.ended:
-            return spelled.answer(done=True, choices=choices)
-    return spelled.answer(done=False, choices=choices)
+        if done := event.data.strip() == _DONE:
+            break
+        streamed.take(event)
+        if done := streamed.ended:
+            break
+    return streamed.answer(done=done, choices=choices)
 
 
 def _separated(event: sse.Event) -> Iterable[sse.Event]:
@@ -286,11 +265,13 @@ def _separated(event: sse.Event) -> Iterable[sse.Event]:
 _FIELD = b"data:"
 
 
+_NO_MESSAGE = "the stream ended with an error"
+
 _LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata")
 """Of these the last event that has one counts; of `usage` and `error` the last that says something."""
 
 
-class _Spelled:
+class _StreamedAnswer:
     """What the events of a stream add up to."""
 
     def __init__(self) -> None:
@@ -304,16 +285,24 @@ class _Spelled:
 
     def take(self, event: sse.Event) -> None:
         decoded, lenient = _decode_piece(event.data)
-        if event.name == b"error":
-            decoded = _as_error(decoded, event.data)
+        if event.name == b"error":  # whatever it holds says what went wrong
+            if not isinstance(decoded, dict):
+                decoded = {"error": event.data.decode("utf-8", "replace") or _NO_MESSAGE}
+            elif not decoded.get("error"):
+                decoded = {"error": decoded or _NO_MESSAGE}
         if not isinstance(decoded, dict):
             if event.whole:  # else it was cut, which is no oddity of its own
                 self._flagged |= lenient
                 self._broken |= event.data.lstrip().startswith(b"{")  # a piece of the answer that can't be read
             return
+
         self._flagged |= lenient
         if str(decoded.get("type")).startswith("response."):
-            decoded = self._as_chunk(decoded)
+            self.ended = decoded["type"] in responses_object.ENDS
+            decoded = responses_object.as_chunk(decoded)
+            message = decoded.get("choices", [{}])[0].get("message")
+            if message is not None and any(message.get(name) for name in _DELTA_PARTS):
+                self._messages.pop(0, None)  # the last event holds the whole message: it replaces the deltas
         for name in _LAST_COUNTS:
             if (value := decoded.get(name)) is not None:
                 self._last[name] = value
@@ -327,15 +316,6 @@ class _Spelled:
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
                 self._take_choice(choice)
-
-    def _as_chunk(self, event: dict[str, Any]) -> dict[str, Any]:
-        """An event of the Responses API as a chunk. The last event holds the whole message: it replaces the deltas."""
-        self.ended = event["type"] in responses_object.ENDS
-        chunk = responses_object.as_chunk(event)
-        message = chunk.get("choices", [{}])[0].get("message")
-        if message is not None and any(message.get(name) for name in _SPOKEN):
-            self._messages.pop(0, None)
-        return chunk
 
     def _take_choice(self, choice: dict[str, Any]) -> None:
         index = messages.index(choice, 0)
@@ -365,10 +345,3 @@ class _Spelled:
         expected = self._messages.keys() | set(range(min(choices, MAX_CHOICES)))
         ended = (done or expected <= self._finish_reasons.keys()) and not self._broken
         return answer if ended else msgspec.structs.replace(answer, completion=False)
-
-
-def _as_error(decoded: Any, data: bytes) -> dict[str, Any]:
-    """The object that an event named `error` stands for, in whichever form it says what went wrong."""
-    if isinstance(decoded, dict):
-        return decoded if decoded.get("error") else {"error": decoded or "the stream ended with an error"}
-    return {"error": data.decode("utf-8", "replace") or "the stream ended with an error"}

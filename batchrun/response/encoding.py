@@ -7,7 +7,7 @@ an answer would look like none.
 import re
 import zlib
 
-ASKED_FOR = "gzip, deflate"
+ACCEPTED = "gzip, deflate"
 
 _GZIP = 16 + zlib.MAX_WBITS  # 16 means a gzip header instead of zlib's (zlib.h, inflateInit2)
 _GZIP_FIRST = 0x1F
@@ -44,20 +44,17 @@ class Unpacker:
         if self._layers is None:
             if not piece.strip() and "deflate" not in self._names:
                 return piece[:at_most]  # servers send spaces while they work
-            self._layers = self._look(piece)
+            if _PLAIN.match(piece):
+                self._layers = []
+            elif any(name not in _WINDOWS for name in self._names):
+                raise EncodingError(f"the answer has an encoding that was not requested: {self._label[:100]}")
+            elif self._names:
+                self._layers = [_Layer(name) for name in reversed(self._names)]  # the outermost first
+            else:
+                self._layers = [_Layer("gzip")] if is_gzip(piece) else []
         for layer in self._layers:
             piece = layer.unpack(piece, at_most)
         return piece[:at_most]
-
-    def _look(self, first: bytes) -> "list[_Layer]":
-        """What the body is packed in, the outermost first, by its first piece."""
-        if _PLAIN.match(first):
-            return []
-        if not self._names:
-            return [_Layer("gzip")] if is_gzip(first) else []
-        if any(name not in _WINDOWS for name in self._names):
-            raise EncodingError(f"the answer has an encoding that was not requested: {self._label[:100]}")
-        return [_Layer(name) for name in reversed(self._names)]
 
 
 def is_gzip(first: bytes) -> bool:
@@ -79,13 +76,11 @@ class _Layer:
                 if self._inflater is None or self._inflater.eof:
                     if self._inflater is not None and piece[0] != _GZIP_FIRST:
                         break  # padding behind the end
-                    self._inflater = zlib.decompressobj(self._window(piece[0]))
+                    # Some servers send deflate without zlib's header, whose first byte ends in 8 (RFC 1950).
+                    raw = self._name == "deflate" and piece[0] & 0x0F != 8
+                    self._inflater = zlib.decompressobj(-zlib.MAX_WBITS if raw else _WINDOWS[self._name])
                 out += self._inflater.decompress(piece, at_most - len(out))
                 piece = self._inflater.unused_data or self._inflater.unconsumed_tail
         except zlib.error as error:
             raise EncodingError(f"the answer is no {self._name}: {error}") from error
         return bytes(out)
-
-    def _window(self, first: int) -> int:
-        """Some servers send deflate without zlib's header, whose first byte ends in 8 (RFC 1950)."""
-        return -zlib.MAX_WBITS if self._name == "deflate" and first & 0x0F != 8 else _WINDOWS[self._name]

@@ -17,10 +17,11 @@ from batchrun.response.retry_after import duration_s
 MAX_MESSAGE_CHARS = 1000
 """Error messages are for people and for a column: longer ones are cut, the raw body stays."""
 
+# These only bound the work that a hostile body may cause: real ones have far less.
 MAX_CODE_CHARS = 200
 MAX_WORDS = 30
-MAX_DEPTH = 5
-"""No envelope that was seen nests its message deeper than three."""
+MAX_ITEMS = 10
+MAX_DEPTH = 5  # no envelope that was seen nests its message deeper than three
 
 _MESSAGE = (
     *("message", "Message", "error_message", "error_msg", "errorMessage", "error_description", "msg", "status_msg"),
@@ -41,8 +42,13 @@ _ECHOES = frozenset(
 _FINE = frozenset({"0", "200", "ok", "success", "succeeded"})
 """Codes with which an envelope says that nothing is wrong."""
 
-_SECONDS = ("retry_after", "retryAfter", "retry_after_s", "retry_after_seconds", "estimated_time", "retryDelay")
-_MILLISECONDS = ("retry_after_ms", "retryAfterMs")
+_WAITS = (
+    *((name, 1.0) for name in ("retry_after", "retryAfter", "retry_after_s", "retry_after_seconds")),
+    *((name, 1.0) for name in ("estimated_time", "retryDelay")),
+    *((name, 0.001) for name in ("retry_after_ms", "retryAfterMs")),
+)
+"""Fields that say how long to wait, and their unit in seconds. A value may be a number, words, or `{"seconds": 32}`."""
+
 _WAIT = Pattern(
     r"\b(?:try again|retry|wait|available|resets?|retried)(?: again)?:? ?(?:(?:in|after|for|at least|about|~)[ :]*)*"
     r"(?P<wait>(?:\d+(?:\.\d+)? ?(?:ms|milliseconds?|sec(?:ond)?s?|min(?:ute)?s?|hours?|[smh])\b ?"
@@ -55,7 +61,7 @@ _WAIT = Pattern(
 class Failure(msgspec.Struct, frozen=True):
     """What the body says went wrong. `words` is what it says besides message and code: types, states, reasons.
 
-    `status` is the HTTP status that the body itself names, `wait_s` the seconds that it asks to wait.
+    `status` is the HTTP status that the body itself names, `wait_s` the seconds to wait that it names.
     """
 
     message: str
@@ -74,7 +80,7 @@ def read(body: Any) -> Failure | None:
         case str() if body.strip():
             return _failure(body.strip(), None, {})
         case list():
-            return next((found for item in body[:10] if isinstance(item, dict) and (found := read(item))), None)
+            return next((found for item in body[:MAX_ITEMS] if isinstance(item, dict) and (found := read(item))), None)
         case dict():
             if not (error := body.get("error")):
                 return None if body.get("choices") else _inside(body, 0)
@@ -93,30 +99,34 @@ def _of_error(error: Any, body: Mapping[str, Any]) -> Failure:
         return found
     if isinstance(error, list) and (found := _of_list(error, 0)) is not None:
         return found
-    return _failure(_as_text(error), _code(error) if isinstance(error, dict) else None, {})
+    try:
+        text = msgspec.json.encode(error).decode()
+    except RecursionError:  # what can just be decoded can't always be encoded
+        text = "an error nested too deep to show"
+    return _failure(text, _code(error) if isinstance(error, dict) else None, {})
 
 
-def _inside(said: Mapping[str, Any], depth: int) -> Failure | None:
+def _inside(fields: Mapping[str, Any], depth: int) -> Failure | None:
     """The failure that an object or one inside it reports."""
     if depth > MAX_DEPTH:
         return None
-    code = _code(said)
+    code = _code(fields)
     if code is not None and code.lower() in _FINE:
         return None
-    if (message := _first_text(said, _MESSAGE)) is not None:
-        detail, title = said.get("detail"), said.get("title")
+    if (message := _first_text(fields, _MESSAGE)) is not None:
+        detail, title = fields.get("detail"), fields.get("title")
         if isinstance(title, str) and isinstance(detail, str) and message == detail:
             message = f"{title}: {detail}"
-        return _failure(message, code, said)
+        return _failure(message, code, fields)
     for name in _INSIDE:
-        inner = said.get(name)
+        inner = fields.get(name)
         found: Failure | None = None
         if isinstance(inner, dict):
             found = _inside(inner, depth + 1)
         elif isinstance(inner, list):
             found = _of_list(inner, depth + 1)
         elif isinstance(inner, str) and inner and name in ("error", "err", "Error"):
-            found = _failure(inner, code, said)
+            found = _failure(inner, code, fields)
         if found is not None:
             return found if found.code is not None else msgspec.structs.replace(found, code=code)
     return None
@@ -124,60 +134,60 @@ def _inside(said: Mapping[str, Any], depth: int) -> Failure | None:
 
 def _of_list(items: list[Any], depth: int) -> Failure | None:
     """The failures in a list as one: texts, objects, or FastAPI's `{"loc", "msg", "type"}`."""
-    found = [_item(item, depth) for item in items[:10]]
-    known = [failure for failure in found if failure is not None]
+    known: list[Failure] = []
+    for item in items[:MAX_ITEMS]:
+        failure = None
+        if isinstance(item, str) and item:
+            failure = _failure(item, None, {})
+        elif isinstance(item, dict):
+            failure = _inside(item, depth + 1)
+            place = item.get("loc")
+            if failure is not None and isinstance(place, list):
+                where = ".".join(map(str, place[:20]))
+                failure = msgspec.structs.replace(failure, message=f"{where}: {failure.message}"[:MAX_MESSAGE_CHARS])
+        if failure is not None:
+            known.append(failure)
     if not known:
         return None
-    return msgspec.structs.replace(known[0], message=_cut("; ".join(failure.message for failure in known)))
+    message = "; ".join(failure.message for failure in known)[:MAX_MESSAGE_CHARS]
+    return msgspec.structs.replace(known[0], message=message)
 
 
-def _item(item: Any, depth: int) -> Failure | None:
-    if isinstance(item, str) and item:
-        return _failure(item, None, {})
-    if not isinstance(item, dict):
-        return None
-    failure = _inside(item, depth + 1)
-    place = item.get("loc")
-    if failure is None or not isinstance(place, list):
-        return failure
-    return msgspec.structs.replace(failure, message=_cut(f"{'.'.join(map(str, place[:20]))}: {failure.message}"))
-
-
-def _failure(message: str, code: str | None, said: Mapping[str, Any]) -> Failure:
-    param = said.get("param")
+def _failure(message: str, code: str | None, fields: Mapping[str, Any]) -> Failure:
+    param = fields.get("param")
     if isinstance(param, str) and param and param not in message:
         message = f"{message} (param: {param})"
-    message = _cut(message)
+    message = message[:MAX_MESSAGE_CHARS]
     known = {message, code}
-    words = [word for word in _words(said, 0) if word not in known][:MAX_WORDS]
+    words = [word for word in _words(fields, 0) if word not in known][:MAX_WORDS]
     return Failure(
         message=message,
         code=code,
         words=" ".join(words) or None,
-        status=_status(said, code),
-        wait_s=_wait_s(said, message),
+        status=_status(fields, code),
+        wait_s=_wait_s(fields, message),
     )
 
 
-def _first_text(said: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    return next((value for name in names if isinstance(value := said.get(name), str) and value), None)
+def _first_text(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((value for name in names if isinstance(value := fields.get(name), str) and value), None)
 
 
-def _code(said: Mapping[str, Any]) -> str | None:
+def _code(fields: Mapping[str, Any]) -> str | None:
     for name in (*_CODE, *_SYMBOL):
-        value = said.get(name)
+        value = fields.get(name)
         if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
             return str(value).rpartition("#")[2][:MAX_CODE_CHARS]  # AWS: com.amazonaws.x#ThrottlingException
     return None
 
 
-def _status(said: Mapping[str, Any], code: str | None) -> int | None:
+def _status(fields: Mapping[str, Any], code: str | None) -> int | None:
     """The HTTP status that the object names; the vendor's own codes begin with it (40201 is a 402)."""
-    for value in (*(said.get(name) for name in _STATUS), code):
+    for value in (*(fields.get(name) for name in _STATUS), code):
         text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
         if text.isascii() and text.isdigit() and len(text) == 3 and 400 <= int(text) < 600:
             return int(text)
-    vendors = "error_code" in said and "code" in said
+    vendors = "error_code" in fields and "code" in fields
     if vendors and code is not None and re.fullmatch(r"[45]\d{4}", code):
         return int(code[:3])
     return None
@@ -194,39 +204,22 @@ def _words(value: Any, depth: int) -> Iterator[str]:
             if name not in _ECHOES:
                 yield from _words(item, depth + 1)
     elif isinstance(value, list):
-        for item in value[:10]:
+        for item in value[:MAX_ITEMS]:
             yield from _words(item, depth + 1)
 
 
-def _wait_s(said: Mapping[str, Any], message: str) -> float | None:
+def _wait_s(fields: Mapping[str, Any], message: str) -> float | None:
     """Seconds to wait: a field, one of the `metadata`, Google's RetryInfo among the `details`, or words."""
-    details = said.get("details")
-    for each in (said, said.get("metadata"), *(details if isinstance(details, list) else ())):
-        if not isinstance(each, dict):
-            continue
-        for names, scale in ((_SECONDS, 1.0), (_MILLISECONDS, 0.001)):
-            for name in names:
-                if (seconds := _seconds(each.get(name))) is not None:
-                    return seconds * scale
+    details = fields.get("details")
+    for each in (fields, fields.get("metadata"), *(details if isinstance(details, list) else ())):
+        for name, scale in _WAITS if isinstance(each, dict) else ():
+            value = each.get(name)
+            if isinstance(value, dict):
+                value = value.get("seconds")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                if 0 <= value < 1e9:
+                    return value * scale
+            elif isinstance(value, str) and (seconds := duration_s(value)) is not None:
+                return seconds * scale
     found = _WAIT.search(message)
     return None if found is None else duration_s(found["wait"])
-
-
-def _seconds(value: Any) -> float | None:
-    """A number of seconds, a duration in words, or `{"seconds": 32}`."""
-    if isinstance(value, dict):
-        value = value.get("seconds")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if 0 <= value < 1e9 else None
-    return duration_s(value) if isinstance(value, str) else None
-
-
-def _as_text(error: Any) -> str:
-    try:
-        return msgspec.json.encode(error).decode()
-    except RecursionError:  # what can just be decoded can't always be encoded
-        return "an error nested too deep to show"
-
-
-def _cut(text: str) -> str:
-    return text[:MAX_MESSAGE_CHARS]

@@ -34,17 +34,14 @@ def content(value: Any) -> str | None:
     """Text as it is, and a list of text parts joined; other JSON, which some servers send in JSON mode, as its text."""
     if value is None or isinstance(value, str):
         return value
-    parts = [value] if isinstance(value, dict) and value.get("type") == "text" else value
-    if isinstance(parts, list):
-        if any(_is_part(part) for part in parts):
-            return "".join(text(part.get("text")) or "" for part in parts if isinstance(part, dict))
-        if all(isinstance(part, str) for part in parts):
-            return "".join(parts)
-    return _as_text(value)[0]
-
-
-def _is_part(value: Any) -> bool:
-    return isinstance(value, dict) and (value.get("type") in _WITHOUT_TEXT or isinstance(value.get("text"), str))
+    items = [value] if isinstance(value, dict) and value.get("type") == "text" else value
+    if isinstance(items, list):
+        parts = [item for item in items if isinstance(item, dict)]
+        if any(part.get("type") in _WITHOUT_TEXT or isinstance(part.get("text"), str) for part in parts):
+            return "".join(text(part.get("text")) or "" for part in parts)
+        if all(isinstance(item, str) for item in items):
+            return "".join(items)
+    return as_text(value)[0]
 
 
 def refusal(message: dict[str, Any]) -> str | None:
@@ -60,16 +57,12 @@ def function_call(value: Any) -> FunctionCall | None:
         return None
     arguments = value.get("arguments")
     if isinstance(arguments, dict):  # some servers send the object itself (practice)
-        arguments, _ = _as_text(arguments)
+        arguments, _ = as_text(arguments)
     return FunctionCall(text(value.get("name")), text(arguments))
 
 
-def tool_calls(value: Any) -> tuple[str | None, bool]:
-    """The calls as JSON text, and whether they could be shown: what can just be decoded can't always be encoded."""
-    return _as_text(value) if value and isinstance(value, list) else (None, True)
-
-
-def _as_text(value: Any) -> tuple[str | None, bool]:
+def as_text(value: Any) -> tuple[str | None, bool]:
+    """JSON text, and whether it could be made: what can just be decoded can't always be encoded."""
     try:
         return msgspec.json.encode(value).decode(), True
     except (RecursionError, UnicodeEncodeError):  # half a surrogate pair in a piece of a stream
@@ -90,6 +83,49 @@ def delta(choice: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
+_PASSED_AS = {"function": "arguments", "custom": "input"}
+"""The kinds of tools, and what a call of each passes."""
+
+
+class _Called(msgspec.Struct):
+    """What a stream's deltas call: a name, and the pieces of what is passed."""
+
+    name: str = ""
+    passed: list[str] = []
+
+    def add(self, piece: dict[str, Any]) -> None:
+        name = text(piece.get("name")) or ""
+        if name != self.name:  # some servers repeat it in every piece
+            self.name += name
+        passed = piece.get("arguments", piece.get("input"))
+        if isinstance(passed, dict):
+            passed, _ = as_text(passed)
+        self.passed.append(text(passed) or "")
+
+
+class _ToolCall(msgspec.Struct):
+    """One call of a tool in a stream's deltas: the fields that are sent once, and the pieces of its arguments."""
+
+    once: dict[str, Any] = {}
+    called: dict[str, _Called] = {}
+
+    def is_another(self, piece: dict[str, Any]) -> bool:
+        """True for the beginning of another call: it has a name of its own and another id. An id alone says nothing:
+        servers were seen that draw one for each piece.
+        """
+        named = any(isinstance(part := piece.get(kind), dict) and part.get("name") for kind in _PASSED_AS)
+        ids = piece.get("id"), self.once.get("id")
+        return named and None not in ids and ids[0] != ids[1]
+
+    def add(self, piece: dict[str, Any]) -> None:
+        for name, value in piece.items():
+            if value not in (None, "") and name != "index":
+                self.once.setdefault(name, value)  # the first id that it was given counts
+        for kind in _PASSED_AS:
+            if isinstance(part := piece.get(kind), dict):
+                self.called.setdefault(kind, _Called()).add(part)
+
+
 class Message:
     """The message that a stream's deltas add up to; what none of them has stays null."""
 
@@ -97,7 +133,7 @@ class Message:
         self._contents: list[str] = []
         self._chars = 0
         self._refusals: list[str] = []
-        self._call = _Called()
+        self._call: _Called | None = None
         self._tool_calls: dict[int, list[_ToolCall]] = {}
 
     def add(self, delta: dict[str, Any], *, is_message: bool = False) -> None:
@@ -110,79 +146,32 @@ class Message:
         if (declined := refusal(delta)) is not None:
             self._refusals.append(declined)
         if isinstance(call := delta.get("function_call"), dict):
+            self._call = self._call or _Called()
             self._call.add(call)
         tool_calls = delta.get("tool_calls")
         for place, piece in enumerate(tool_calls if isinstance(tool_calls, list) else ()):
             if isinstance(piece, dict) and (number := index(piece, place)) < MAX_CALLS:
-                self._add_tool_call(number, piece)
-
-    def _add_tool_call(self, number: int, piece: dict[str, Any]) -> None:
-        """Most servers number their calls; some give each the same number and distinguish them by id alone."""
-        calls = self._tool_calls.setdefault(number, [])
-        if not calls or calls[-1].is_another(piece):
-            calls.append(_ToolCall())
-        calls[-1].add(piece)
+                # Most servers number their calls; some give each the same number and distinguish them by id alone.
+                calls = self._tool_calls.setdefault(number, [])
+                if not calls or calls[-1].is_another(piece):
+                    calls.append(_ToolCall())
+                calls[-1].add(piece)
 
     def whole(self) -> dict[str, Any]:
         message: dict[str, Any] = {
             "content": "".join(self._contents) if self._contents else None,
             "refusal": "".join(self._refusals),
         }
-        if self._call.started:
-            message["function_call"] = self._call.whole("arguments")
+        if (call := self._call) is not None:
+            message["function_call"] = {"name": call.name, "arguments": "".join(call.passed)}
         if self._tool_calls:
-            message["tool_calls"] = [call.whole() for _, calls in sorted(self._tool_calls.items()) for call in calls]
+            message["tool_calls"] = [
+                call.once
+                | {
+                    kind: {"name": called.name, _PASSED_AS[kind]: "".join(called.passed)}
+                    for kind, called in call.called.items()
+                }
+                for _, calls in sorted(self._tool_calls.items())
+                for call in calls
+            ]
         return message
-
-
-class _Called:
-    """What is called, as a stream's deltas spell it: a name, and the pieces of what is passed."""
-
-    def __init__(self) -> None:
-        self.started = False
-        self.name = ""
-        self._passed: list[str] = []
-
-    def add(self, piece: dict[str, Any]) -> None:
-        self.started = True
-        name = text(piece.get("name")) or ""
-        if name != self.name:  # some servers repeat it in every piece
-            self.name += name
-        passed = piece.get("arguments", piece.get("input"))
-        if isinstance(passed, dict):
-            passed, _ = _as_text(passed)
-        self._passed.append(text(passed) or "")
-
-    def whole(self, passed_as: str) -> dict[str, Any]:
-        return {"name": self.name, passed_as: "".join(self._passed)}
-
-
-_PASSED_AS = {"function": "arguments", "custom": "input"}
-"""The kinds of tools, and what a call of each passes."""
-
-
-class _ToolCall:
-    """One call of a tool as a stream's deltas spell it: what is sent once, and the pieces of its arguments."""
-
-    def __init__(self) -> None:
-        self._once: dict[str, Any] = {}
-        self._called: dict[str, _Called] = {}
-
-    def is_another(self, piece: dict[str, Any]) -> bool:
-        """True for the beginning of another call: it has a name of its own and another id. An id alone says nothing:
-        servers were seen that draw one for each piece.
-        """
-        named = any(isinstance(part := piece.get(kind), dict) and part.get("name") for kind in _PASSED_AS)
-        ids = piece.get("id"), self._once.get("id")
-        return named and None not in ids and ids[0] != ids[1]
-
-    def add(self, piece: dict[str, Any]) -> None:
-        for name, value in piece.items():
-            if value not in (None, "") and name != "index":
-                self._once.setdefault(name, value)  # the first id that it was given counts
-        for kind in _PASSED_AS:
-            if isinstance(part := piece.get(kind), dict):
-                self._called.setdefault(kind, _Called()).add(part)
-
-    def whole(self) -> dict[str, Any]:
-        return self._once | {kind: called.whole(_PASSED_AS[kind]) for kind, called in self._called.items()}

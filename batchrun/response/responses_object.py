@@ -41,13 +41,18 @@ def as_completion(response: Body) -> Body:
     if status not in ("completed", "incomplete"):
         return {**body, "error": {"message": f"the response has the status {status!r:.60}", "code": status}}
     message = _message(response.get("output"))
-    return {**body, "choices": [{"index": 0, "message": message, "finish_reason": _finish_reason(response, message)}]}
+    finish_reason = "tool_calls" if "tool_calls" in message else "stop"
+    if status == "incomplete":
+        details = response.get("incomplete_details")
+        reason = details.get("reason") if isinstance(details, dict) else None
+        finish_reason = _FINISH_REASONS.get(str(reason), str(reason or "incomplete"))
+    return {**body, "choices": [{"index": 0, "message": message, "finish_reason": finish_reason}]}
 
 
 def as_chunk(event: Body) -> Body:
     """An event of a stream as the chunk of a chat completion's stream; empty for one that adds nothing.
 
-    The event that ends a stream holds the whole answer, as `message`: it counts instead of what the deltas spelled.
+    The event that ends a stream holds the whole answer, as `message`: it counts instead of the deltas.
     """
     kind, delta = event.get("type"), event.get("delta")
     match kind:
@@ -56,7 +61,11 @@ def as_chunk(event: Body) -> Body:
         case "response.refusal.delta":
             return _delta({"refusal": delta})
         case "response.output_item.added" if isinstance(item := event.get("item"), dict):
-            return _delta({"tool_calls": [_call(item, event)]}) if item.get("type") == "function_call" else {}
+            if item.get("type") != "function_call":
+                return {}
+            function = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
+            numbered = {"index": event.get("output_index"), "id": item.get("call_id")}
+            return _delta({"tool_calls": [{**numbered, "type": "function", "function": function}]})
         case "response.function_call_arguments.delta":
             piece = {"index": event.get("output_index"), "function": {"arguments": delta}}
             return _delta({"tool_calls": [piece]})
@@ -72,11 +81,6 @@ def as_chunk(event: Body) -> Body:
 
 def _delta(delta: Body) -> Body:
     return {"choices": [{"index": 0, "delta": delta}]}
-
-
-def _call(item: Body, event: Body) -> Body:
-    function = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
-    return {"index": event.get("output_index"), "id": item.get("call_id"), "type": "function", "function": function}
 
 
 def _message(output: Any) -> Body:
@@ -104,11 +108,3 @@ def _message(output: Any) -> Body:
     if calls:
         message["tool_calls"] = calls
     return message
-
-
-def _finish_reason(response: Body, message: Body) -> str:
-    if response.get("status") == "incomplete":
-        details = response.get("incomplete_details")
-        reason = details.get("reason") if isinstance(details, dict) else None
-        return _FINISH_REASONS.get(str(reason), str(reason or "incomplete"))
-    return "tool_calls" if "tool_calls" in message else "stop"

@@ -43,7 +43,12 @@ class Decoder:
         if not piece:
             return []
         self._after_cr = piece.endswith(b"\r")
-        return self._events(self._lines(piece))
+        if b"\n" not in piece and b"\r" not in piece:
+            self._partial.append(piece)  # an incomplete line waits for the next piece
+            return []
+        lines = (b"".join((*self._partial, piece)) if self._partial else piece).splitlines()
+        self._partial = [] if piece.endswith((b"\n", b"\r")) else [lines.pop()]
+        return self._events(lines)
 
     def close(self) -> list[Event]:
         """The event that was incomplete when the stream ended, not `whole`; the specification would drop it."""
@@ -53,15 +58,6 @@ class Decoder:
             events.append(Event(b"\n".join(self._data), self._name, whole=False))
             self._data = []
         return events
-
-    def _lines(self, piece: bytes) -> list[bytes]:
-        """The lines that `piece` completes, without their ends; an incomplete line waits for the next piece."""
-        if b"\n" not in piece and b"\r" not in piece:
-            self._partial.append(piece)
-            return []
-        lines = (b"".join((*self._partial, piece)) if self._partial else piece).splitlines()
-        self._partial = [] if piece.endswith((b"\n", b"\r")) else [lines.pop()]
-        return lines
 
     def _events(self, lines: list[bytes]) -> list[Event]:
         events: list[Event] = []

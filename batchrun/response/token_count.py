@@ -26,7 +26,7 @@ def count(body: bytes, answer: Answer) -> OfflineCount:
     answered = [answer.content, *((called.name, called.arguments) if called is not None else ())]
     batch_count = tokenizer()
     return OfflineCount(
-        tokens(list(_asked(decode(body)[0])), batch_count),
+        tokens(list(_texts(decode(body)[0])), batch_count),
         tokens([text for text in answered if text], batch_count),
     )
 
@@ -49,8 +49,8 @@ def tokens(texts: Sequence[str], batch_count: BatchCount | None) -> int:
     return round(sum(len(text.encode("utf-8", "replace")) for text in texts) * TOKENS_PER_BYTE)
 
 
-def _asked(body: Any) -> Iterator[str]:
-    """The texts of a request: of its messages, and of what describes functions and tools."""
+def _texts(body: Any) -> Iterator[str]:
+    """The texts of a request: of its messages, and every name and text in what describes functions and tools."""
     if not isinstance(body, dict):
         return
     messages = body.get("messages")
@@ -59,12 +59,7 @@ def _asked(body: Any) -> Iterator[str]:
         for part in content if isinstance(content, list) else [{"text": content}]:
             if isinstance(part, dict) and isinstance(part.get("text"), str):
                 yield part["text"]
-    yield from _texts([body.get("functions"), body.get("tools")])
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every name and text in a JSON value, however deep."""
-    left = [value]
+    left = [body.get("functions"), body.get("tools")]
     while left:
         match left.pop():
             case str(text):

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from batchrun.records import Answer, Usage
-from batchrun.response.usage import MAX_COUNT, MAX_UNSAID
+from batchrun.response.usage import MAX_COUNT, MAX_UNSTATED
 
 MAX_CREATED = 253_402_300_799
 """The end of year 9999: what is later fits into no timestamp."""
@@ -78,9 +78,17 @@ def read(body: bytes) -> Answer | None:
         found = _decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    usage = _usage(found.usage)
-    if usage is None:
+    # The usage counts only where its figures can mean but one thing.
+    stated = found.usage
+    prompt, completion, total = stated.prompt_tokens, stated.completion_tokens, stated.total_tokens
+    cached = None if stated.prompt_tokens_details is None else stated.prompt_tokens_details.cached_tokens
+    details = stated.completion_tokens_details
+    reasoning = None if details is None else details.reasoning_tokens
+    if not (prompt or completion) or (cached and (cached > prompt or total == prompt + completion + cached)):
         return None
+    if (reasoning is not None and reasoning > completion) or total - prompt - completion > MAX_UNSTATED:
+        return None
+
     choice = found.choices[0]
     return Answer(
         completion=True,
@@ -89,19 +97,6 @@ def read(body: bytes) -> Answer | None:
         model=found.model,
         content=choice.message.content,
         finish_reason=choice.finish_reason,
-        usage=usage,
+        usage=Usage(prompt, completion, total, cached, reasoning),
         service_tier=None if found.service_tier is None else found.service_tier.lower(),
     )
-
-
-def _usage(stated: _Usage) -> Usage | None:
-    """The usage, where its figures can mean but one thing."""
-    prompt, completion, total = stated.prompt_tokens, stated.completion_tokens, stated.total_tokens
-    cached = None if stated.prompt_tokens_details is None else stated.prompt_tokens_details.cached_tokens
-    details = stated.completion_tokens_details
-    reasoning = None if details is None else details.reasoning_tokens
-    if not (prompt or completion) or (cached and (cached > prompt or total == prompt + completion + cached)):
-        return None
-    if (reasoning is not None and reasoning > completion) or total - prompt - completion > MAX_UNSAID:
-        return None
-    return Usage(prompt, completion, total, cached, reasoning)

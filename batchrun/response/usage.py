@@ -1,10 +1,10 @@
 """What an answer says that it used and cost, in the words of any vendor. PURE.
 
 The common shape, OpenAI's, is read at once. All others are read by tables of names, drawn from the extractors of the
-price list `genai-prices` and the vendors' pages; docs/pricing.md has an example of each with its bill.
+price list `genai-prices` and the vendors' pages; docs/golden_bills.md has an example of each with its bill.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -13,7 +13,7 @@ from batchrun.records import Usage
 MAX_COUNT = 10**9
 """Tokens. No request has a billion; a larger count is an error of the server's that no bill should be made of."""
 
-MAX_UNSAID = 65_536
+MAX_UNSTATED = 65_536
 """Tokens that a total may have beyond prompt and completion where nothing states them. Gemini's compatible endpoint
 hides its thinking there, and answers with no more (ai.google.dev, "Models": output token limit). A larger total adds up
 several requests, and is not believed."""
@@ -106,7 +106,6 @@ _OUTPUT_BESIDE_COMPLETION: tuple[Path, ...] = (("thoughtsTokenCount",), ("though
 _PROMPT_BESIDE_PROMPT: tuple[Path, ...] = (("toolUsePromptTokenCount",), ("tool_use_prompt_token_count",))
 
 
-_CURRENCY = ("currency", "cost_currency")
 _DOLLARS = frozenset({"USD", "US$", "$"})
 
 
@@ -116,30 +115,29 @@ def stated_in(body: Mapping[str, Any]) -> tuple[Usage | None, str | None, Decima
     if isinstance(usage, dict) and usage.keys() <= _COMMON and "provider_metadata" not in body:
         tier = body.get("service_tier")
         if (read := _common(usage)) is not None:
-            return read, None if tier is None else service_tier(body), None
-    return of_body(body), service_tier(body), reported_cost(body)
+            return read, None if tier is None else _service_tier(body), None
 
-
-def of_body(body: Mapping[str, Any]) -> Usage | None:
-    """The usage that a whole answer states, wherever it does so."""
-    for usage in _places(body):
-        if (read := of(usage)) is not None:
-            return read
-    return None
+    choices = body.get("choices")
+    each = (in_choice(choice) for choice in choices) if isinstance(choices, list) else ()
+    of_all = of_choices(usage for usage in each if usage is not None)
+    places = (*_of_answer(body), of_all)
+    read = next((read for usage in places if (read := of(usage)) is not None), None)
+    return read, _service_tier(body), _reported_cost(body)
 
 
 def of(usage: Any) -> Usage | None:
     """Both counts that are billed, or None: half a usage can't be priced."""
     if not isinstance(usage, dict):
         return None
-    if usage.keys() <= _COMMON:
-        return _common(usage)
-    return _in_other_words(usage)
+    return _common(usage) if usage.keys() <= _COMMON else _in_other_words(usage)
 
 
 def found_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
     """The object that states a usage, or a part of one or a cost, in an event of a stream; but for those of choices."""
-    return next((usage for usage in _of_answer(body) if _says_something(usage)), None)
+    for usage in _of_answer(body):
+        if _first(usage, (*_PROMPT, *_COMPLETION)) is not None or _reported_cost({"usage": usage}) is not None:
+            return usage
+    return None
 
 
 def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +148,7 @@ def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, A
     """
     if not earlier:
         return later
-    both = earlier | {name: value for name, value in later.items() if name not in earlier or _tells(value)}
+    both = earlier | {name: value for name, value in later.items() if name not in earlier or _is_more_than_zero(value)}
     name = next((path[0] for path in _COMPLETION if count(later.get(path[0]))), None)
     if name is None or _first(later, _PROMPT) != 0 or not (prompt := _first(earlier, _PROMPT)):
         return both
@@ -162,9 +160,11 @@ def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, A
     return {**{key: value for key, value in both.items() if (key,) not in _TOTAL}, name: whole, "total_tokens": total}
 
 
-def _tells(value: Any) -> bool:
+def _is_more_than_zero(value: Any) -> bool:
     """False for null, zero, and an object of nothing else."""
-    return any(_tells(each) for each in value.values()) if isinstance(value, dict) else value not in (None, 0, "0")
+    if isinstance(value, dict):
+        return any(map(_is_more_than_zero, value.values()))
+    return value not in (None, 0, "0")
 
 
 def in_choice(choice: Any) -> dict[str, Any] | None:
@@ -184,38 +184,6 @@ def of_choices(stated: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     return usages[0] | counts
 
 
-def service_tier(body: Mapping[str, Any]) -> str | None:
-    """The tier that served the request: beside the answer, or in its usage (Anthropic)."""
-    tier = body.get("service_tier")
-    if tier is None:
-        usage = body.get("usage")
-        tier = usage.get("service_tier") if isinstance(usage, dict) else None
-    return tier[:100].lower() if isinstance(tier, str) else None
-
-
-def reported_cost(body: Mapping[str, Any]) -> Decimal | None:
-    """USD that the server itself states for the answer; None where it states none, or no sum of money in USD.
-
-    `usage.cost`: OpenRouter (with the upstream's part where the key is one's own), an object at Perplexity.
-    `usage.cost_in_usd_ticks`: xAI. `usage.estimated_cost`: DeepInfra. `provider_metadata.gateway.cost`: Vercel.
-    """
-    usage = body.get("usage")
-    if isinstance(usage, dict) and not usage.keys() <= _COMMON and _in_dollars(usage, body):
-        if (ticks := _usd(usage.get("cost_in_usd_ticks"), most=MAX_USD * TICKS_PER_USD)) is not None:
-            return (ticks / TICKS_PER_USD).quantize(PICO)
-        for name in ("cost", "estimated_cost", "total_cost", "cost_usd"):
-            if (cost := _usd(usage.get(name))) is not None:
-                return _with_upstream(usage, cost) if name == "cost" else cost
-    return _usd(_at(body, ("provider_metadata", "gateway", "cost")))
-
-
-def _in_dollars(usage: Mapping[str, Any], body: Mapping[str, Any]) -> bool:
-    """False where a currency is named and it is another one."""
-    cost = usage.get("cost")
-    named = [each.get(name) for each in (body, usage, cost) if isinstance(each, dict) for name in _CURRENCY]
-    return all(str(currency).strip().upper() in _DOLLARS for currency in named if currency)
-
-
 def cost_in_headers(headers: Mapping[str, str]) -> Decimal | None:
     """USD that a gateway states in a header."""
     return _usd(headers.get(LITELLM_COST)) or None
@@ -229,6 +197,52 @@ def count(value: Any) -> int | None:
         value = int(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
     return value if whole and 0 <= value <= MAX_COUNT else None
+
+
+def _service_tier(body: Mapping[str, Any]) -> str | None:
+    """The tier that served the request: beside the answer, or in its usage (Anthropic)."""
+    tier = body.get("service_tier")
+    if tier is None:
+        tier = _at(body, ("usage", "service_tier"))
+    return tier[:100].lower() if isinstance(tier, str) else None
+
+
+def _reported_cost(body: Mapping[str, Any]) -> Decimal | None:
+    """USD that the server itself states for the answer; None where it states none, or no sum of money in USD."""
+    usage = body.get("usage")
+    if isinstance(usage, dict) and not usage.keys() <= _COMMON:
+        named = [
+            each.get(name)
+            for each in (body, usage, usage.get("cost"))
+            if isinstance(each, dict)
+            for name in ("currency", "cost_currency")
+        ]
+        if all(str(currency).strip().upper() in _DOLLARS for currency in named if currency):
+            if (ticks := _usd(usage.get("cost_in_usd_ticks"), most=MAX_USD * TICKS_PER_USD)) is not None:  # xAI
+                return (ticks / TICKS_PER_USD).quantize(PICO)
+            if (cost := _usd(usage.get("cost"))) is not None:  # OpenRouter; an object at Perplexity
+                if usage.get("is_byok") is not True:
+                    return cost
+                # The key is the user's own at the vendor, who bills this part; not stated, the sum is unknown.
+                upstream = _usd(_at(usage, ("cost_details", "upstream_inference_cost")))
+                return None if upstream is None else cost + upstream
+            for name in ("estimated_cost", "total_cost", "cost_usd"):  # the first is DeepInfra's
+                if (cost := _usd(usage.get(name))) is not None:
+                    return cost
+    return _usd(_at(body, ("provider_metadata", "gateway", "cost")))  # Vercel
+
+
+def _usd(value: Any, most: int = MAX_USD) -> Decimal | None:
+    """A sum of money as JSON has it: a number, digits in a text, or an object with a total."""
+    if isinstance(value, dict):
+        value = value.get("total_cost", value.get("total"))
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or len(str(value)) > 60:
+        return None
+    try:
+        usd = Decimal(str(value))
+    except InvalidOperation:
+        return None
+    return usd.quantize(PICO) if usd.is_finite() and 0 <= usd <= min(most, 10**15) else None
 
 
 def _common(usage: Mapping[str, Any]) -> Usage | None:
@@ -256,21 +270,33 @@ def _common(usage: Mapping[str, Any]) -> Usage | None:
 
 
 def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
-    prompt, completion = _first(usage, _PROMPT), _first(usage, _COMPLETION)
+    prompt, completion, total = _first(usage, _PROMPT), _first(usage, _COMPLETION), _first(usage, _TOTAL)
     if completion is None and _first(usage, (("promptTokenCount",),)) is not None:
         completion = 0  # Google leaves out a count of nothing
-    prompt, completion = _with_total(prompt, completion, _first(usage, _TOTAL))
+    # the total and one of the two say what the other is
+    if total is not None and prompt is not None and completion is None and total > prompt:
+        completion = total - prompt
+    elif total is not None and completion is not None and prompt is None and total > completion:
+        prompt = total - completion
     if prompt is None or completion is None or not (prompt or completion):
         return None
-    cached, written = _largest(usage, _CACHED), _largest(usage, _WRITTEN)
-    reasoning, total = _largest(usage, _REASONING), _first(usage, _TOTAL)
+
+    cached, written, reasoning = _largest(usage, _CACHED), _largest(usage, _WRITTEN), _largest(usage, _REASONING)
     cache = (cached or 0) + (written or 0)
     if cache and _cache_is_beside(usage, prompt, cache, (total or 0) - prompt - completion, reasoning or 0):
         prompt += cache
         total = None if total is None else max(total, prompt + completion)
-    prompt += _sum(usage, _PROMPT_BESIDE_PROMPT)
-    completion += _sum(usage, _OUTPUT_BESIDE_COMPLETION)
-    output = completion + _outside(usage, completion, reasoning or 0)
+    prompt += sum(_counts(usage, _PROMPT_BESIDE_PROMPT))
+    completion += sum(_counts(usage, _OUTPUT_BESIDE_COMPLETION))
+
+    # What is billed beside the completion, and at these vendors is not in the total either.
+    output = completion
+    if "citation_tokens" in usage or "num_search_queries" in usage:  # Perplexity
+        output += (reasoning or 0) + (count(usage.get("citation_tokens")) or 0)
+    elif (reasoning or 0) > completion or (
+        "total_tokens" not in usage and ("cost_in_usd_ticks" in usage or "num_sources_used" in usage)  # xAI
+    ):
+        output += reasoning or 0
     total = prompt + output if total is None else total
     if output > completion:
         total = max(total, prompt + output)
@@ -278,57 +304,25 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
     return Usage(prompt, completion, total, cached, reasoning, written, _largest(usage, _WRITTEN_1H))
 
 
-def _with_total(prompt: int | None, completion: int | None, total: int | None) -> tuple[int | None, int | None]:
-    """Both counts, where the total and one of them say what the other is."""
-    if prompt is not None and completion is None and total is not None and total > prompt:
-        return prompt, total - prompt
-    if completion is not None and prompt is None and total is not None and total > completion:
-        return total - completion, completion
-    return prompt, completion
-
-
 def _plausible(total: int, stated: int, reasoning: int | None) -> int:
     """The total, or what is stated apart from it where it is too large for one answer."""
-    return stated if total - stated > max(MAX_UNSAID, reasoning or 0) else total
+    return stated if total - stated > max(MAX_UNSTATED, reasoning or 0) else total
 
 
 def _cache_is_beside(usage: Mapping[str, Any], prompt: int, cache: int, excess: int, reasoning: int) -> bool:
     """True where the cache's tokens are not among those of the prompt: by the vendor's names, by what the total has in
     `excess` of prompt and completion, or because the prompt is smaller.
     """
-    if "prompt_tokens" not in usage and _CACHE_BESIDE_PROMPT & usage.keys() and _said(usage, _BESIDE):
+    if "prompt_tokens" not in usage and _CACHE_BESIDE_PROMPT & usage.keys() and _first(usage, _BESIDE) is not None:
         return True
     return cache > prompt or (excess == cache and excess != reasoning)
 
 
-def _outside(usage: Mapping[str, Any], completion: int, reasoning: int) -> int:
-    """Output that is billed beside the completion and, at these vendors, is not in the total either."""
-    if "citation_tokens" in usage or "num_search_queries" in usage:  # Perplexity
-        return reasoning + (count(usage.get("citation_tokens")) or 0)
-    if reasoning > completion:
-        return reasoning
-    if "total_tokens" not in usage and ("cost_in_usd_ticks" in usage or "num_sources_used" in usage):  # xAI
-        return reasoning
-    return 0
-
-
-def _places(body: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    """The objects that state a usage: of the answer, or of its choices."""
-    yield from _of_answer(body)
-    choices = body.get("choices")
-    each = (in_choice(choice) for choice in choices) if isinstance(choices, list) else ()
-    if (usage := of_choices(usage for usage in each if usage is not None)) is not None:
-        yield usage
-
-
-def _of_answer(body: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+def _of_answer(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The objects that state the usage of the whole answer."""
     for path in (("usage",), ("x_groq", "usage"), ("usageMetadata",), ("usage_metadata",), ("result", "usage")):
         if isinstance(usage := _at(body, path), dict):
             yield usage
-
-
-def _says_something(usage: dict[str, Any]) -> bool:
-    return _said(usage, (*_PROMPT, *_COMPLETION)) or reported_cost({"usage": usage}) is not None
 
 
 def _at(value: Any, path: Path) -> Any:
@@ -339,39 +333,19 @@ def _at(value: Any, path: Path) -> Any:
     return value
 
 
+def _counts(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> Iterator[int]:
+    for path in paths:
+        value = usage.get(path[0])
+        if value is None:
+            continue  # most names are of other vendors
+        if (number := count(_at(value, path[1:]))) is not None:
+            yield number
+
+
 def _first(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> int | None:
-    return next((number for path in paths if (number := count(_at(usage, path))) is not None), None)
+    return next(_counts(usage, paths), None)
 
 
 def _largest(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> int | None:
     """Vendors that state one figure under two names leave one of them at 0."""
-    return max((number for path in paths if (number := count(_at(usage, path))) is not None), default=None)
-
-
-def _sum(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> int:
-    return sum(count(_at(usage, path)) or 0 for path in paths)
-
-
-def _said(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> bool:
-    return any(count(_at(usage, path)) is not None for path in paths)
-
-
-def _with_upstream(usage: Mapping[str, Any], cost: Decimal) -> Decimal | None:
-    """With what the upstream vendor bills by itself, where the key is the user's own there; None: it is not stated."""
-    if usage.get("is_byok") is not True:
-        return cost
-    upstream = _usd(_at(usage, ("cost_details", "upstream_inference_cost")))
-    return None if upstream is None else cost + upstream
-
-
-def _usd(value: Any, most: int = MAX_USD) -> Decimal | None:
-    """A sum of money as JSON has it: a number, digits in a text, or an object with a total."""
-    if isinstance(value, dict):
-        value = value.get("total_cost", value.get("total"))
-    if isinstance(value, bool) or not isinstance(value, int | float | str) or len(str(value)) > 60:
-        return None
-    try:
-        usd = Decimal(str(value))
-    except InvalidOperation:
-        return None
-    return usd.quantize(PICO) if usd.is_finite() and 0 <= usd <= min(most, 10**15) else None
+    return max(_counts(usage, paths), default=None)

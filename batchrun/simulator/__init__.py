@@ -8,12 +8,11 @@ from batchrun.simulator.config import SimulatorConfig, config_from_json
 from batchrun.simulator.faults import Fault, parse_faults
 from batchrun.simulator.ledger import LedgerLine, question_of, read_ledger
 from batchrun.simulator.limits import LimitChange
-from batchrun.simulator.process import run, serve
+from batchrun.simulator.process import run
 
 __all__ = [
     "SimulatorConfig",
     "config_from_json",
-    "serve",
     "run",
     "Fault",
     "LimitChange",

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET
 
-from batchrun.simulator.instances import instance
+from batchrun.simulator.instances import WORDS, instance
 from batchrun.simulator.refusal import Refused
 from batchrun.simulator.tokens import BYTES_PER_TOKEN, cached_tokens, prompt_tokens, text_tokens
 from batchrun.simulator.validate import (
@@ -21,9 +21,8 @@ from batchrun.simulator.validate import (
     NamedTool,
     Question,
 )
-from batchrun.simulator.words import WORDS
 
-_WORDS_PER_ANSWER = (8, 40)
+_WORDS_PER_ANSWER = (8, 40)  # one to three sentences
 _REASONING_TOKENS = {"low": 32, "medium": 128, "high": 512, "xhigh": 2_048}  # the mean for each effort
 _CALLS_WHEN_FREE = 0.5  # the share of answers that call a function under `auto`
 
@@ -94,10 +93,9 @@ def _choice(request: ChatRequest, rng: Random) -> Choice:
     if isinstance(request.reasoning_effort, str):
         wanted = round(_REASONING_TOKENS[request.reasoning_effort] * rng.uniform(0.5, 1.5))
         reasoning = min(wanted, limit // 2)  # some of the limit stays for the text
-    function = _function(request, rng)
-    tool = _tool(request, rng) if function is None else None
+    function, tool = _called(request, rng)
     called = function or tool
-    whole = _arguments(called, request, rng) if called else _content(request, rng)
+    whole = _text(request, called, rng)
     text = whole.encode()[: (limit - reasoning) * BYTES_PER_TOKEN].decode(errors="ignore")
     usual: Literal["stop", "function_call", "tool_calls"] = "function_call" if function else "stop"
     return Choice(
@@ -131,52 +129,42 @@ def spoiled(answer: Answer, kind: Literal["invalid_json", "unfit_json"]) -> Answ
     return msgspec.structs.replace(answer, choices=choices)
 
 
-def _calls_freely(request: ChatRequest, rng: Random) -> bool:
-    """Under `auto` the model calls half of the time, and never after a result, so that a round trip ends."""
-    return rng.random() < _CALLS_WHEN_FREE and request.messages[-1].role not in ("tool", "function")
+def _called(request: ChatRequest, rng: Random) -> tuple[Function | None, Function | None]:
+    """The function to call, and the tool: the named one, any of them under `required`, and under `auto` any or none.
 
-
-def _function(request: ChatRequest, rng: Random) -> Function | None:
-    """The function to call: the named one, or under `auto` any of them, or None."""
+    A function goes before a tool, so that an answer has one call at most.
+    """
+    # Under `auto` the model never calls after a result, so that a client's round trip ends.
+    may_call = request.messages[-1].role not in ("tool", "function")
     if isinstance(request.function_call, NamedFunction):
         name = request.function_call.name
-        return next(function for function in request.functions if function.name == name)
-    if request.functions and request.function_call == "auto" and _calls_freely(request, rng):
-        return rng.choice(request.functions)
-    return None
-
-
-def _tool(request: ChatRequest, rng: Random) -> Function | None:
-    """The tool to call: the named one, any of them under `required`, and under `auto` any or None."""
-    offered = [tool.function for tool in request.tools]
+        return next(function for function in request.functions if function.name == name), None
+    if request.functions and request.function_call == "auto" and rng.random() < _CALLS_WHEN_FREE and may_call:
+        return rng.choice(request.functions), None
+    tools = [tool.function for tool in request.tools]
     if isinstance(request.tool_choice, NamedTool):
         name = request.tool_choice.function.name
-        return next(function for function in offered if function.name == name)
-    free = request.tool_choice in (UNSET, "auto") and bool(offered) and _calls_freely(request, rng)
-    return rng.choice(offered) if free or request.tool_choice == "required" else None
+        return None, next(function for function in tools if function.name == name)
+    is_free = request.tool_choice in (UNSET, "auto") and bool(tools) and rng.random() < _CALLS_WHEN_FREE and may_call
+    return None, rng.choice(tools) if is_free or request.tool_choice == "required" else None
 
 
-def _arguments(function: Function, request: ChatRequest, rng: Random) -> str:
-    if function.parameters is UNSET or not function.parameters:
-        return "{}"
-    assert isinstance(function.parameters, dict)
-    if function in request.functions:
-        param = f"functions[{request.functions.index(function)}].parameters"
-    else:
-        param = f"tools[{[tool.function for tool in request.tools].index(function)}].function.parameters"
-    return msgspec.json.encode(instance(function.parameters, rng, param)).decode()
+def _text(request: ChatRequest, called: Function | None, rng: Random) -> str:
+    """The content, or the arguments of a call."""
+    if called is not None:
+        if called.parameters is UNSET or not called.parameters:
+            return "{}"
+        assert isinstance(called.parameters, dict)
+        if called in request.functions:
+            param = f"functions[{request.functions.index(called)}].parameters"
+        else:
+            param = f"tools[{[tool.function for tool in request.tools].index(called)}].function.parameters"
+        return msgspec.json.encode(instance(called.parameters, rng, param)).decode()
 
-
-def _content(request: ChatRequest, rng: Random) -> str:
-    match request.response_format:
-        case JSONSchemaFormat(json_schema=named):
-            value = instance(named.schema, rng, "response_format.json_schema.schema")
-            return msgspec.json.encode(value).decode()
-        case JSONObjectFormat():
-            return msgspec.json.encode({"answer": _prose(rng), "confidence": round(rng.random(), 2)}).decode()
-        case _:
-            return _prose(rng)
-
-
-def _prose(rng: Random) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(*_WORDS_PER_ANSWER))).capitalize() + "."
+    if isinstance(request.response_format, JSONSchemaFormat):
+        schema = request.response_format.json_schema.schema
+        return msgspec.json.encode(instance(schema, rng, "response_format.json_schema.schema")).decode()
+    prose = " ".join(rng.choices(WORDS, k=rng.randint(*_WORDS_PER_ANSWER))).capitalize() + "."
+    if isinstance(request.response_format, JSONObjectFormat):
+        return msgspec.json.encode({"answer": prose, "confidence": round(rng.random(), 2)}).decode()
+    return prose

@@ -67,8 +67,6 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     cache_life_s: float | None = None
     """Simulate an implicit prompt cache whose prefixes live this long after their last use. None: a long system prompt
     always counts as cached, so that a question's usage is always the same."""
-    omit_usage: bool = False
-    """No answer carries usage (what some gateways do). It is billed all the same."""
     ledger: str | None = None
     """The file to append a line per exchange to; None keeps counters only."""
     parent_pid: int | None = None
@@ -79,13 +77,14 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise JobError(f"simulator: {name} = {value} is not within {low:g} to {high:g}")
-        self._check_changes()
-        if not _is_loopback(self.host):
+        try:
+            is_loopback = ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            is_loopback = False
+        if not is_loopback:
             raise JobError(f"simulator: host = {self.host!r} is not a loopback address such as 127.0.0.1")
         if self.api_key == "":
             raise JobError("simulator: api_key is empty; leave it out to accept any key")
-
-    def _check_changes(self) -> None:
         for change in self.limit_changes:
             for name in ("requests_per_minute", "tokens_per_minute"):
                 value, (low, high) = getattr(change, name), _RANGES[name]
@@ -108,10 +107,3 @@ def config_from_json(text: str | bytes) -> SimulatorConfig:
         return msgspec.json.decode(text, type=SimulatorConfig)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise JobError(f"simulator: {error}") from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -1,7 +1,6 @@
 """Answers on the socket: whole, streamed, cut, or replaced by a fault."""
 
 import asyncio
-import html
 import socket
 import struct
 
@@ -9,12 +8,11 @@ import msgspec
 from aiohttp import web
 
 from batchrun.simulator.faults import Fault
-from batchrun.simulator.refusal import error_body
+from batchrun.simulator.refusal import Refused
 
 Headers = tuple[tuple[str, str], ...]
-_LEAVE_POLL_S = 0.05
+_LEAVE_POLL_S = 0.05  # any short time does: only the client's leaving is waited for
 _JSON = "application/json"
-_HTML = "text/html; charset=utf-8"
 
 
 class Delivery(msgspec.Struct, frozen=True):
@@ -28,7 +26,7 @@ class Delivery(msgspec.Struct, frozen=True):
 
 async def deliver(http: web.BaseRequest, delivery: Delivery, headers: Headers) -> web.StreamResponse:
     """The whole answer was sent, unless the client left."""
-    if not delivery.streamed and delivery.pause_s == 0:
+    if not delivery.streamed:
         return answer(200, b"".join(delivery.pieces), delivery.content_type, headers)
     response = await _start(http, delivery, headers)
     if delivery.pause_s == 0:
@@ -53,17 +51,23 @@ async def cut(http: web.BaseRequest, delivery: Delivery, headers: Headers) -> we
 
 async def replace(http: web.BaseRequest, fault: Fault, headers: Headers) -> web.StreamResponse:
     """The fault's own bytes were sent in place of an answer, or none were."""
-    match fault.kind:
-        case "reset":
-            await asyncio.sleep(fault.pause_s)
-            _reset(http)
-        case "hang":
-            # aiohttp has no event for it short of cancelling
-            while http.transport is not None and not http.transport.is_closing():  # noqa: ASYNC110
-                await asyncio.sleep(_LEAVE_POLL_S)
-        case _:
-            body, content_type = _body(fault)
-            return answer(fault.http_status, body, content_type, headers + _extra_headers(fault))
+    if (status := fault.http_status) is not None:
+        if fault.kind == "body":
+            body = fault.body_base64 or fault.body.encode()
+        else:
+            error_type = "server_error" if status >= 500 else "invalid_request_error"
+            body = Refused(status, fault.message, code=fault.code, error_type=error_type).body()
+        wait = () if fault.retry_after is None else (("Retry-After", fault.retry_after),)
+        return answer(status, body, _JSON, headers + wait + fault.headers)
+    if fault.kind == "hang":
+        # aiohttp has no event for it short of cancelling
+        while http.transport is not None and not http.transport.is_closing():  # noqa: ASYNC110
+            await asyncio.sleep(_LEAVE_POLL_S)
+    elif http.transport is not None:
+        # SO_LINGER 0 makes the close a reset, RST instead of FIN (socket(7))
+        connection = http.transport.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        http.transport.abort()
     return web.Response()  # no one gets it: the connection is closed
 
 
@@ -85,33 +89,3 @@ async def _start(http: web.BaseRequest, delivery: Delivery, headers: Headers) ->
         response.headers.add(name, text)
     await response.prepare(http)
     return response
-
-
-def _body(fault: Fault) -> tuple[bytes, str]:
-    """What replaces the answer, and its content type."""
-    if fault.kind == "body":
-        return fault.payload, _JSON
-    if fault.empty:
-        return b"", _JSON
-    if fault.html:
-        return _page(fault.http_status, fault.message), _HTML
-    error_type = "server_error" if fault.http_status >= 500 else "invalid_request_error"
-    return error_body(fault.message, error_type=error_type, code=fault.code), _JSON
-
-
-def _page(status: int, message: str) -> bytes:
-    text = html.escape(message)
-    return f"<html><head><title>{status}</title></head><body><h1>{text}</h1></body></html>".encode()
-
-
-def _extra_headers(fault: Fault) -> Headers:
-    named = (("Retry-After", fault.retry_after), ("retry-after-ms", fault.retry_after_ms))
-    return tuple((name, text) for name, text in named if text is not None) + fault.headers
-
-
-def _reset(http: web.BaseRequest) -> None:
-    """RST instead of FIN: SO_LINGER 0 makes the close a reset (socket(7))."""
-    if http.transport is not None:
-        connection = http.transport.get_extra_info("socket")
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        http.transport.abort()

@@ -12,7 +12,6 @@ Kind = Literal["status", "body", "reset", "hang", "cut", "invalid_json", "unfit_
 
 # These spoil a finished answer, which is therefore billed; the others replace it.
 SPOILING: frozenset[Kind] = frozenset({"cut", "invalid_json", "unfit_json"})
-_NO_STATUS_LINE: frozenset[Kind] = frozenset({"reset", "hang"})
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -28,8 +27,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     sticky: bool = False
     """Draw from the question alone, so that a retry fails like the first attempt."""
     from_request: int = 1
-    """The first and the last exchange it applies to, counted from 1 since the simulator started."""
-    to_request: int | None = None
+    """The first exchange it applies to, counted from 1 since the simulator started; `times` says for how many."""
     service_tier: str | None = None
     """Only requests that name this service tier."""
     match: str = ""
@@ -48,13 +46,6 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     headers: tuple[tuple[str, str], ...] = ()
     """Sent as given; names may repeat."""
     retry_after: str | None = None
-    retry_after_ms: str | None = None
-    html: bool = False
-    """The error's body is a proxy's HTML page."""
-    empty: bool = False
-    """The error has no body."""
-    pause_s: float = 0.0
-    """Seconds before a reset."""
     body: str = ""
     body_base64: bytes = b""
     """What `body` sends where it is not text; replaces `body`."""
@@ -66,34 +57,28 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise JobError(f"faults: status = {self.status} is not within 200 to 599")
         if self.from_request < 1 or (self.times is not None and self.times < 0):
             raise JobError("faults: from_request counts from 1, and times from 0")
-        if not 0 <= self.pause_s <= 3_600:
-            raise JobError(f"faults: pause_s = {self.pause_s} is not within 0 to 3600")
 
     @property
-    def http_status(self) -> int:
-        """The status on the wire."""
+    def http_status(self) -> int | None:
+        """The status on the wire; None: the client gets no status line."""
+        if self.kind in ("reset", "hang"):
+            return None
         if self.status is not None:
             return self.status
         return 500 if self.kind == "status" else 200
 
     @property
-    def sends_status(self) -> bool:
-        """Whether the client gets a status line at all."""
-        return self.kind not in _NO_STATUS_LINE
-
-    @property
     def is_billed(self) -> bool:
-        """Whether the exchange is billed."""
         return self.kind in SPOILING if self.billed is None else self.billed
-
-    @property
-    def payload(self) -> bytes:
-        """The literal bytes of a `body`."""
-        return self.body_base64 or self.body.encode()
 
 
 # 503 is this vendor's code for blocked content (docs/api.md, "Errors"): it is about the question, so it is sticky.
 _NAMED: dict[str, Fault] = {
+    "reset": Fault(kind="reset"),
+    "hang": Fault(kind="hang"),
+    "cut": Fault(kind="cut"),
+    "invalid_json": Fault(kind="invalid_json"),
+    "unfit_json": Fault(kind="unfit_json"),
     "billed_reset": Fault(kind="reset", billed=True),
     "content_policy": Fault(
         kind="status", status=503, message="Content Policy Violation", code="content_policy_violation", sticky=True
@@ -121,7 +106,6 @@ _NAMED: dict[str, Fault] = {
 }
 _STICKY_STATUSES = frozenset({400, 413, 415, 422})  # the request itself is wrong: a retry changes nothing
 _CODE_OF_STATUS = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
-_WITHOUT_SETTINGS = frozenset({"reset", "hang", "cut", "invalid_json", "unfit_json"})
 
 
 def parse_faults(text: str) -> tuple[Fault, ...]:
@@ -130,26 +114,24 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
     Raises:
         JobError: an unknown name, or a share that is not a number from 0 to 1.
     """
-    return tuple(_parse_fault(item.strip()) for item in text.split(",") if item.strip())
-
-
-def _parse_fault(item: str) -> Fault:
-    name, _, share_text = item.partition("=")
-    try:
-        share = float(share_text)
-    except ValueError:
-        raise JobError(f"faults: {item!r} is not NAME=SHARE, such as 500=0.1") from None
-    name = name.strip()
-    if name.isdecimal():
-        status = int(name)
-        sticky = status in _STICKY_STATUSES
-        return Fault(kind="status", status=status, share=share, sticky=sticky, code=_CODE_OF_STATUS.get(status))
-    if name in _NAMED:
-        return msgspec.structs.replace(_NAMED[name], share=share)
-    if name in _WITHOUT_SETTINGS:
-        return msgspec.convert({"kind": name, "share": share}, Fault)
-    known = ", ".join(sorted(_NAMED.keys() | _WITHOUT_SETTINGS))
-    raise JobError(f"faults: {name!r} is neither an HTTP status nor one of {known}")
+    faults: list[Fault] = []
+    for item in filter(None, map(str.strip, text.split(","))):
+        name, _, share_text = item.partition("=")
+        try:
+            share = float(share_text)
+        except ValueError:
+            raise JobError(f"faults: {item!r} is not NAME=SHARE, such as 500=0.1") from None
+        name = name.strip()
+        if name.isdecimal():
+            status = int(name)
+            sticky, code = status in _STICKY_STATUSES, _CODE_OF_STATUS.get(status)
+            faults.append(Fault(kind="status", status=status, share=share, sticky=sticky, code=code))
+        elif name in _NAMED:
+            faults.append(msgspec.structs.replace(_NAMED[name], share=share))
+        else:
+            known = ", ".join(sorted(_NAMED))
+            raise JobError(f"faults: {name!r} is neither an HTTP status nor one of {known}")
+    return tuple(faults)
 
 
 class FaultBook:
@@ -183,7 +165,9 @@ class FaultBook:
         for index, fault in enumerate(self._faults):
             counted = (index, question if fault.per_question else b"")
             if (
-                _in_range(fault, ordinal, age_s)
+                fault.from_request <= ordinal
+                and fault.after_s <= age_s
+                and (fault.until_s is None or age_s < fault.until_s)
                 and (fault.times is None or self._applied[counted] < fault.times)
                 and fault.service_tier in (None, service_tier)
                 and fault.match.encode() in body
@@ -200,12 +184,3 @@ class FaultBook:
         attempt = 0 if fault.sticky else self._attempts[question]
         salt = self._seed + index.to_bytes(4) + attempt.to_bytes(4)
         return int.from_bytes(blake2b(question + named.encode(), key=salt, digest_size=7).digest()) / 2**56
-
-
-def _in_range(fault: Fault, ordinal: int, age_s: float) -> bool:
-    return (
-        fault.from_request <= ordinal
-        and (fault.to_request is None or ordinal <= fault.to_request)
-        and fault.after_s <= age_s
-        and (fault.until_s is None or age_s < fault.until_s)
-    )

@@ -2,24 +2,37 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime, timedelta
 from random import Random
 from typing import Any
 
 from batchrun.simulator.refusal import Refused
 from batchrun.simulator.schemas import CompiledSchema, Schema, compiled
-from batchrun.simulator.words import WORDS
 
 _TRIES = 8  # draws at one place before it counts as impossible
 _SHALLOW = 4  # below this depth optional things are left out, so that recursive schemas come to an end
 _DEEPEST = 40  # far below Python's own limit on recursion, of which a level here takes several frames
 _MOST_NODES = 5_000  # bounds the work a hostile or huge schema may cause
-_LONGEST_TEXT = 100_000
+_LONGEST_TEXT = 100_000  # characters; bounds the same
 _LARGEST = 2**53  # beyond it JSON numbers are not exact everywhere (RFC 8259, section 6)
 
+_TEXT = (
+    "answer battery because before better bright built button camera careful charge clean clear color common compare"
+    " cover damage deliver design detail device early easy engine every exact expect fabric family fast feature few"
+    " final fine fresh garden gentle good great handle happy heavy house idea image item kitchen large later leather"
+    " letter light little long market material matter metal minor model modern money morning narrow natural never new"
+    " nothing number office often order other owner paper part pattern perfect picture plain plastic point polite"
+    " price product promise quality question quick quiet reason result return review river round safe screen second"
+    " service shape short simple small smooth soft solid sound special steel still strong sturdy summer surface table"
+    " three time tool travel trust useful value warm water weight white window winter wonderful wood work year"
+)
+WORDS = tuple(_TEXT.split())  # the vocabulary of all answers
+
 _FORMATS: dict[str, Callable[[Random], str]] = {
-    "date-time": lambda rng: f"{_date(rng)}T{_time(rng)}Z",
-    "date": lambda rng: _date(rng),
-    "time": lambda rng: f"{_time(rng)}Z",
+    "date-time": lambda rng: f"{_moment(rng):%Y-%m-%dT%H:%M:%SZ}",
+    "date": lambda rng: f"{_moment(rng):%Y-%m-%d}",
+    "time": lambda rng: f"{_moment(rng):%H:%M:%SZ}",
     "duration": lambda rng: f"P{rng.randint(1, 30)}D",
     "email": lambda rng: f"{rng.choice(WORDS)}{rng.randint(1, 99)}@example.com",
     "hostname": lambda rng: f"{rng.choice(WORDS)}.example.com",
@@ -89,7 +102,19 @@ class _Maker:
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
                 return self._branch(schema, keyword, depth)
-        return self._typed(self._type_of(schema, depth), schema, depth)
+        match self._type_of(schema, depth):
+            case "object":
+                return self._object(schema, depth)
+            case "array":
+                return self._array(schema, depth)
+            case "string":
+                return _text(schema, self._rng)
+            case "integer" | "number" as kind:
+                return _number(schema, self._rng, whole=kind == "integer")
+            case "boolean":
+                return self._rng.random() < 0.5
+            case _:
+                return None
 
     def _branch(self, schema: Schema, keyword: str, depth: int) -> Any:
         """A value for one of the alternatives, joined with the rules beside them."""
@@ -115,21 +140,6 @@ class _Maker:
         flat: list[str] = [name for name in declared if name not in ("object", "array")]
         return self._rng.choice(flat if flat and depth >= _SHALLOW else list[str](declared))
 
-    def _typed(self, kind: str, schema: Schema, depth: int) -> Any:
-        match kind:
-            case "object":
-                return self._object(schema, depth)
-            case "array":
-                return self._array(schema, depth)
-            case "string":
-                return _text(schema, self._rng)
-            case "integer" | "number":
-                return _number(schema, self._rng, whole=kind == "integer")
-            case "boolean":
-                return self._rng.random() < 0.5
-            case _:
-                return None
-
     def _object(self, schema: Schema, depth: int) -> dict[str, Any]:
         properties = schema.get("properties", {})
         required = schema.get("required", [])
@@ -143,18 +153,12 @@ class _Maker:
             if name in required:
                 made[name] = self.make(properties.get(name, others), depth + 1)
             elif room >= 1 and self._rng.random() < keep:
-                room -= self._try_into(made, name, properties[name], depth)
+                with suppress(_Impossible):  # it is optional, so an answer does without it
+                    made[name] = self.make(properties[name], depth + 1)
+                    room -= 1
         while len(made) < least and others is not False:
             made[f"extra_{len(made)}"] = self.make(others, depth + 1)
         return made
-
-    def _try_into(self, made: dict[str, Any], name: str, schema: Schema, depth: int) -> bool:
-        """Adds an optional property unless it is one that can't be."""
-        try:
-            made[name] = self.make(schema, depth + 1)
-        except _Impossible:
-            return False
-        return True
 
     def _array(self, schema: Schema, depth: int) -> list[Any]:
         prefix = schema.get("prefixItems", [])
@@ -168,17 +172,11 @@ class _Maker:
         for index in range(length):
             child = prefix[index] if index < len(prefix) else others
             try:
-                made.append(self._another(child, made if schema.get("uniqueItems") else [], depth))
-            except _Impossible:
+                drawn = (self.make(child, depth + 1) for _ in range(_TRIES))
+                made.append(next(item for item in drawn if item not in made or not schema.get("uniqueItems")))
+            except (_Impossible, StopIteration):
                 break  # a shorter list may do; `make` validates it
         return made
-
-    def _another(self, schema: Schema, taken: list[Any], depth: int) -> Any:
-        for _ in range(_TRIES):
-            item = self.make(schema, depth + 1)
-            if item not in taken:
-                return item
-        raise _Impossible("too few different items")
 
     def _flatten(self, schema: Schema | bool, depth: int) -> Schema:
         """One schema without `$ref` and `allOf` at its top. It only guides the drawing: the validator decides."""
@@ -218,39 +216,32 @@ def _may_nest(schema: Schema | bool) -> bool:
     )
 
 
-def _join(left: dict[str, Any], right: Schema) -> dict[str, Any]:
+def _join(left: Schema, right: Schema) -> dict[str, Any]:
+    """Both schemas' rules, as nearly as one rule can stand for two of a kind."""
     joined = dict(left)
     for keyword, operand in right.items():
-        joined[keyword] = _both(keyword, left[keyword], operand) if keyword in left else operand
+        if keyword not in left:
+            joined[keyword] = operand
+            continue
+        other = left[keyword]
+        if keyword in _LARGER:
+            joined[keyword] = max(other, operand)
+        elif keyword in _SMALLER:
+            joined[keyword] = min(other, operand)
+        elif keyword == "required":
+            joined[keyword] = [*other, *(name for name in operand if name not in other)]
+        elif keyword == "properties":
+            both = {name: {"allOf": [other[name], operand[name]]} for name in other if name in operand}
+            joined[keyword] = {**other, **operand, **both}
+        elif keyword == "enum":
+            joined[keyword] = [value for value in other if value in operand] or other
+        elif keyword == "type":
+            lefts, rights = ([names] if isinstance(names, str) else names for names in (other, operand))
+            kinds = [name for name in lefts if name in rights]
+            if "integer" not in kinds and {"integer", "number"} <= {*lefts, *rights}:
+                kinds.append("integer")  # every integer is a number
+            joined[keyword] = kinds
     return joined
-
-
-def _both(keyword: str, left: Any, right: Any) -> Any:
-    """One operand for two rules, as nearly as one can stand for both."""
-    if keyword in _LARGER:
-        return max(left, right)
-    if keyword in _SMALLER:
-        return min(left, right)
-    match keyword:
-        case "required":
-            return [*left, *(name for name in right if name not in left)]
-        case "properties":
-            both = {name: {"allOf": [left[name], right[name]]} for name in left if name in right}
-            return {**left, **right, **both}
-        case "type":
-            return _both_types(left, right)
-        case "enum":
-            return [value for value in left if value in right] or left
-        case _:
-            return left
-
-
-def _both_types(left: str | list[str], right: str | list[str]) -> list[str]:
-    lefts, rights = ([names] if isinstance(names, str) else names for names in (left, right))
-    both = [name for name in lefts if name in rights]
-    if "integer" not in both and {"integer", "number"} <= {*lefts, *rights}:
-        both.append("integer")
-    return both
 
 
 def _number(schema: Schema, rng: Random, *, whole: bool) -> float:
@@ -262,14 +253,11 @@ def _number(schema: Schema, rng: Random, *, whole: bool) -> float:
     if low > high:
         raise _Impossible("a lower bound is above the upper one")
     step = schema.get("multipleOf", 1 if whole else None)
-    if step is not None:
-        return _multiple(low, high, step, rng, whole=whole)
-    value = rng.uniform(low, high)
-    rounded = round(value, 2)
-    return rounded if low < rounded < high else value
+    if step is None:
+        value = rng.uniform(low, high)
+        rounded = round(value, 2)
+        return rounded if low < rounded < high else value
 
-
-def _multiple(low: float, high: float, step: float, rng: Random, *, whole: bool) -> float:
     if not math.isfinite(low / step) or not math.isfinite(high / step):
         raise _Impossible("multipleOf is too small")
     first, last = math.ceil(low / step), math.floor(high / step)
@@ -291,9 +279,5 @@ def _text(schema: Schema, rng: Random) -> str:
     return f"{text.rstrip()}{'.' * (len(text) - len(text.rstrip()))}"
 
 
-def _date(rng: Random) -> str:
-    return f"20{rng.randint(10, 29)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}"
-
-
-def _time(rng: Random) -> str:
-    return f"{rng.randint(0, 23):02}:{rng.randint(0, 59):02}:{rng.randint(0, 59):02}"
+def _moment(rng: Random) -> datetime:
+    return datetime(2010, 1, 1) + timedelta(seconds=rng.randrange(20 * 365 * 86_400))

@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+_LONGEST_LINE = 65_536  # bytes; lines have some hundreds, and a request's id is the only part that a client chooses
+_TOKENS = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
 _NOT_THE_QUESTION = frozenset({"stream", "stream_options", "service_tier", "prompt_cache_key"})
 
 
@@ -53,31 +55,34 @@ class Ledger:
     """Counts exchanges and appends them to a file, if there is one. Call `close` at the end."""
 
     def __init__(self, path: str | None) -> None:
-        self._fd = None if path is None else _open_to_append(path)
+        self._fd: int | None = None
+        if path is not None:
+            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            # A kill may have left a torn line at the end: it goes.
+            size = os.fstat(self._fd).st_size
+            tail = os.pread(self._fd, _LONGEST_LINE, max(0, size - _LONGEST_LINE))
+            os.ftruncate(self._fd, size - (len(tail) - (tail.rfind(b"\n") + 1)))
         self._encode = msgspec.json.Encoder().encode
         self._counts: Counter[str] = Counter()
         self._refused: Counter[str] = Counter()
 
     def write(self, line: LedgerLine) -> None:
-        """Counts the exchange, and writes it to the file."""
         if self._fd is not None:
             os.write(self._fd, self._encode(line) + b"\n")
         self._counts["exchanges"] += 1
         if line.billed:
             self._counts["billed"] += 1
-            for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens"):
+            for name in _TOKENS:
                 self._counts[name] += getattr(line, name)
         elif line.status != 200:
             self._refused[str(line.status or "unanswered")] += 1
 
     def totals(self) -> bytes:
         """`{"exchanges", "billed", "prompt_tokens", …, "refused": {status: count}}` as JSON; tokens are billed ones."""
-        names = ("exchanges", "billed", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
-        counts: dict[str, object] = {name: self._counts[name] for name in names}
+        counts: dict[str, object] = {name: self._counts[name] for name in ("exchanges", "billed", *_TOKENS)}
         return msgspec.json.encode(counts | {"refused": dict(self._refused)})
 
     def close(self) -> None:
-        """Closes the file; every line was written already."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
@@ -97,14 +102,3 @@ def question_of(body: dict[str, Any]) -> bytes:
     """BLAKE2b-128 of the body as JSON with sorted keys, without what only sets how it is served and sent."""
     kept = {name: value for name, value in body.items() if name not in _NOT_THE_QUESTION}
     return blake2b(msgspec.json.encode(kept, order="sorted"), digest_size=16).digest()
-
-
-def _open_to_append(path: str) -> int:
-    """A descriptor of the file, without the torn line that a kill may have left at its end."""
-    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    size = os.fstat(fd).st_size
-    tail = os.pread(fd, 65_536, max(0, size - 65_536))
-    torn = len(tail) - (tail.rfind(b"\n") + 1)
-    if torn:
-        os.ftruncate(fd, size - torn)
-    return fd

@@ -37,20 +37,19 @@ class Bucket:
 
     def __init__(self, per_minute: int, now_s: float, burst_s: float = BURST_S) -> None:
         self._burst_s = burst_s
-        self._set(per_minute)
-        self._level = self.capacity
+        self._level = math.inf  # `change` brings it down to the capacity
         self._at_s = now_s
+        self._per_s = 0.0
+        self.capacity = math.inf
+        self.change(per_minute, now_s)
 
     def change(self, per_minute: int, now_s: float) -> None:
         """Refills at the new rate from `now_s` on. The level stays, up to the new capacity."""
         self.level(now_s)
-        self._set(per_minute)
-        self._level = min(self.capacity, self._level)
-
-    def _set(self, per_minute: int) -> None:
         self.per_minute = per_minute
         self._per_s = per_minute / 60
         self.capacity = max(1.0, self._per_s * self._burst_s)
+        self._level = min(self.capacity, self._level)
 
     def level(self, now_s: float) -> float:
         """What can be taken now; below 0 after an amount larger than the bucket was taken."""
@@ -66,10 +65,6 @@ class Bucket:
     def take(self, amount: float) -> None:
         """Lowers the level; an amount larger than the bucket leaves a debt."""
         self._level -= amount
-
-    def reset_s(self, now_s: float) -> float:
-        """Seconds until the bucket is full."""
-        return (self.capacity - self.level(now_s)) / self._per_s
 
 
 class Limits:
@@ -106,7 +101,18 @@ class Limits:
         waits = {name: bucket.wait_s(amounts[name], now_s) for name, bucket in self._buckets.items()}
         name = max(waits, key=lambda name: waits[name], default=None)
         if name is not None and waits[name] > 0:
-            raise self._refusal(name, waits[name])
+            wait_s, limit = waits[name], self._buckets[name].per_minute
+            headers = [("Retry-After", str(math.ceil(wait_s)))]
+            if self._headers:
+                headers.append(("retry-after-ms", str(_milliseconds(wait_s))))
+            message = f"Rate limit reached for {name} per minute (limit {limit})."
+            raise Refused(
+                429,
+                f"{message} Please try again in {duration_text(wait_s)}.",
+                code="rate_limit_exceeded",
+                error_type=name,
+                headers=tuple(headers),
+            )
         for name, bucket in self._buckets.items():
             bucket.take(amounts[name])
 
@@ -121,7 +127,7 @@ class Limits:
             for field, text in (
                 ("limit", str(bucket.per_minute)),
                 ("remaining", str(max(0, math.floor(bucket.level(now_s) + _HAIR)))),
-                ("reset", duration_text(bucket.reset_s(now_s))),
+                ("reset", duration_text(bucket.wait_s(bucket.capacity, now_s))),  # until it is full
             )
         )
 
@@ -129,26 +135,9 @@ class Limits:
         """Applies the changes that are due, each at its own time."""
         while self._changes and self._started_s + self._changes[0].at_s <= now_s:
             change = self._changes.popleft()
-            for name, per_minute in (
-                ("requests", change.requests_per_minute),
-                ("tokens", change.tokens_per_minute),
-            ):
+            for name, per_minute in (("requests", change.requests_per_minute), ("tokens", change.tokens_per_minute)):
                 if per_minute is not None:
                     self._buckets[name].change(per_minute, self._started_s + change.at_s)
-
-    def _refusal(self, name: str, wait_s: float) -> Refused:
-        bucket = self._buckets[name]
-        waits = [("Retry-After", str(math.ceil(wait_s)))]
-        if self._headers:
-            waits.append(("retry-after-ms", str(_milliseconds(wait_s))))
-        return Refused(
-            429,
-            f"Rate limit reached for {name} per minute (limit {bucket.per_minute}). "
-            f"Please try again in {duration_text(wait_s)}.",
-            code="rate_limit_exceeded",
-            error_type=name,
-            headers=tuple(waits),
-        )
 
 
 def duration_text(seconds: float) -> str:

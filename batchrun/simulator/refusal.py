@@ -11,7 +11,7 @@ class Refused(Exception):
         status: int,
         message: str,
         *,
-        code: str,
+        code: str | None,
         param: str | None = None,
         error_type: str = "invalid_request_error",
         headers: tuple[tuple[str, str], ...] = (),
@@ -26,10 +26,5 @@ class Refused(Exception):
 
     def body(self) -> bytes:
         """The JSON error body (docs/api.md, "Errors": the shape is practice, the vendor documents none)."""
-        return error_body(self.message, error_type=self.error_type, code=self.code, param=self.param)
-
-
-def error_body(message: str, *, error_type: str, code: str | None, param: str | None = None) -> bytes:
-    """`{"error": {"message", "type", "code", "param"}}` as JSON."""
-    error = {"message": message, "type": error_type, "code": code, "param": param}
-    return msgspec.json.encode({"error": error})
+        error = {"message": self.message, "type": self.error_type, "code": self.code, "param": self.param}
+        return msgspec.json.encode({"error": error})

@@ -26,10 +26,14 @@ class Envelope(msgspec.Struct, frozen=True):
 
 def completion(answer: Answer, envelope: Envelope) -> bytes:
     """The `chat.completion` object."""
-    choices = [
-        {"index": index, "message": _message(choice), "logprobs": None, "finish_reason": choice.finish_reason}
-        for index, choice in enumerate(answer.choices)
-    ]
+    choices: list[dict[str, Any]] = []
+    for index, choice in enumerate(answer.choices):
+        message: dict[str, Any] = {"role": "assistant", "content": choice.content}
+        if choice.tool_call:
+            message["tool_calls"] = [call_object(choice.tool_call, choice.tool_call.arguments)]
+        elif choice.function_call:
+            message["function_call"] = choice.function_call
+        choices.append({"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish_reason})
     whole = _head(envelope, "chat.completion") | {"choices": choices}
     return _encode(whole | {"usage": _usage(answer.usage)} if envelope.with_usage else whole)
 
@@ -50,13 +54,6 @@ def events(answer: Answer, envelope: Envelope) -> tuple[bytes, ...]:
 def _head(envelope: Envelope, kind: str) -> dict[str, Any]:
     head = {"id": envelope.id, "object": kind, "created": envelope.created, "model": envelope.model}
     return head if envelope.service_tier is None else head | {"service_tier": envelope.service_tier}
-
-
-def _message(choice: Choice) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": choice.content}
-    if choice.tool_call:
-        return message | {"tool_calls": [call_object(choice.tool_call, choice.tool_call.arguments)]}
-    return message | {"function_call": choice.function_call} if choice.function_call else message
 
 
 def call_object(call: FunctionCall, arguments: str) -> dict[str, Any]:

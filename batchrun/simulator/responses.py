@@ -30,19 +30,32 @@ def as_chat(fields: Fields) -> Fields:
     Raises:
         Refused: 400, a field that the API does not have, or an item that has no known form.
     """
-    chat: Fields = {"messages": _messages(fields.get("input"))}
+    given = fields.get("input")
+    if isinstance(given, str):
+        chat: Fields = {"messages": [{"role": "user", "content": given}]}
+    elif isinstance(given, list) and given:
+        chat = {"messages": [_message(item, f"input[{place}]") for place, item in enumerate(given)]}
+    else:
+        raise Refused(400, "input: expected a text or a list of items", code="invalid_type", param="input")
     if (instructions := fields.get("instructions")) is not None:
         chat["messages"].insert(0, {"role": "system", "content": instructions})
     for name, value in fields.items():
         match name:
             case "input" | "instructions" | "store":
                 pass
+            case "reasoning" | "text" if not isinstance(value, dict):
+                raise Refused(400, f"Invalid type for {name!r}: expected an object", code="invalid_type", param=name)
             case "max_output_tokens":
                 chat["max_tokens"] = value
             case "reasoning":
-                chat["reasoning_effort"] = _table(value, name).get("effort")
+                chat["reasoning_effort"] = value.get("effort")
             case "text":
-                chat |= _text(_table(value, name))
+                form = value.get("format")
+                if isinstance(form, dict) and form.get("type") == "json_schema":
+                    schema = {name: value for name, value in form.items() if name != "type"}
+                    chat["response_format"] = {"type": "json_schema", "json_schema": schema}
+                elif isinstance(form, dict):
+                    chat["response_format"] = form
             case "tools":
                 chat["tools"] = [_nested(tool) for tool in value] if isinstance(value, list) else value
             case "tool_choice":
@@ -75,20 +88,6 @@ def events(answer: Answer, envelope: Envelope) -> tuple[bytes, ...]:
     )
 
 
-def _table(value: Any, name: str) -> Fields:
-    if not isinstance(value, dict):
-        raise Refused(400, f"Invalid type for {name!r}: expected an object", code="invalid_type", param=name)
-    return value
-
-
-def _messages(given: Any) -> list[Any]:
-    if isinstance(given, str):
-        return [{"role": "user", "content": given}]
-    if not isinstance(given, list) or not given:
-        raise Refused(400, "input: expected a text or a list of items", code="invalid_type", param="input")
-    return [_message(item, f"input[{place}]") for place, item in enumerate(given)]
-
-
 def _message(item: Any, place: str) -> Fields:
     match item:
         case {"type": "function_call", "call_id": str(id_), "name": name, "arguments": arguments}:
@@ -97,35 +96,21 @@ def _message(item: Any, place: str) -> Fields:
         case {"type": "function_call_output", "call_id": str(id_), "output": output}:
             return {"role": "tool", "tool_call_id": id_, "content": output}
         case {"role": role, "content": content} if role in _ROLES and item.get("type", "message") == "message":
-            return {"role": role, "content": _content(content, f"{place}.content")}
+            if not isinstance(content, list):
+                return {"role": role, "content": content}
+            return {"role": role, "content": [_part(part, f"{place}.content") for part in content]}
     raise Refused(400, f"Invalid value: {place} is no item of a known type", code="invalid_value", param=place)
 
 
-def _content(content: Any, place: str) -> Any:
-    if not isinstance(content, list):
-        return content
-    parts: list[Fields] = []
-    for part in content:
-        match part:
-            case {"type": "input_text" | "output_text", "text": text}:
-                parts.append({"type": "text", "text": text})
-            case {"type": "input_image", "image_url": url}:
-                parts.append({"type": "image_url", "image_url": {"url": url, "detail": part.get("detail", "auto")}})
-            case {"type": "refusal", "refusal": text}:
-                parts.append({"type": "refusal", "refusal": text})
-            case _:
-                raise Refused(400, f"Invalid value: {place} has a part of no known type", code="invalid_value")
-    return parts
-
-
-def _text(text: Fields) -> Fields:
-    form = text.get("format")
-    if not isinstance(form, dict):
-        return {}
-    if form.get("type") != "json_schema":
-        return {"response_format": form}
-    named = {name: value for name, value in form.items() if name != "type"}
-    return {"response_format": {"type": "json_schema", "json_schema": named}}
+def _part(part: Any, place: str) -> Fields:
+    match part:
+        case {"type": "input_text" | "output_text", "text": text}:
+            return {"type": "text", "text": text}
+        case {"type": "input_image", "image_url": url}:
+            return {"type": "image_url", "image_url": {"url": url, "detail": part.get("detail", "auto")}}
+        case {"type": "refusal", "refusal": text}:
+            return {"type": "refusal", "refusal": text}
+    raise Refused(400, f"Invalid value: {place} has a part of no known type", code="invalid_value")
 
 
 def _nested(tool: Any) -> Any:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import hmac
 import time
-from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,7 +14,7 @@ from aiohttp import web
 from batchrun.simulator import delivery, responses
 from batchrun.simulator.answers import Answer, Usage, answer_to, latency_s, spoiled
 from batchrun.simulator.config import SimulatorConfig
-from batchrun.simulator.faults import SPOILING, Fault, FaultBook
+from batchrun.simulator.faults import SPOILING, FaultBook
 from batchrun.simulator.ledger import Ledger, LedgerLine, question_of
 from batchrun.simulator.limits import Limits
 from batchrun.simulator.prompt_cache import PromptCache, prompt_of
@@ -33,6 +32,7 @@ class _Turn(msgspec.Struct, frozen=True):
 
     ordinal: int
     request_id: str
+    client_request_id: str | None
     arrived_s: float
     connection: int
     connection_request: int
@@ -64,87 +64,94 @@ class Simulator:
     async def respond(self, http: web.BaseRequest) -> web.StreamResponse:
         """Answers any request whose client is still connected. What was billed is in the ledger either way."""
         try:
-            return await self._route(http)
+            if http.path.endswith(("/chat/completions", _RESPONSES)) and http.method == "POST":
+                return await self._exchange(http)
+            if http.method == "GET" and http.path == "/ledger":
+                return delivery.answer(200, self._ledger.totals(), "application/json", ())
+            if http.method == "GET" and http.path == "/v1/models":
+                names = self._config.models or (DEFAULT_MODEL,)
+                models = [{"id": name, "object": "model", "created": 0, "owned_by": "simulator"} for name in names]
+                listed = msgspec.json.encode({"object": "list", "data": models})
+                return delivery.answer(200, listed, "application/json", ())
+            await http.content.read()
+            if http.path.endswith(("/chat/completions", _RESPONSES)):
+                return _refuse(Refused(405, f"{http.method} is not allowed here: use POST", code="method_not_allowed"))
+            served = "POST /v1/chat/completions, POST /v1/responses, GET /v1/models, GET /ledger"
+            return _refuse(Refused(404, f"{http.method} {http.path} is not served: {served}", code="not_found"))
         except ConnectionError:
             return web.Response()  # no one gets it: the connection is closed
-
-    async def _route(self, http: web.BaseRequest) -> web.StreamResponse:
-        """A completion, the list of models, the ledger's totals, or a 404 that names these."""
-        if http.path.endswith(("/chat/completions", _RESPONSES)):
-            if http.method == "POST":
-                return await self._exchange(http)
-            await http.content.read()
-            return _refuse(Refused(405, f"{http.method} is not allowed here: use POST", code="method_not_allowed"))
-        if http.method == "GET" and http.path == "/ledger":
-            return delivery.answer(200, self._ledger.totals(), "application/json", ())
-        if http.method == "GET" and http.path == "/v1/models":
-            return delivery.answer(200, self._models(), "application/json", ())
-        await http.content.read()
-        served = "POST /v1/chat/completions, POST /v1/responses, GET /v1/models, GET /ledger"
-        message = f"{http.method} {http.path} is not served: {served}"
-        return _refuse(Refused(404, message, code="not_found"))
 
     async def _exchange(self, http: web.BaseRequest) -> web.StreamResponse:
         """One completion. Its line is in the ledger before the first byte of the answer leaves."""
         turn = self._take_turn(http)
+        as_response = http.path.endswith(_RESPONSES)
         body, fields = b"", dict[str, Any]()
         try:
             body = await _read(http)
             self._check_headers(http)
             fields = parse_body(body)
-            if http.path.endswith(_RESPONSES):
+            if as_response:
                 fields = responses.as_chat(fields)
             question = parse_question(fields)
             reply = self._admitted_answer(question)
         except Refused as refused:
             digest = question_of(fields) if fields else blake2b(body, digest_size=16).digest()
-            self._record(http, turn, digest, status=refused.status)
+            self._record(turn, digest, refused.status)
             return _refuse(refused, self._headers(turn))
+
+        # With `draw_by_request_id` the `row-attempt` of a request id `run-row-attempt` decides.
+        row_attempt = (turn.client_request_id or "").rsplit("-", 2)[1:] if self._config.draw_by_request_id else []
+        tier = question.request.served_by
         fault = self._faults.fault_for(
             question.digest,
             body,
             ordinal=turn.ordinal,
             age_s=time.monotonic() - self._started_s,
-            service_tier=question.request.served_by,
-            attempt_of_row=self._attempt_of_row(http),
+            service_tier=tier,
+            attempt_of_row="-".join(row_attempt) or None,
         )
-        answered = fault is None or fault.kind in SPOILING
-        if answered or (fault is not None and fault.is_billed):
+
+        is_billed = fault is None or fault.is_billed
+        if is_billed or (fault is not None and fault.kind in SPOILING):
             reply = await self._work(question, reply)
-        self._record_outcome(http, turn, question, reply.usage, fault)
-        if fault is not None and not answered:
+        self._record(
+            turn,
+            question.digest,
+            200 if fault is None else fault.http_status,
+            usage=reply.usage if is_billed else None,
+            tier=tier if is_billed else None,
+            fault=None if fault is None else fault.kind,
+        )
+
+        if fault is not None and fault.kind not in SPOILING:
             return await delivery.replace(http, fault, self._headers(turn))
-        sending = self._delivery(turn, question, reply, fault, as_response=http.path.endswith(_RESPONSES))
-        if fault is not None and fault.kind == "cut":
-            return await delivery.cut(http, sending, self._headers(turn))
-        return await delivery.deliver(http, sending, self._headers(turn))
+        if fault is not None and fault.kind in ("invalid_json", "unfit_json"):
+            reply = spoiled(reply, fault.kind)
+        sending = self._delivery(turn, question, reply, as_response=as_response)
+        deliver = delivery.cut if fault is not None and fault.kind == "cut" else delivery.deliver
+        return await deliver(http, sending, self._headers(turn))
 
     async def _work(self, question: Question, reply: Answer) -> Answer:
         """Waits for a place in the queue, and then as long as the answer takes; its usage has the cache's hits."""
+        config = self._config
+        slower = config.flex_latency_s if question.request.served_by == "flex" else None
+        median_s = config.latency_s if slower is None else slower
+        takes_s = latency_s(question, config.seed, median_s=median_s, sigma=config.latency_sigma)
         self._working += 1
         try:
             async with self._queue:
-                reply, keep = self._with_cache_hits(question, reply)
-                await asyncio.sleep(self._latency_s(question))
-                keep()
+                if self._cache is None:
+                    await asyncio.sleep(takes_s)
+                    return reply
+                prompt, now_s = prompt_of(question.request), time.monotonic()
+                machine = self._cache.machine(prompt, now_s)
+                cached = min(self._cache.look_up(prompt, machine, now_s), reply.usage.prompt_tokens)
+                await asyncio.sleep(takes_s)
+                # only now: requests that are sent together don't find each other's prefix
+                self._cache.keep(prompt, machine, time.monotonic())
+                return msgspec.structs.replace(reply, usage=msgspec.structs.replace(reply.usage, cached_tokens=cached))
         finally:
             self._working -= 1
-        return reply
-
-    def _with_cache_hits(self, question: Question, reply: Answer) -> tuple[Answer, Callable[[], None]]:
-        """The answer by the cache as it is now, and what puts its prompt there once it was processed."""
-        if (cache := self._cache) is None:
-            return reply, lambda: None
-        prompt, now_s = prompt_of(question.request), time.monotonic()
-        machine = cache.machine(prompt, now_s)
-        cached = min(cache.look_up(prompt, machine, now_s), reply.usage.prompt_tokens)
-        usage = msgspec.structs.replace(reply.usage, cached_tokens=cached)
-        return msgspec.structs.replace(reply, usage=usage), lambda: cache.keep(prompt, machine, time.monotonic())
-
-    def _attempt_of_row(self, http: web.BaseRequest) -> str | None:
-        """The `row-attempt` of a request id `run-row-attempt`; None unless faults are drawn by it."""
-        name = http.headers.get("X-Client-Request-Id", "") if self._config.draw_by_request_id else ""
-        return "-".join(name.rsplit("-", 2)[1:]) or None
 
     def _take_turn(self, http: web.BaseRequest) -> _Turn:
         self._exchanges += 1
@@ -155,7 +162,14 @@ class Simulator:
             self._connections += 1
             place = self._requests_on[http.transport] = [self._connections, 0]
         place[1] += 1
-        return _Turn(self._exchanges, f"req_{self._run}_{self._exchanges}", time.time(), place[0], place[1])
+        return _Turn(
+            ordinal=self._exchanges,
+            request_id=f"req_{self._run}_{self._exchanges}",
+            client_request_id=http.headers.get("X-Client-Request-Id"),
+            arrived_s=time.time(),
+            connection=place[0],
+            connection_request=place[1],
+        )
 
     def _check_headers(self, http: web.BaseRequest) -> None:
         """Refuses a request without a valid key, or with another content type than JSON."""
@@ -181,21 +195,15 @@ class Simulator:
         self._limits.admit(tokens, time.monotonic())
         return reply
 
-    def _delivery(
-        self, turn: _Turn, question: Question, reply: Answer, fault: Fault | None, *, as_response: bool
-    ) -> delivery.Delivery:
+    def _delivery(self, turn: _Turn, question: Question, reply: Answer, *, as_response: bool) -> delivery.Delivery:
         request = question.request
-        kind = None if fault is None else fault.kind
-        wants_usage = not request.stream or request.stream_options.include_usage
         envelope = Envelope(
             id=f"{'resp_' if as_response else 'chatcmpl-'}{question.digest.hex()[:16]}-{turn.ordinal}",
             created=int(time.time()),
             model=request.model,
-            with_usage=wants_usage and not self._config.omit_usage,
+            with_usage=not request.stream or request.stream_options.include_usage,
             service_tier=request.served_by,
         )
-        if kind == "invalid_json" or kind == "unfit_json":
-            reply = spoiled(reply, kind)
         if not request.stream:
             whole = responses.response(reply, envelope) if as_response else completion(reply, envelope)
             return delivery.Delivery("application/json", (whole,))
@@ -204,64 +212,32 @@ class Simulator:
         stream = responses.events(reply, envelope) if as_response else events(reply, envelope)
         return delivery.Delivery("text/event-stream", stream, streamed=True, pause_s=pause_s)
 
-    def _record_outcome(
-        self, http: web.BaseRequest, turn: _Turn, question: Question, usage: Usage, fault: Fault | None
-    ) -> None:
-        if fault is None:
-            self._record(http, turn, question.digest, status=200, usage=usage, tier=question.request.served_by)
-            return
-        status = fault.http_status if fault.sends_status else None
-        billed = usage if fault.is_billed else None
-        tier = question.request.served_by if billed is not None else None
-        self._record(http, turn, question.digest, status=status, usage=billed, tier=tier, fault=fault.kind)
-
     def _record(
         self,
-        http: web.BaseRequest,
         turn: _Turn,
         digest: bytes,
-        *,
         status: int | None,
         usage: Usage | None = None,
         tier: str | None = None,
         fault: str | None = None,
     ) -> None:
+        """The exchange is in the ledger. `usage` and `tier`: what is billed; None: nothing."""
         billed = usage or Usage()
         self._ledger.write(
             LedgerLine(
-                ordinal=turn.ordinal,
-                arrived_s=turn.arrived_s,
+                **msgspec.structs.asdict(turn),
                 time_s=time.time(),
-                request_id=turn.request_id,
-                client_request_id=http.headers.get("X-Client-Request-Id"),
                 question=digest.hex(),
                 status=status,
                 fault=fault,
                 service_tier=tier,
                 billed=usage is not None,
-                prompt_tokens=billed.prompt_tokens,
-                cached_tokens=billed.cached_tokens,
-                completion_tokens=billed.completion_tokens,
-                reasoning_tokens=billed.reasoning_tokens,
-                connection=turn.connection,
-                connection_request=turn.connection_request,
+                **msgspec.structs.asdict(billed),
             )
         )
 
     def _headers(self, turn: _Turn) -> delivery.Headers:
         return (("x-request-id", turn.request_id), *self._limits.headers(time.monotonic()))
-
-    def _latency_s(self, question: Question) -> float:
-        config = self._config
-        median_s = config.latency_s
-        if config.flex_latency_s is not None and question.request.served_by == "flex":
-            median_s = config.flex_latency_s
-        return latency_s(question, config.seed, median_s=median_s, sigma=config.latency_sigma)
-
-    def _models(self) -> bytes:
-        names = self._config.models or (DEFAULT_MODEL,)
-        models = [{"id": name, "object": "model", "created": 0, "owned_by": "simulator"} for name in names]
-        return msgspec.json.encode({"object": "list", "data": models})
 
 
 async def _read(http: web.BaseRequest) -> bytes:

@@ -3,15 +3,15 @@
 import msgspec
 from msgspec import UNSET
 
-from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat, Message, RefusalPart, TextPart
+from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat, Message, TextPart
 
 BYTES_PER_TOKEN = 4  # English prose under the usual vocabularies
 _MESSAGE_TOKENS = 4  # the frame around each message
 _REPLY_TOKENS = 3  # the start of the reply
-_IMAGE_TOKENS = {"low": 85, "high": 765, "auto": 765}
+_IMAGE_TOKENS = {"low": 85, "high": 765, "auto": 765}  # one size stands for all
 # What OpenAI documents of prompt caching: prefixes from 1,024 tokens on, in steps of 128.
-_CACHE_FROM_TOKENS = 1_024
-_CACHE_STEP_TOKENS = 128
+CACHE_FROM_TOKENS = 1_024
+CACHE_STEP_TOKENS = 128
 
 
 def text_tokens(text: str) -> int:
@@ -35,20 +35,18 @@ def cached_tokens(request: ChatRequest) -> int:
     if first.role not in ("system", "developer"):
         return 0
     count = _message_tokens(first)
-    return count - count % _CACHE_STEP_TOKENS if count >= _CACHE_FROM_TOKENS else 0
+    return count - count % CACHE_STEP_TOKENS if count >= CACHE_FROM_TOKENS else 0
 
 
 def _message_tokens(message: Message) -> int:
     name = 0 if message.name is UNSET else text_tokens(str(message.name))
     calls = sum(text_tokens(call.name) + text_tokens(call.arguments) for call in message.calls())
-    if isinstance(message.content, tuple):
-        content = sum(_part_tokens(part) for part in message.content)
-    else:
-        content = text_tokens(message.content) if isinstance(message.content, str) else 0
-    return _MESSAGE_TOKENS + name + calls + content
-
-
-def _part_tokens(part: TextPart | ImagePart | RefusalPart) -> int:
-    if isinstance(part, ImagePart):
-        return _IMAGE_TOKENS[part.image_url.detail]
-    return text_tokens(part.text if isinstance(part, TextPart) else part.refusal)
+    count = _MESSAGE_TOKENS + name + calls
+    if isinstance(message.content, str):
+        return count + text_tokens(message.content)
+    for part in message.content if isinstance(message.content, tuple) else ():
+        if isinstance(part, ImagePart):
+            count += _IMAGE_TOKENS[part.image_url.detail]
+        else:
+            count += text_tokens(part.text if isinstance(part, TextPart) else part.refusal)
+    return count

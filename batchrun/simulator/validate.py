@@ -6,7 +6,8 @@ and a boolean is not a number.
 
 import binascii
 import re
-from typing import Annotated, Any, Literal, NoReturn
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -201,9 +202,10 @@ def parse_question(body: dict[str, Any]) -> Question:
     except msgspec.ValidationError as error:
         raise _refusal(str(error)) from error
     _check_messages(request)
-    _check_images(request)
-    _check_functions(request)
-    _check_tools(request)
+    _check_functions("functions", request.functions, request.function_call)
+    _check_functions("tools", [tool.function for tool in request.tools], request.tool_choice)
+    if request.tool_choice is not UNSET and not request.tools:
+        raise _invalid("tool_choice", "it goes with tools")
     if isinstance(request.response_format, JSONSchemaFormat):
         schema = request.response_format.json_schema.schema
         compiled(schema, "response_format.json_schema.schema")
@@ -226,6 +228,10 @@ def _refusal(complaint: str) -> Refused:
     return Refused(400, f"Invalid value for {path}: {reason}", code="invalid_value", param=path or None)
 
 
+def _invalid(param: str, reason: str) -> Refused:
+    return Refused(400, f"Invalid value for {param}: {reason}", code="invalid_value", param=param)
+
+
 def _check_messages(request: ChatRequest) -> None:
     """Each message has the fields of its role, and each call of a tool is followed by its result."""
     unanswered: set[str] = set()
@@ -234,75 +240,46 @@ def _check_messages(request: ChatRequest) -> None:
         _check_message(message, place)
         if message.role == "tool":
             if message.tool_call_id not in unanswered:
-                complaint = f"{place}.tool_call_id names no call of the assistant's message before it"
-                raise Refused(400, complaint, code="invalid_value", param=f"{place}.tool_call_id")
+                raise _invalid(f"{place}.tool_call_id", "it names no call of the assistant's message before it")
             unanswered.discard(str(message.tool_call_id))
         elif unanswered:
-            _refuse_unanswered(unanswered, place)
+            raise _invalid(place, f"no message with the role tool answers {', '.join(sorted(unanswered))}")
         elif isinstance(message.tool_calls, tuple):
             unanswered = {call.id for call in message.tool_calls}
     if unanswered:
-        _refuse_unanswered(unanswered, "messages")
-
-
-def _refuse_unanswered(calls: set[str], param: str) -> NoReturn:
-    complaint = f"Invalid value for {param}: no message with the role tool answers {', '.join(sorted(calls))}"
-    raise Refused(400, complaint, code="invalid_value", param=param)
+        raise _invalid("messages", f"no message with the role tool answers {', '.join(sorted(unanswered))}")
 
 
 def _check_message(message: Message, place: str) -> None:
-    made = message.calls()
-    needed = {"tool": "tool_call_id", "function": "name"}.get(message.role)
-    if needed is not None and getattr(message, needed) is UNSET:
-        complaint = f"Object missing required field `{needed}`"
-        raise Refused(400, complaint, code="missing_required_parameter", param=f"{place}.{needed}")
-    if made and message.role != "assistant":
-        complaint = f"Invalid value for {place}: only the assistant makes calls"
-        raise Refused(400, complaint, code="invalid_value", param=place)
-    if message.content is UNSET and not made:
-        complaint = "Object missing required field `content`"
-        raise Refused(400, complaint, code="missing_required_parameter", param=f"{place}.content")
-    without = bool(made) or message.role == "function" or isinstance(message.refusal, str)
-    if message.content is None and not without:
-        complaint = f"Invalid value for {place}.content: Expected `str | array`, got `null`"
-        raise Refused(400, complaint, code="invalid_value", param=f"{place}.content")
+    calls = message.calls()
+    for needed in ({"tool": "tool_call_id", "function": "name"}.get(message.role), None if calls else "content"):
+        if needed is not None and getattr(message, needed) is UNSET:
+            complaint = f"Object missing required field `{needed}`"
+            raise Refused(400, complaint, code="missing_required_parameter", param=f"{place}.{needed}")
+    if calls and message.role != "assistant":
+        raise _invalid(place, "only the assistant makes calls")
+    may_be_null = bool(calls) or message.role == "function" or isinstance(message.refusal, str)
+    if message.content is None and not may_be_null:
+        raise _invalid(f"{place}.content", "Expected `str | array`, got `null`")
+
+    for index, part in enumerate(message.content if isinstance(message.content, tuple) else ()):
+        if isinstance(part, ImagePart) and (reason := _image_complaint(part.image_url.url)):
+            param = f"{place}.content[{index}].image_url.url"
+            raise Refused(400, f"Invalid value for {param}: {reason}", code="invalid_image", param=param)
 
 
-def _check_functions(request: ChatRequest) -> None:
-    for index, function in enumerate(request.functions):
+def _check_functions(param: str, functions: Sequence[Function], choice: object) -> None:
+    """The functions, or the tools', have valid schemas and different names, and the chosen one is among them."""
+    for index, function in enumerate(functions):
         if isinstance(function.parameters, dict):
-            compiled(function.parameters, f"functions[{index}].parameters")
-    names = [function.name for function in request.functions]
+            compiled(function.parameters, f"{param}[{index}]{'.function' * (param == 'tools')}.parameters")
+    names = [function.name for function in functions]
     if len(set(names)) < len(names):
-        raise Refused(400, "Two of the functions have the same name", code="invalid_value", param="functions")
-    if isinstance(request.function_call, NamedFunction) and request.function_call.name not in names:
-        message = f"function_call.name {request.function_call.name!r} is not among the functions"
-        raise Refused(400, message, code="invalid_value", param="function_call.name")
-
-
-def _check_tools(request: ChatRequest) -> None:
-    for index, tool in enumerate(request.tools):
-        if isinstance(tool.function.parameters, dict):
-            compiled(tool.function.parameters, f"tools[{index}].function.parameters")
-    names = [tool.function.name for tool in request.tools]
-    if len(set(names)) < len(names):
-        raise Refused(400, "Two of the tools have the same name", code="invalid_value", param="tools")
-    choice = request.tool_choice
+        raise _invalid(param, "two have the same name")
+    if isinstance(choice, NamedFunction) and choice.name not in names:
+        raise _invalid("function_call.name", f"{choice.name!r} is not among the functions")
     if isinstance(choice, NamedTool) and choice.function.name not in names:
-        message = f"tool_choice.function.name {choice.function.name!r} is not among the tools"
-        raise Refused(400, message, code="invalid_value", param="tool_choice.function.name")
-    if choice is not UNSET and not names:
-        raise Refused(400, "tool_choice goes with tools", code="invalid_value", param="tool_choice")
-
-
-def _check_images(request: ChatRequest) -> None:
-    for index, message in enumerate(request.messages):
-        if not isinstance(message.content, tuple):
-            continue
-        for part_index, part in enumerate(message.content):
-            if isinstance(part, ImagePart) and (complaint := _image_complaint(part.image_url.url)):
-                param = f"messages[{index}].content[{part_index}].image_url.url"
-                raise Refused(400, f"Invalid value for {param}: {complaint}", code="invalid_image", param=param)
+        raise _invalid("tool_choice.function.name", f"{choice.function.name!r} is not among the tools")
 
 
 _DATA_URL = re.compile(r"data:image/(png|jpeg|gif|webp);base64,")

@@ -38,20 +38,16 @@ def format_of(path: InputFile) -> Format:
         return "parquet"
     head = next(blocks(path, 0, HEAD_BYTES), b"")
     if content != "plain":
-        _require_text_within(head, path, content)
+        # It must be JSON lines or CSV inside, too.
+        with _of_a_copy(path) as local:
+            unsupported.refuse(head, local, packed=content)
+            if classify(head, local) != "plain":
+                hint = unsupported.unpack_hint(content, local)
+                raise InputError(f"{local} holds another compressed or Parquet file; {hint}")
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".zst", ".zstd")]
     if not suffixes or suffixes[-1] not in CSV_ENDINGS:
         return "jsonl"
     return "jsonl" if head.removeprefix(BOM).lstrip().startswith(b"{") else "csv"
-
-
-def _require_text_within(head: bytes, path: InputFile, content: Content) -> None:
-    """Reject compressed content that can be neither JSON lines nor CSV."""
-    with _of_a_copy(path) as local:
-        unsupported.refuse(head, local, packed=content)
-        if classify(head, local) != "plain":
-            hint = unsupported.unpack_hint(content, local)
-            raise InputError(f"{local} holds another compressed or Parquet file; {hint}")
 
 
 def local_copy(path: InputFile) -> Path:
@@ -77,23 +73,20 @@ def content_of(path: InputFile) -> Content:
         InputError: the file is unreadable, not a regular file, in a format that batchrun does not read, or is named
             like a Parquet file and is not one.
     """
-    head = _head_of(path)
+    if isinstance(path, RemoteFile):
+        head = path.head
+    else:
+        with reading(path):
+            mode = path.stat().st_mode  # checked first: opening a pipe waits for its writer
+            if not stat.S_ISREG(mode):
+                raise InputError(f"{path} is not a regular file; save a pipe's data to a file first, or pass it to '-'")
+            with path.open("rb") as file:
+                head = file.read(HEAD_BYTES)
     content = classify(head, path)
     if content != "parquet" and path.suffix in (".parquet", ".pq"):
         what = f"begins with {head[:4]!r}, not b'PAR1'" if head else "is empty (0 bytes)"
         raise InputError(f"{path} {what}: not a Parquet file; write it again, or rename it if it is JSONL")
     return content
-
-
-def _head_of(path: InputFile) -> bytes:
-    if isinstance(path, RemoteFile):
-        return path.head
-    with reading(path):
-        mode = path.stat().st_mode  # checked first: opening a pipe waits for its writer
-        if not stat.S_ISREG(mode):
-            raise InputError(f"{path} is not a regular file; save a pipe's data to a file first, or pass it to '-'")
-        with path.open("rb") as file:
-            return file.read(HEAD_BYTES)
 
 
 def classify(head: bytes, path: InputFile) -> Content:
@@ -120,7 +113,11 @@ def blocks(file: InputFile, offset: int, block_bytes: int) -> Iterator[bytes]:
     """
     try:
         with opened(file) as stream:
-            _skip(stream, offset, block_bytes)
+            if stream.seekable():
+                stream.seek(offset)
+            else:
+                while offset and (block := stream.read(min(offset, block_bytes))):
+                    offset -= len(block)
             while block := stream.read(block_bytes):
                 yield block
     except DAMAGED as error:
@@ -145,14 +142,6 @@ def opened(file: InputFile) -> Iterator[BinaryIO]:
                 yield cast(BinaryIO, stream)
         else:
             yield packed
-
-
-def _skip(stream: BinaryIO, offset: int, block_bytes: int) -> None:
-    if stream.seekable():
-        stream.seek(offset)
-        return
-    while offset and (block := stream.read(min(offset, block_bytes))):
-        offset -= len(block)
 
 
 @contextmanager

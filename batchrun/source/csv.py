@@ -27,8 +27,8 @@ BLOCK_BYTES = (1 << 20, 8 << 20)
 Arrow reads more than 30 blocks ahead (measured: 45 MB in all for blocks of 1 MB, 300 MB for 8 MB).
 """
 
-BATCH_ROWS = 1024
-HEADER_BYTES = 1 << 16
+BATCH_ROWS = 1024  # as for Parquet
+HEADER_BYTES = 1 << 16  # what is read to find the delimiter: the longest header that is looked at
 
 
 def schema_of(path: InputFile) -> pa.Schema:
@@ -77,22 +77,19 @@ def batches(path: InputFile, skip: int) -> Iterator[pa.RecordBatch]:
         _require_strict_quotes(path)
     for block_bytes in BLOCK_BYTES:
         try:
-            for batch in _batches(path, schema, skip, block_bytes):
-                skip += batch.num_rows
-                yield batch
+            with _reading(path, schema, block_bytes) as reader:
+                to_skip = skip  # a longer row met with the smaller block is read again, after what was yielded
+                for block in reader:
+                    for first in range(min(to_skip, block.num_rows), block.num_rows, BATCH_ROWS):
+                        batch = block.slice(first, BATCH_ROWS)
+                        skip += batch.num_rows
+                        yield batch
+                    to_skip = max(0, to_skip - block.num_rows)
         except _LongRowError:
             if block_bytes == BLOCK_BYTES[-1]:
                 raise
         else:
             return
-
-
-def _batches(path: InputFile, schema: pa.Schema, skip: int, block_bytes: int) -> Iterator[pa.RecordBatch]:
-    with _reading(path, schema, block_bytes) as reader:
-        for block in reader:
-            for first in range(min(skip, block.num_rows), block.num_rows, BATCH_ROWS):
-                yield block.slice(first, BATCH_ROWS)
-            skip = max(0, skip - block.num_rows)
 
 
 _LONGER_THAN_A_BLOCK = re.compile("straddling|Empty CSV file or block")  # Arrow's messages for a row and for the header
@@ -180,7 +177,15 @@ def _reason(path: InputFile, error: Exception, bad: list[pacsv.InvalidRow]) -> s
         row = bad[0]
         where = "a row" if row.number is None else f"row {row.number} (the header is 1)"
         start = row.text[:60] + ("…" if len(row.text) > 60 else "")
-        return f"{where} has {row.actual_columns} cells, the header {row.expected_columns}: {start!r}; {_hint(row)}"
+        if '\\"' in row.text:
+            hint = _DOUBLE_THEM
+        elif row.text.count('"') % 2:
+            hint = "a quote is not closed"
+        elif row.actual_columns > row.expected_columns:
+            hint = "put cells that hold the delimiter in double quotes"
+        else:
+            hint = "every row needs a cell for each column, even an empty one"
+        return f"{where} has {row.actual_columns} cells, the header {row.expected_columns}: {start!r}; {hint}"
     text = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     if "UTF8" in text or "UTF-8" in text or isinstance(error, UnicodeDecodeError):
         hint = unsupported.encoding_hint("WINDOWS-1252", local_copy(path))
@@ -188,13 +193,3 @@ def _reason(path: InputFile, error: Exception, bad: list[pacsv.InvalidRow]) -> s
     if _LONGER_THAN_A_BLOCK.search(text):
         return f"a row is longer than {BLOCK_BYTES[-1]:,} bytes, or a quote is not closed; {text}"
     return text
-
-
-def _hint(row: pacsv.InvalidRow) -> str:
-    if '\\"' in row.text:
-        return _DOUBLE_THEM
-    if row.text.count('"') % 2:
-        return "a quote is not closed"
-    if row.actual_columns > row.expected_columns:
-        return "put cells that hold the delimiter in double quotes"
-    return "every row needs a cell for each column, even an empty one"

@@ -42,7 +42,12 @@ def find_files(path: str, filters: Filters = _ALL, access: Access = Access()) ->
         files = partitions.chosen(files, filters, path)
     formats: dict[Format, InputFile] = {}
     for file in files:
-        _require_unicode(file)
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:  # the checkpoint, the log and the result's footer store paths as UTF-8
+            shown = os.fsencode(str(file)).decode("utf-8", "backslashreplace")
+            problem = f"{shown}: the name holds bytes that are not UTF-8; rename the file or its folder"
+            raise InputError(problem) from None
         formats.setdefault(format_of(file), file)
     if len(formats) > 1:
         (one, first), (_, second) = sorted(formats.items(), reverse=True)[:2]
@@ -144,12 +149,3 @@ def _folders_in(path: str) -> str:
         return ""
     pattern = Path(path) / "**" / f"*{min(below).suffix}"
     return f", only folders (files in them: {len(below):,}; to read them all, write '{pattern}')"
-
-
-def _require_unicode(path: InputFile) -> None:
-    """Reject a path that is not UTF-8: the checkpoint, the log and the result's footer store paths as UTF-8."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        shown = os.fsencode(str(path)).decode("utf-8", "backslashreplace")
-        raise InputError(f"{shown}: the name holds bytes that are not UTF-8; rename the file or its folder") from None

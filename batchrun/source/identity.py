@@ -12,7 +12,7 @@ from batchrun.errors import InputError
 from batchrun.source.content import reading
 from batchrun.storage.objects import InputFile, RemoteFile
 
-COPY_BYTES = 1 << 20
+COPY_BYTES = 1 << 20  # any size does that makes few reads and needs little memory
 
 
 class FileIdentity(msgspec.Struct, frozen=True):
@@ -90,19 +90,15 @@ def digest(path: InputFile) -> str:
     Raises:
         InputError: the file can't be read.
     """
-    if isinstance(path, RemoteFile):
-        return _remote_digest(path)
-    with reading(path), path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _remote_digest(file: RemoteFile) -> str:
-    if (identity := _identity(file)) is None:
-        raise InputError(f"{file} can't be read: it does not exist")
+    hasher = hashlib.blake2b(digest_size=16)
+    if not isinstance(path, RemoteFile):
+        with reading(path), path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hasher).hexdigest()
+    if (identity := _identity(path)) is None:
+        raise InputError(f"{path} can't be read: it does not exist")
     if identity.etag:
         return f"etag {identity.etag}"
-    hasher = hashlib.blake2b(digest_size=16)
-    with file.open() as stream:
+    with path.open() as stream:
         while block := stream.read(COPY_BYTES):
             hasher.update(block)
     return hasher.hexdigest()

@@ -100,14 +100,28 @@ def _depth(line: bytes) -> int:
 
 
 def _problem(line: bytes, error: Exception) -> str:
-    return (
-        _encoding_problem(line)
-        or (_TOO_DEEP if isinstance(error, RecursionError) else None)
-        or _surrogate_problem(line)
-        or _number_problem(line, error)
-        or _word_problem(line, str(error))
-        or _syntax_problem(line, str(error))
-    )
+    """What is wrong with a line that can't be decoded, most telling cause first."""
+    if (problem := _encoding_problem(line)) is not None:
+        return problem
+    if isinstance(error, RecursionError):
+        return _TOO_DEEP
+    for match in _ESCAPE.finditer(line):
+        if half := match[1]:
+            at = match.start() + 1
+            return f"{half.decode()} at byte {at} is half of a surrogate pair, which is not a character"
+    for match in _NUMBER.finditer(line) if isinstance(error, msgspec.ValidationError) else ():
+        number = match[1]
+        if number and number.lstrip(b"-").isdigit() and len(number) > 4300:  # CPython's limit for int()
+            return f"the integer at byte {match.start() + 1} has {len(number):,} digits; at most 4,300 can be read"
+        if number and not number.lstrip(b"-").isdigit() and math.isinf(float(number)):
+            return f"the number {number[:20].decode()} at byte {match.start() + 1} is too large for a double"
+    message = str(error)
+    # Only for these messages: a truncated line may end inside a string that holds such a word.
+    has_word = "invalid character" in message or "invalid number" in message
+    for match in _NOT_JSON.finditer(line) if has_word else ():
+        if match[1]:
+            return f"{match[1].decode()} at byte {match.start() + 1} is not JSON"
+    return _syntax_problem(line, message)
 
 
 def _encoding_problem(line: bytes) -> str | None:
@@ -127,36 +141,6 @@ def _encoding_problem(line: bytes) -> str | None:
         )
     guess = "WINDOWS-1252" if any(0x80 <= byte < 0xA0 for byte in line) else "ISO-8859-1"
     return f"byte {at} (0x{bad:02x}) is not UTF-8; it looks like {guess}: iconv -f {guess} -t UTF-8"
-
-
-def _surrogate_problem(line: bytes) -> str | None:
-    for match in _ESCAPE.finditer(line):
-        if match[1]:
-            return (
-                f"{match[1].decode()} at byte {match.start() + 1} is half of a surrogate pair, which is not a character"
-            )
-    return None
-
-
-def _number_problem(line: bytes, error: Exception) -> str | None:
-    if not isinstance(error, msgspec.ValidationError):
-        return None
-    for match in _NUMBER.finditer(line):
-        number = match[1]
-        if number and number.lstrip(b"-").isdigit() and len(number) > 4300:  # CPython's limit for int()
-            return f"the integer at byte {match.start() + 1} has {len(number):,} digits; at most 4,300 can be read"
-        if number and not number.lstrip(b"-").isdigit() and math.isinf(float(number)):
-            return f"the number {number[:20].decode()} at byte {match.start() + 1} is too large for a double"
-    return None
-
-
-def _word_problem(line: bytes, message: str) -> str | None:
-    if "invalid character" not in message and "invalid number" not in message:
-        return None  # a truncated line may end inside a string that holds such a word
-    for match in _NOT_JSON.finditer(line):
-        if match[1]:
-            return f"{match[1].decode()} at byte {match.start() + 1} is not JSON"
-    return None
 
 
 def _syntax_problem(line: bytes, message: str) -> str:

@@ -65,26 +65,22 @@ def _values(wanted: Value | Sequence[Value]) -> Sequence[Value]:
 
 def _holds(found: str | None, wanted: Value | Sequence[Value]) -> bool:
     values = _values(wanted)
-    if not _compares(values[0]):
-        return any(_is(found, value) for value in values)
-    return all(found is not None and _compare(found, value) for value in values)
+    holds: list[bool] = []
+    for value in values:
+        if _compares(value):
+            match = _COMPARISON.fullmatch(str(value))
+            assert match is not None
+            holds.append(found is not None and _COMPARES[match[1]](*_comparable(found, match[2].strip())))
+        elif found is None or value == NULL:
+            holds.append((found is None) == (value == NULL))
+        else:
+            one, other = _comparable(found, value)
+            holds.append(one == other)
+    return all(holds) if _compares(values[0]) else any(holds)
 
 
 def _compares(value: Value) -> bool:
     return isinstance(value, str) and _COMPARISON.fullmatch(value) is not None
-
-
-def _is(found: str | None, value: Value) -> bool:
-    if found is None or value == NULL:
-        return (found is None) == (value == NULL)
-    one, other = _comparable(found, value)
-    return one == other
-
-
-def _compare(found: str, value: Value) -> bool:
-    match = _COMPARISON.fullmatch(str(value))
-    assert match is not None
-    return _COMPARES[match[1]](*_comparable(found, match[2].strip()))
 
 
 def _comparable(found: str, value: Value) -> tuple[str | int, str | int]:

@@ -3,7 +3,7 @@
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from itertools import groupby
 
 import msgspec
@@ -28,9 +28,6 @@ class _Batch(msgspec.Struct, frozen=True):
     def part(self, first: int, count: int | None = None) -> "_Batch":
         return _Batch(self.rows.slice(first, count), self.file, self.row + first, self.ordinal + first)
 
-    def cut(self, count: int) -> tuple["_Batch", "_Batch"]:
-        return self.part(0, count), self.part(count)
-
     def after(self) -> Position:
         count = self.rows.num_rows
         return Position(self.file, self.row + count, 0, self.ordinal + count)
@@ -53,23 +50,22 @@ class TableSource:
         self._span = span
         self.format: Format = format_of(files[0])
         self._module = csv if self.format == "csv" else parquet
-        schemas = [self._module.schema_of(file) for file in files if self._is_like_the_first(file)]
-        for file, schema in zip(files, schemas, strict=True):
-            _require_single_names(file, schema)
-            parquet.require_writable(
-                pa.schema([field for field in schema if pa.types.is_nested(field.type)]), f"{file}: "
-            )
-        inside = unify.schema_over(zip(files, schemas, strict=True))
+        schemas: list[tuple[InputFile, pa.Schema]] = []
+        for file in files:
+            if format_of(file) != self.format:
+                kind = self.format.capitalize()
+                raise InputError(f"{file} is not a {kind} file; all files of an input must have one format")
+            schemas.append((file, self._module.schema_of(file)))
+        for file, schema in schemas:
+            _require_single_names(f"{file} has two columns", schema.names)
+            for field in schema:
+                _require_single_fields(f"{file}: column '{field.name}'", field.type)
+            nested = [field for field in schema if pa.types.is_nested(field.type)]
+            parquet.require_writable(pa.schema(nested), f"{file}: ")
+        inside = unify.schema_over(schemas)
         self._keys = hive.keys_of(files)
         keys = {name: type_ for name, type_ in hive.fields_of(self._keys).items() if name not in inside.names}
         self.schema: pa.Schema = pa.schema([*(pa.field(name, type_) for name, type_ in keys.items()), *inside])
-
-    def _is_like_the_first(self, file: InputFile) -> bool:
-        if format_of(file) != self.format:
-            raise InputError(
-                f"{file} is not a {self.format.capitalize()} file; all files of an input must have one format"
-            )
-        return True
 
     def records(self, start: Position = START) -> Iterator[Record]:
         """Every record from `start` on. A value that Python can't hold makes its record invalid.
@@ -81,8 +77,15 @@ class TableSource:
         for batch in self._batches(start):
             try:
                 rows = rows_of(batch.rows)
-            except ValueError:
-                yield from (_record(batch.part(i, 1), origins[batch.file]) for i in range(batch.rows.num_rows))
+            except ValueError:  # one by one, to find which rows
+                for i in range(batch.rows.num_rows):
+                    problem: str | None = None
+                    row: dict[str, object] = {}
+                    try:
+                        (row,) = rows_of(batch.rows.slice(i, 1))
+                    except ValueError as error:
+                        problem = str(error)
+                    yield Record(batch.ordinal + i, origins[batch.file], batch.row + i, row, problem)
             else:
                 for i, row in enumerate(rows):
                     yield Record(batch.ordinal + i, origins[batch.file], batch.row + i, row)
@@ -103,7 +106,7 @@ class TableSource:
                     yield window  # its parts have been released
                     del window
                     continue
-                part, run = run.cut(max(1, fitting))
+                part, run = run.part(0, max(1, fitting)), run.part(max(1, fitting))
                 parts.append(part.rows)
                 rows, size, end = rows + part.rows.num_rows, size + _size_of(part.rows), part.after()
         if parts:
@@ -165,49 +168,33 @@ class TableSource:
             if ordinal >= end:
                 return
             for batch in self._module.batches(self.files[index], row):
-                rows = batch.slice(0, end - ordinal)
-                yield _Batch(self._fitted(rows.replace_schema_metadata(None), index, row), index, row, ordinal)
+                rows = batch.slice(0, end - ordinal).replace_schema_metadata(None)
+                if rows.schema != self.schema:
+                    try:
+                        rows = unify.fitted(rows, self.schema, self._keys[index])
+                    except ValueError as error:
+                        span = f"rows {row} to {row + rows.num_rows - 1}"
+                        raise InputError(f"{self.files[index]} {span} can't be read: {error}") from error
+                yield _Batch(rows, index, row, ordinal)
                 row, ordinal = row + rows.num_rows, ordinal + rows.num_rows
                 if ordinal == end:
                     return
             row = 0
 
-    def _fitted(self, rows: pa.RecordBatch, index: int, row: int) -> pa.RecordBatch:
-        if rows.schema == self.schema:
-            return rows
-        try:
-            return unify.fitted(rows, self.schema, self._keys[index])
-        except ValueError as error:
-            last = row + rows.num_rows - 1
-            raise InputError(f"{self.files[index]} rows {row} to {last} can't be read: {error}") from error
-
-
-def _require_single_names(path: InputFile, schema: pa.Schema) -> None:
-    for name in _repeated(schema.names):
-        raise InputError(f"{path} has two columns named '{name}'; rename one")
-    for name, type_ in zip(schema.names, schema.types, strict=True):
-        if pa.types.is_nested(type_):
-            _require_single_fields(f"{path}: column '{name}'", type_)
-
 
 def _require_single_fields(place: str, type_: pa.DataType) -> None:
-    fields = [type_.field(n) for n in range(type_.num_fields)]
-    for name in _repeated([field.name for field in fields]) if pa.types.is_struct(type_) else ():
-        raise InputError(f"{place} has two fields named '{name}' in one struct; rename one")
+    """No struct of that type, at any depth, has two fields of one name."""
+    fields = [type_.field(n) for n in range(type_.num_fields)] if pa.types.is_nested(type_) else []
+    if pa.types.is_struct(type_):
+        _require_single_names(f"{place} has two fields", [field.name for field in fields], " in one struct")
     for field in fields:
-        if pa.types.is_nested(field.type):
-            _require_single_fields(place, field.type)
+        _require_single_fields(place, field.type)
 
 
-def _repeated(names: list[str]) -> Iterable[str]:
-    return () if len(set(names)) == len(names) else (name for name, times in Counter(names).items() if times > 1)
-
-
-def _record(batch: _Batch, origin: str) -> Record:
-    try:
-        return Record(batch.ordinal, origin, batch.row, rows_of(batch.rows)[0])
-    except ValueError as error:
-        return Record(batch.ordinal, origin, batch.row, {}, str(error))
+def _require_single_names(what: str, names: list[str], where: str = "") -> None:
+    if len(set(names)) < len(names):
+        twice = next(name for name, times in Counter(names).items() if times > 1)
+        raise InputError(f"{what} named '{twice}'{where}; rename one")
 
 
 def _size_of(rows: pa.RecordBatch) -> int:

@@ -111,7 +111,7 @@ def refuse(head: bytes, path: Path, packed: str | None = None) -> None:
     what, command, ending = conversion
     if packed is not None and command and not command.startswith(_READS_COMPRESSED):
         raise InputError(f"{path}: its content {what}; {unpack_hint(packed, path)}")
-    hint = _convert_hint(command, path, ending) if command else "export the data as CSV or Parquet"
+    hint = "convert it with: " + _filled(command, path, ending) if command else "export the data as CSV or Parquet"
     raise InputError(f"{path} {what}; {hint}")
 
 
@@ -138,14 +138,14 @@ def refuse_table(folder: Path) -> None:
         folder = folder.parent
     why = "whose files may hold rows that the table no longer has"
     if (folder / "_delta_log").is_dir():
-        raise InputError(f"{folder} is a Delta table, {why}; {_convert_hint(_DELTA, folder, '.parquet')}")
+        raise InputError(f"{folder} is a Delta table, {why}; convert it with: {_filled(_DELTA, folder, '.parquet')}")
     if (folder / ".hoodie").is_dir():
         raise InputError(f"{folder} is a Hudi table, {why}; export its present rows as Parquet")
     versions = [*folder.glob("metadata/*.metadata.json"), *folder.parent.glob("metadata/*.metadata.json")]
     if versions and (folder.name == "data" or (folder / "metadata").is_dir()):
         newest = max(versions, key=lambda version: version.stat().st_mtime_ns)
         table = newest.parent.parent
-        command = _ICEBERG.format(file=_quoted(str(newest)), new=_quoted(_free_name(table, ".parquet")))
+        command = _filled(_ICEBERG, newest, ".parquet", beside=table)
         raise InputError(f"{table} is an Iceberg table, {why}; convert it with: {command}")
 
 
@@ -156,11 +156,7 @@ def unpack_hint(tool: str, path: Path) -> str:
 
 def encoding_hint(encoding: str, path: Path) -> str:
     """What to do with a text file in another encoding."""
-    return _convert_hint(_ICONV % encoding, path, None)
-
-
-def _convert_hint(command: str, path: Path, ending: str | None) -> str:
-    return "convert it with: " + _filled(command, path, ending)
+    return "convert it with: " + _filled(_ICONV % encoding, path, None)
 
 
 def _conversion_of(head: bytes, path: Path) -> _Conversion | None:
@@ -184,24 +180,18 @@ def _conversion_of(head: bytes, path: Path) -> _Conversion | None:
     return None
 
 
-def _filled(command: str, path: Path, ending: str | None) -> str:
-    """The command with the file names quoted for a shell."""
-    new = _free_name(path, ending)
-    return command.format(file=_quoted(str(path)), new=_quoted(new), python=shlex.quote(sys.executable))
-
-
-def _quoted(path: str) -> str:
-    return shlex.quote(f"./{path}" if path.startswith("-") else path)  # so that a name is not read as an option
-
-
-def _free_name(path: Path, ending: str | None) -> str:
-    """A name beside the file at which no file exists."""
+def _filled(command: str, path: Path, ending: str | None, beside: Path | None = None) -> str:
+    """The command with the file names quoted for a shell. The new file's name is free, beside the old one's."""
+    base = beside or path
     if ending is None:
-        path = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
-        ending = path.suffix
-    stem = str(path.with_suffix(""))
+        base = base.with_suffix("") if base.suffix.lower() in _COMPRESSED else base
+        ending = base.suffix
+    stem = str(base.with_suffix(""))
     names = (f"{stem}{'.converted' if n else ''}{n if n > 1 else ''}{ending}" for n in count())
-    return next(name for name in names if not os.path.lexists(name))
+    new = next(name for name in names if not os.path.lexists(name))
+    # so that a name that begins with a dash is not read as an option
+    file, new = (shlex.quote(f"./{name}" if name.startswith("-") else name) for name in (str(path), new))
+    return command.format(file=file, new=new, python=shlex.quote(sys.executable))
 
 
 def _archive(path: Path) -> _Conversion:

@@ -16,8 +16,7 @@ from batchrun.source import FileIdentity, InputFile, Source, changed, fingerprin
 from batchrun.startup import changes, input_pass, unsent_rows
 from batchrun.startup import shard as shards
 from batchrun.startup.answer_match import NONE, Questions
-from batchrun.startup.run_options import RunOptions
-from batchrun.startup.start import Start
+from batchrun.startup.run_options import RunOptions, Start
 from batchrun.store import origins, variants
 from batchrun.store.carry_over import CarryOver
 from batchrun.store.manifest import Manifest
@@ -53,7 +52,13 @@ def as_it_is_now(
         shards.require_unchanged(known, reasons)
         known = _adopt(start, known, ways, variant, source, identities, reasons, settings)
     else:
-        _require_limit_in_time(start, known)
+        opened = start.opened_rows(known)
+        # a chunk is sent as a whole, so a limit within an open one would come too late
+        if options.limit is not None and options.limit < opened and start.checkpoint.totals.settled() < opened:
+            raise JobError(
+                f"--limit {options.limit}: {plural(opened, 'row')} {are(opened)} already started; use at least "
+                f"--limit {opened}, or leave it out"
+            )
         known = msgspec.structs.replace(known, files=identities)
     return known, ways, variant, source
 
@@ -145,13 +150,3 @@ class ChangedError(JobError):
     def __init__(self, message: str, found: changes.Changes) -> None:
         super().__init__(message)
         self.changes = found
-
-
-def _require_limit_in_time(start: Start, known: Manifest) -> None:
-    """Raises if rows behind the limit belong to an open chunk with pending rows: a chunk is sent as a whole."""
-    opened, limit = start.opened_rows(known), start.options.limit
-    if limit is not None and limit < opened and start.checkpoint.totals.settled() < opened:
-        raise JobError(
-            f"--limit {limit}: {plural(opened, 'row')} {are(opened)} already started; use at least "
-            f"--limit {opened}, or leave it out"
-        )

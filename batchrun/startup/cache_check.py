@@ -7,9 +7,9 @@ from batchrun import prices
 from batchrun.job.job import Job
 from batchrun.prices import PriceTable
 from batchrun.report.wording import plural
-from batchrun.request.shared_prefix import CACHED_FROM_TOKENS, Group, SharedText
+from batchrun.request.shared_prefix import CACHED_FROM_TOKENS, SharedText
 
-_TOKENS_PER_BYTE = 0.25
+_TOKENS_PER_BYTE = 0.25  # as prose has, roughly (startup.estimate): the line says "about"
 _QUOTED = 40  # characters of the shared text that a warning quotes
 
 
@@ -19,38 +19,32 @@ def in_words(shared: SharedText, job: Job, tables: Mapping[str, PriceTable | Non
         return
     groups = [group for group in shared.groups if group.tokens]
     if groups:
-        yield f"prompt cache {_of_groups(groups, shared, job, tables)}"
+        rows = sum(group.rows for group in groups)
+        held = sum(group.rows * group.tokens for group in groups)
+        share = min(1.0, held / max(1.0, shared.body_bytes * _TOKENS_PER_BYTE))
+        size = sum(len(group.common) * group.rows for group in groups) // rows
+        saved = [_saved(group.tokens * (group.rows - 1), tables.get(group.model), job) for group in groups]
+        known = [usd for usd in saved if usd is not None]
+        worth = f"; cached, they cost ${sum(known):,.4f} less" if len(known) == len(saved) else ""
+        yield (
+            f"prompt cache {rows:,} of {plural(shared.rows, 'row')} begin alike in {plural(len(groups), 'group')}: "
+            f"{size:,} bytes, about {held // rows:,} tokens each, {share:.0%} of all prompts{worth}"
+        )
         if not job.request.cache_prefix:
             yield "             request.cache_prefix = true sends one row of each group first, and the others behind it"
     elif job.request.cache_prefix and not shared.behind_bytes:
         yield f"prompt cache no gain by request.cache_prefix: no rows share {CACHED_FROM_TOKENS:,} first tokens"
     if shared.behind_bytes:
-        yield _warning(shared, job, tables)
-
-
-def _of_groups(groups: list[Group], shared: SharedText, job: Job, tables: Mapping[str, PriceTable | None]) -> str:
-    rows = sum(group.rows for group in groups)
-    held = sum(group.rows * group.tokens for group in groups)
-    share = min(1.0, held / max(1.0, shared.body_bytes * _TOKENS_PER_BYTE))
-    size = sum(len(group.common) * group.rows for group in groups) // rows
-    alike = f"{rows:,} of {plural(shared.rows, 'row')} begin alike in {plural(len(groups), 'group')}"
-    saved = [_saved(group.tokens * (group.rows - 1), tables.get(group.model), job) for group in groups]
-    known = [usd for usd in saved if usd is not None]
-    worth = f"; cached, they cost ${sum(known):,.4f} less" if len(known) == len(saved) else ""
-    return f"{alike}: {size:,} bytes, about {held // rows:,} tokens each, {share:.0%} of all prompts{worth}"
-
-
-def _warning(shared: SharedText, job: Job, tables: Mapping[str, PriceTable | None]) -> str:
-    tokens = int(shared.behind_bytes * _TOKENS_PER_BYTE)
-    quoted = shared.behind if len(shared.behind) <= _QUOTED else shared.behind[: _QUOTED - 1] + "…"
-    saved = None
-    if len(tables) == 1:
-        saved = _saved(tokens * (shared.rows - 1), next(iter(tables.values())), job)
-    worth = "" if saved is None else f", and all rows cost up to ${saved:,.4f} less"
-    return (
-        f"warning: row data stands before about {tokens:,} tokens that all rows share (from {quoted!r} on), "
-        f"where no prompt cache finds them; put row data last{worth}"
-    )
+        tokens = int(shared.behind_bytes * _TOKENS_PER_BYTE)
+        quoted = shared.behind if len(shared.behind) <= _QUOTED else shared.behind[: _QUOTED - 1] + "…"
+        less = None
+        if len(tables) == 1:
+            less = _saved(tokens * (shared.rows - 1), next(iter(tables.values())), job)
+        worth = "" if less is None else f", and all rows cost up to ${less:,.4f} less"
+        yield (
+            f"warning: row data stands before about {tokens:,} tokens that all rows share (from {quoted!r} on), "
+            f"where no prompt cache finds them; put row data last{worth}"
+        )
 
 
 def _saved(tokens: int, table: PriceTable | None, job: Job) -> Decimal | None:

@@ -57,7 +57,7 @@ def make(
     now: Origins,
     own: Path,
     path: Path,
-    tell: Callable[[str], None] = lambda line: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Origins:
     """The origins of the rows are in a file at `path`, unless every row is to be sent. `keys` are (key, row) in order.
 
@@ -67,7 +67,7 @@ def make(
         InputError: an earlier result is not there or can't be read.
         DiskError: there is no room for the file.
     """
-    earlier = find(job, own, tell)
+    earlier = find(job, own, note)
     count = min(count_for(now.rows), MOST_READS if earlier else MOST_BUCKETS)
     reused = duplicates = 0
     with OriginsWriter(path, now.rows, now.first_row) as writer, Buckets(path.parent, count, KEYS) as buckets:
@@ -114,11 +114,7 @@ class _EqualRows:
 
 
 def _take_earlier(equal: _EqualRows, earlier: Sequence[EarlierResult], now: Origins, writer: OriginsWriter) -> int:
-    """The rows whose keys have an acceptable earlier answer take it; how many do.
-
-    All answers of a key are of the first result that has any: another may have the same ones, reused. Where equal rows
-    are sent each takes one of its own.
-    """
+    """The rows whose keys have an acceptable earlier answer take it; how many do."""
     taken = number = 0
     is_found = bytearray(len(equal.first))
     for result in earlier:
@@ -128,8 +124,10 @@ def _take_earlier(equal: _EqualRows, earlier: Sequence[EarlierResult], now: Orig
         for file in result.files:
             for place, row in _matches(file, equal.keys, now):
                 others = equal.others.get(place)
+                # of the first result that has any answer to the key: another may have the same ones, reused
                 if is_found[place] or (fresh[place] and not others):
                     continue
+                # equal rows that are sent take an answer of their own each
                 taker = others.pop(0) if fresh[place] and others else equal.first[place]
                 writer[taker] = origins.earlier(number, row)
                 fresh[place] = 1

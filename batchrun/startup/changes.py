@@ -1,7 +1,7 @@
 """A changed input or job: finds which answers still fit, and arranges the rows in new chunks.
 
-Answers are matched with rows by request key, the k-th answer with the k-th row of that key, so a line that was inserted
-at the top sends one row. Answers that no row needs any more were paid for in vain, so the user must accept that.
+Answers are matched with rows by request key: a line that was inserted at the top sends one row. Answers that no row
+needs any more were paid for in vain, so the user must accept that.
 """
 
 import functools
@@ -28,7 +28,6 @@ from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked, files
 from batchrun.tables.arrow_types import Column
-from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table
 
 
@@ -78,16 +77,10 @@ class Changes(msgspec.Struct, frozen=True):
         fewer = f"; {self.fewer:,} fewer than before" if self.fewer else ""
         if self.carried:
             fewer = f"; {self.carried:,} without a request{fewer}"
-        return f"{what}: {stay}, {send}{cost}{fewer}{self._in_vain()}"
-
-    def _in_vain(self) -> str:
-        match self.dropped:
-            case 0:
-                return ""
-            case 1:
-                return "; 1 paid answer no longer fits any row"
-            case dropped:
-                return f"; {dropped:,} paid answers no longer fit any row"
+        vain = "" if not self.dropped else f"; {self.dropped:,} paid answers no longer fit any row"
+        if self.dropped == 1:
+            vain = "; 1 paid answer no longer fits any row"
+        return f"{what}: {stay}, {send}{cost}{fewer}{vain}"
 
 
 class Answers:
@@ -132,19 +125,17 @@ class Answers:
 
     def given_up(self, matches: Matches) -> list[TotalsLine]:
         """The changes to the account for the answers that no new row has, one for each line of it."""
-        # not an iterator: the checkpoint's thread would take it, and wait for itself to read a chunk
-        return list(totals.with_changes(totals.Totals(), self._given_up(matches)).replaced.values())
-
-    def _given_up(self, matches: Matches) -> Iterator[TotalsLine]:
         kept = bytearray(self.rows)
         for old in matches:
             if old != NONE:
                 kept[old] = 1
+        account = totals.Totals()
         for place in range(len(self.chunks)):
             own = self.of_chunk(place)
-            for row, answer in zip(own.column("row").to_pylist(), booked.lines(own), strict=True):
-                if not kept[cast(int, row)]:
-                    yield from totals.moved_to_discarded(answer)
+            answers = zip(cast(list[int], own.column("row").to_pylist()), booked.lines(own), strict=True)
+            moved = (line for row, answer in answers if not kept[row] for line in totals.moved_to_discarded(answer))
+            account = totals.with_changes(account, moved)
+        return list(account.replaced.values())
 
     def _of_chunk(self, place: int) -> pa.Table:
         chunk = self.chunks[place]
@@ -201,7 +192,7 @@ def lay_out(
     Windows behind the last answer are left to be opened in their turn. A `limit` opens no row that needn't be: behind
     it and the last answer.
     """
-    types = None if manifest.types is None else ColumnTypes.from_json(manifest.types)
+    types = manifest.column_types
     generation = 1 + max((chunk.generation for chunk in answers.chunks), default=0)
     left = sum(old != NONE for old in matches)
     chunks: list[Chunk] = []

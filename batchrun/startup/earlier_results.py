@@ -1,8 +1,10 @@
 """Earlier results whose answers may be reused: what `--reuse` and `input.reuse_from` name, as Parquet files."""
 
 import glob
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -29,10 +31,10 @@ def sources(job: Job) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named)
 
 
-def find(job: Job, own: Path, tell: Callable[[str], None] = lambda line: None) -> list[EarlierResult]:
+def find(job: Job, own: Path, note: Callable[[str], None] = lambda line: None) -> list[EarlierResult]:
     """The earlier results, those first that are looked at first: as named, and of a pattern the last name first.
 
-    `own` is the run's own directory, which is left out. `tell` gets a line for each source that has nothing.
+    `own` is the run's own directory, which is left out. `note` gets a line for each source that has nothing.
 
     Raises:
         InputError: a path that is no pattern is not there, or holds no answers.
@@ -45,14 +47,14 @@ def find(job: Job, own: Path, tell: Callable[[str], None] = lambda line: None) -
                 if not Path(result.name).resolve().is_relative_to(own.resolve()):
                     found.setdefault(str(Path(result.name).resolve()), result)
         if len(found) == before:
-            _require_pattern(source, own)
-            tell(f"reuse: {source}: no earlier answers there yet")
+            if source != LATEST and not glob.has_magic(source) and "{" not in source:
+                _raise_nothing_there(source, own)
+            place = f"in {rundir.pattern_of(job.output)}" if source == LATEST else "there"  # -o replaces output.path
+            note(f"reuse: {source}: no earlier answers {place} yet")
     return list(found.values())
 
 
-def _require_pattern(source: str, own: Path) -> None:
-    if source == LATEST or glob.has_magic(source) or "{" in source:
-        return
+def _raise_nothing_there(source: str, own: Path) -> NoReturn:
     path = Path(source)
     if not path.exists():
         raise InputError(f"reuse: {source}: there is no such file or directory")
@@ -68,22 +70,15 @@ def _require_pattern(source: str, own: Path) -> None:
 
 def _paths(source: str, job: Job) -> Iterator[Path]:
     if source == LATEST:
-        yield from _with_answers(rundir.dated(rundir.pattern_of(job.output), job.name))
+        # the newest run that has answers, and the one before: the newest may be the run itself
+        runs = rundir.dated(rundir.pattern_of(job.output), job.name)
+        yield from itertools.islice((run for run in runs if any(_results(run))), 2)
         return
     pattern = source.replace("{job}", glob.escape(job.name)).replace("{date}", "*")
     if glob.has_magic(pattern):
         yield from map(Path, sorted(glob.glob(pattern, recursive=True), reverse=True))  # noqa: PTH207
     elif Path(source).exists():
         yield Path(source)
-
-
-def _with_answers(runs: Sequence[Path]) -> Iterator[Path]:
-    """The first of the runs that has answers, and the one before: the first may be the run itself."""
-    left = 2
-    for path in runs:
-        if left and any(_results(path)):
-            left -= 1
-            yield path
 
 
 def _results(path: Path) -> Iterator[EarlierResult]:

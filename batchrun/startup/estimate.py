@@ -5,12 +5,12 @@ expected    the mean of the answers so far; before there are any, of the job's n
 high        the upper bounds that a budget reserves: no bill can be larger, retries apart
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 
 from batchrun import prices
 from batchrun.job.job import Job
-from batchrun.job.settings import Budget, Limits
+from batchrun.job.settings import Budget
 from batchrun.limits import capacity
 from batchrun.limits.admission import Limit
 from batchrun.limits.capacity import Size
@@ -21,64 +21,76 @@ from batchrun.report.cost_lines import headline_usd
 from batchrun.report.summary import failures
 from batchrun.report.wording import plural
 from batchrun.run_summary import Estimate, Summary
+from batchrun.startup.changes import Changes
 from batchrun.startup.input_check import Survey
 from batchrun.startup.previous_run import Means
 from batchrun.startup.previous_run import of as means_of
 
 FEWEST_TOKENS_PER_BYTE = 0.18  # long common words; prose of one language has about 0.23
-USUAL_TOKENS_PER_BYTE = 0.3
-USUAL_ANSWER_TOKENS = 300
+USUAL_TOKENS_PER_BYTE = 0.3  # a guess, above prose of one language
+USUAL_ANSWER_TOKENS = 300  # a guess, and the estimate says so: --limit 20 measures it
 
 
 def estimate(
     found: Survey,
     job: Job,
     tables: Mapping[str, PriceTable | None],
-    to_ask: int,
+    to_send: int,
     done: Summary | None,
     day_left_s: float = 0.0,
     earlier: Means | None = None,
 ) -> Estimate:
-    """The estimate for `to_ask` of the survey's rows, by what the run has done already, else by an `earlier` one.
+    """The estimate for `to_send` of the survey's rows, by what the run has done already, else by an `earlier` one.
 
     `day_left_s`: until the day of `limits.requests_per_day` ends.
     """
-    share = to_ask / found.rows if found.rows else 0.0
+    share = to_send / found.rows if found.rows else 0.0
     mean = (None if done is None else means_of(done, "this run")) or earlier or _usual(found, job)
     prompt, completion = mean.prompt_tokens, mean.completion_tokens
-    tokens = (prompt + completion) * to_ask
-    minutes, limit = _time(job.total_limits, to_ask, mean, day_left_s)
-    expected = _expected(found, tables, to_ask, mean, job.request.service_tier)
+    tokens = (prompt + completion) * to_send
+    limits = job.total_limits
+    by_limits = capacity.least_minutes(limits, to_send, Size(prompt, completion), day_left_s)
+    times = [] if by_limits is None else [by_limits]
+    if mean.latency_s is not None:
+        times.append((mean.latency_s * to_send / limits.max_in_flight / 60, Limit.LATENCY))
+    minutes, limit = max(times, key=lambda time: time[0], default=(None, Limit.LATENCY))
+    tier = job.request.service_tier
+    if (each := mean.cost_by(tables)) is not None:  # prices are as they were then
+        expected: Decimal | None = (each * to_send).quantize(prices.PICO)
+    else:
+        expected = _cost(found, tables, share, prompt, completion, mean.cached_share, tier)
+    basis = [mean.basis]
+    if mean.cached_share:
+        basis.append(f"{mean.cached_share:.0%} of the prompts cached")
+    if mean.cost_usd is not None:
+        basis.append(f"${mean.cost_usd:,.6f} a row")
+    if mean.latency_s is not None:
+        basis.append(f"{mean.latency_s:,.2f} s an answer")
+    fewest = FEWEST_TOKENS_PER_BYTE * found.body_bytes / found.rows if found.rows else 0.0
     return Estimate(
-        rows=to_ask,
-        prompt_tokens=round(prompt * to_ask),
-        completion_tokens=round(completion * to_ask),
-        low_usd=_cost(
-            found,
-            tables,
-            share,
-            lambda rows: (FEWEST_TOKENS_PER_BYTE * found.body_bytes * rows / found.rows, rows),
-            service_tier=job.request.service_tier,
-        ),
+        rows=to_send,
+        prompt_tokens=round(prompt * to_send),
+        completion_tokens=round(completion * to_send),
+        low_usd=_cost(found, tables, share, fewest, 1, 0.0, tier),
         expected_usd=expected,
-        high_usd=_bound(found, tables, to_ask, job.service_tiers),
+        high_usd=_bound(found, tables, to_send, job.service_tiers),
         minutes=minutes,
         limited_by=str(limit),
-        basis=_in_full(mean),
-        short=tuple(_short(job.budget, to_ask, tokens, expected, done)),
+        basis=", ".join(basis),
+        short=tuple(_short(job.budget, to_send, tokens, expected, done)),
     )
 
 
-def run_in_words(summary: Summary, drift: str | None) -> Iterator[str]:
+def run_in_words(summary: Summary, changes: Changes | None) -> Iterator[str]:
     """What a run has so far: rows kept, failed and pending, and what changed."""
     failed = failures(summary)
-    kept = summary.rows - summary.pending
+    kept = summary.done
     spent = headline_usd(summary, ",.4f")
     yield f"run          {kept:,} of {plural(summary.rows, 'row')} done, {spent} spent"
     if failed:
         yield f"failed       {plural(failed, 'row')}; --retry-failed sends {'it' if failed == 1 else 'them'} again"
-    if drift is not None:
-        yield f"changed      {drift}"
+    if changes is not None:
+        yield f"changed      {changes}"
 
 
 def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None], url: str = "") -> Iterator[str]:
@@ -114,27 +126,6 @@ def duration(minutes: float) -> str:
     return f"{minutes:,.1f} min" if minutes < 600 else f"{minutes / 60:,.1f} h"
 
 
-def _time(limits: Limits, rows: int, mean: Means, day_left_s: float) -> tuple[float | None, Limit]:
-    """How many minutes the rows take at least, and what makes it so."""
-    size = Size(mean.prompt_tokens, mean.completion_tokens)
-    times = [] if (by_limits := capacity.least_minutes(limits, rows, size, day_left_s)) is None else [by_limits]
-    if mean.latency_s is not None:
-        times.append((mean.latency_s * rows / limits.max_in_flight / 60, Limit.LATENCY))
-    return max(times, key=lambda time: time[0], default=(None, Limit.LATENCY))
-
-
-def _in_full(mean: Means) -> str:
-    """What the estimate rests on, in words."""
-    parts = [mean.basis]
-    if mean.cached_share:
-        parts.append(f"{mean.cached_share:.0%} of the prompts cached")
-    if mean.cost_usd is not None:
-        parts.append(f"${mean.cost_usd:,.6f} a row")
-    if mean.latency_s is not None:
-        parts.append(f"{mean.latency_s:,.2f} s an answer")
-    return ", ".join(parts)
-
-
 def _usual(found: Survey, job: Job) -> Means:
     """The means of a row where no answer has come yet."""
     tokens = USUAL_TOKENS_PER_BYTE * found.body_bytes + found.image_tokens
@@ -144,58 +135,39 @@ def _usual(found: Survey, job: Job) -> Means:
     return Means(basis, tokens / found.rows if found.rows else 0.0, answer, 0.0)
 
 
-def _expected(
-    found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, mean: Means, service_tier: str | None
-) -> Decimal | None:
-    """What a row cost times the rows, if prices are as they were; else by its tokens."""
-    if (each := mean.cost_by(tables)) is not None:
-        return (each * to_ask).quantize(prices.PICO)
-    share = to_ask / found.rows if found.rows else 0.0
-    tokens = mean.prompt_tokens, mean.completion_tokens
-    return _cost(
-        found,
-        tables,
-        share,
-        lambda rows: (tokens[0] * rows, tokens[1] * rows),
-        mean.cached_share,
-        service_tier,
-    )
-
-
 def _cost(
     found: Survey,
     tables: Mapping[str, PriceTable | None],
     share: float,
-    tokens: Callable[[int], tuple[float, float]],
-    cached_share: float = 0.0,
-    service_tier: str | None = None,
+    prompt_tokens: float,
+    completion_tokens: float,
+    cached_share: float,
+    service_tier: str | None,
 ) -> Decimal | None:
-    """USD of a share of the rows in that tier; `tokens` are those of so many rows of a model, in and out."""
+    """USD of a share of the rows, of so many tokens each, in that tier; None where a price is unknown."""
+    each = Usage(round(prompt_tokens), round(completion_tokens), 0, round(prompt_tokens * cached_share))
     total = Decimal(0)
     for model, rows in found.models.items():
-        table = tables.get(model)
-        if table is None:
+        if (table := tables.get(model)) is None:
             return None
-        prompt, completion = tokens(rows)
-        each = Usage(round(prompt / rows), round(completion / rows), 0, round(prompt / rows * cached_share))
         tier = None if prices.lacks_tier(table, service_tier) else service_tier
         total += (prices.cost(each, table, tier) or 0) * Decimal(rows * share)
     return total
 
 
 def _bound(
-    found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, asked_tiers: tuple[str | None, ...]
+    found: Survey, tables: Mapping[str, PriceTable | None], to_send: int, tiers: tuple[str | None, ...]
 ) -> Decimal | None:
-    """What any `to_ask` of the rows can cost at most: all of them, or that many of the largest."""
+    """What any `to_send` of the rows can cost at most: all of them, or that many of the largest."""
     whole = largest = Decimal(0)
     for model in found.models:
         fees = Decimal(0) if (table := tables.get(model)) is None else table.per_request * (found.models[model] - 1)
-        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model), *asked_tiers)
-        one = prices.upper_bound(*found.max_request[model], tables.get(model), *asked_tiers)
+        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model), *tiers)
+        one = prices.upper_bound(*found.max_request[model], tables.get(model), *tiers)
         if all_of_them is None or one is None:
             return None
         whole, largest = whole + all_of_them + fees, max(largest, one)
-    return min(whole, largest * to_ask)
+    return min(whole, largest * to_send)
 
 
 def _short(budget: Budget, rows: int, tokens: float, cost_usd: Decimal | None, done: Summary | None) -> Iterator[str]:

@@ -27,7 +27,7 @@ from batchrun.tables.partitioned import PartitionLimit
 SHOWN = 20
 """Problems that are reported one by one; all are counted."""
 
-PROGRESS_EVERY = 5000
+PROGRESS_EVERY = 5000  # records: several times a second
 
 _VARYING = re.compile(r"\d+|(?:; did you mean .*?\?)? \(columns: .*\)$", re.DOTALL)
 """What differs between messages of one kind: numbers, and the columns of JSON lines."""
@@ -72,6 +72,16 @@ class Survey(msgspec.Struct, frozen=True):
     mistakes: "tuple[tuple[Problem, int], ...]" = ()
 
 
+class _Sizes(msgspec.Struct):
+    """One model's requests: their number, and their upper bounds added up and at most."""
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    max_prompt_tokens: int = 0
+    max_output_tokens: int = 0
+
+
 class _Tally:
     """Counts while the survey runs."""
 
@@ -80,31 +90,30 @@ class _Tally:
         self.unusable, self.repeated = array("Q"), array("Q")
         self.first_problems: list[Problem] = []
         self.mistakes: dict[str, tuple[Problem, int]] = {}
-        self.models: dict[str, int] = {}
-        self.max_request: dict[str, tuple[int, int]] = {}
-        self.max_tokens: dict[str, tuple[int, int]] = {}
+        self._sizes: dict[str, _Sizes] = {}
         self.answer_schemas: set[str | None] = set()
-        self._expected = ANYTHING
+        self._expected: Expected = ANYTHING
         self._keep = keep
 
     def accept(self, request: Request) -> None:
+        prompt, output = request.max_prompt_tokens, request.max_output_tokens
         self.rows += 1
         self.body_bytes += len(request.body)
         self.image_tokens += request.image_tokens
-        self.models[request.model] = self.models.get(request.model, 0) + 1
-        prompt, output = self.max_request.get(request.model, (0, 0))
-        largest = (max(prompt, request.max_prompt_tokens), max(output, request.max_output_tokens))
-        self.max_request[request.model] = largest
-        prompts, outputs = self.max_tokens.get(request.model, (0, 0))
-        self.max_tokens[request.model] = (prompts + request.max_prompt_tokens, outputs + request.max_output_tokens)
-        if request.expected is not self._expected:
-            self._note(request.expected)
-
-    def _note(self, expected: Expected) -> None:
-        """Notes another answer schema than that of the request before; two show that there are several."""
-        self._expected = expected
-        if expected.in_json and len(self.answer_schemas) < 2:
-            schema = expected.schema
+        if (sizes := self._sizes.get(request.model)) is None:
+            sizes = self._sizes[request.model] = _Sizes()
+        sizes.rows += 1
+        sizes.prompt_tokens += prompt
+        sizes.output_tokens += output
+        if prompt > sizes.max_prompt_tokens:
+            sizes.max_prompt_tokens = prompt
+        if output > sizes.max_output_tokens:
+            sizes.max_output_tokens = output
+        if request.expected is self._expected:
+            return
+        self._expected = request.expected
+        if request.expected.in_json and len(self.answer_schemas) < 2:  # two show that there are several
+            schema = request.expected.schema
             self.answer_schemas.add(None if schema is None else msgspec.json.encode(schema).decode())
 
     def withdraw(self, request: Request) -> None:
@@ -112,9 +121,19 @@ class _Tally:
         self.rows -= 1
         self.body_bytes -= len(request.body)
         self.image_tokens -= request.image_tokens
-        self.models[request.model] -= 1
-        if not self.models[request.model]:
-            del self.models[request.model]
+        self._sizes[request.model].rows -= 1
+
+    def models(self) -> dict[str, int]:
+        """The requests of each model that is left."""
+        return {model: sizes.rows for model, sizes in self._sizes.items() if sizes.rows}
+
+    def max_request(self) -> dict[str, tuple[int, int]]:
+        """The largest (prompt tokens, output tokens) of a request, by model."""
+        return {model: (sizes.max_prompt_tokens, sizes.max_output_tokens) for model, sizes in self._sizes.items()}
+
+    def max_tokens(self) -> dict[str, tuple[int, int]]:
+        """The same of all requests together."""
+        return {model: (sizes.prompt_tokens, sizes.output_tokens) for model, sizes in self._sizes.items()}
 
     def reject(self, problem: Problem, ordinals: "array[int]") -> None:
         ordinals.append(problem.ordinal)
@@ -180,10 +199,10 @@ def survey(
         rejected=array("Q", heapq.merge(tally.unusable, tally.repeated)),
         first_problems=tuple(tally.first_problems),
         mistakes=tuple(tally.mistakes.values()),
-        models=tally.models,
+        models=tally.models(),
         body_bytes=tally.body_bytes,
-        max_request=tally.max_request,
-        max_tokens=tally.max_tokens,
+        max_request=tally.max_request(),
+        max_tokens=tally.max_tokens(),
         types=types,
         answer_schema=tally.answer_schemas.pop() if len(tally.answer_schemas) == 1 else None,
         image_tokens=tally.image_tokens,

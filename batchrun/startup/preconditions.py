@@ -29,22 +29,22 @@ def require_input(
         raise_problems(found, report)
     require_columns(job, source, found)
     shared_dataset.require_possible(job.output, source.files, job.storage)
-    require_rows(job, found)
+    require_rows(job, found.rows)
 
 
-def require_rows(job: Job, found: Survey) -> None:
+def require_rows(job: Job, rows: int) -> None:
     """Returns if there are as many rows as the job expects: a broken pipe ends like a complete one.
 
     Raises:
         InputError: there are fewer.
     """
-    if not found.rows and job.input.min_rows == 1:
+    if not rows and job.input.min_rows == 1:
         raise InputError(
             "the input has no rows; check that it is complete, or set input.min_rows = 0 for an empty result"
         )
-    if found.rows < job.input.min_rows:
+    if rows < job.input.min_rows:
         raise InputError(
-            f"the input has {plural(found.rows, 'row')}, and input.min_rows expects {job.input.min_rows:,} or more; "
+            f"the input has {plural(rows, 'row')}, and input.min_rows expects {job.input.min_rows:,} or more; "
             "check that it is complete, or lower input.min_rows"
         )
 

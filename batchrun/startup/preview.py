@@ -1,4 +1,4 @@
-"""What a start would find in a run directory, without starting: nothing is sent, taken over or given up."""
+"""What a start would find in a run directory, without starting: nothing is sent, and no answer is kept or dropped."""
 
 import contextlib
 from datetime import UTC, datetime
@@ -18,15 +18,15 @@ from batchrun.store.rundir import RunDirectory
 
 
 class Found(msgspec.Struct, frozen=True):
-    """The run's last word, the rows that a start with this job would send, and what changed since, if anything did."""
+    """The run's last summary, how many rows a start with this job would send, and what has changed since."""
 
     summary: Summary
-    to_ask: int
-    drift: Changes | None
+    to_send: int
+    changes: Changes | None
 
 
-def look(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Found:
-    """What a start with this job would go on with.
+def of_run(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Found:
+    """What a start with this job would resume.
 
     Raises:
         InputError: there is no run.

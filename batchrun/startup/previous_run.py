@@ -55,7 +55,7 @@ def newest(job: Job, besides: Path | None = None) -> Means | None:
 
 
 def of(summary: Summary, whose: str) -> Means | None:
-    """The means of a run's rows; None where no answer told its usage."""
+    """The means of a run's rows; None where no answer stated its usage."""
     size = capacity.size_of(summary.totals)
     if not size.answers:
         return None

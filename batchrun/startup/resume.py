@@ -14,23 +14,20 @@ from batchrun.errors import ANOTHER, CheckpointError, JobError
 from batchrun.job.job import Job
 from batchrun.limits import daily
 from batchrun.price_list import lookup
-from batchrun.prices import PriceTable
 from batchrun.row_status import failing
-from batchrun.source import Source, fingerprint, open_source
+from batchrun.source import Source, fingerprint
 from batchrun.startup import adopt, input_pass, preconditions, previous_run, stdin_copy, unsent_rows
 from batchrun.startup import shard as shards
 from batchrun.startup.answer_match import Questions
 from batchrun.startup.estimate import estimate
-from batchrun.startup.run_options import RunOptions
-from batchrun.startup.start import Start
-from batchrun.store import origins, variants
+from batchrun.startup.run_options import RunOptions, Start
+from batchrun.store import origins, price_tables, variants
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.manifest import InputShare, Manifest
 from batchrun.store.origins import Origins
+from batchrun.store.price_tables import Tables
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.variants import Variant
-from batchrun.tables.arrow_types import Column
-from batchrun.tables.json_columns import ColumnTypes
 
 SHAPE = ("columns", "prefix", "raw", "layout", "format", "partition_by", "compression", "chunk_rows", "chunk_bytes")
 """The output settings that a run keeps from its first start, because its parts were written with them."""
@@ -49,10 +46,8 @@ class Plan(msgspec.Struct, frozen=True):
     variant: int
     resumed: bool
     source: Source
-    types: ColumnTypes | None
     schema: pa.Schema
-    parsed: Column
-    prices: dict[str, PriceTable | None]
+    prices: Tables
     origins: Origins | None = None
 
 
@@ -71,20 +66,21 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
             f"{directory.path}: no run was started here, so no rows can be retried; name its directory with -o, or its "
             "day with --date"
         )
-    _require_unused(directory)
+    for path in (directory.completions, directory.inflight, *directory.parts.iterdir()):
+        if path.exists():  # a run that lost its checkpoint must not be overwritten and paid for again
+            raise CheckpointError(
+                f"{path} belongs to a run whose checkpoint.db is missing or empty; keep a copy, and {ANOTHER}"
+            )
     paths = input_pass.input_files(job, directory, options, started=False)
     files = fingerprint(paths)
-    own = None
-    if options.shard is not None:
-        skip, scratch = options.skip_invalid, directory.path
-        own = shards.find(job, paths, options.shard, scratch, options.checked, skip_invalid=skip)
-    source = open_source(paths, job.input.max_line_bytes) if own is None else own.source
-    as_read = job if own is None else shards.reading(job, own.dialect)
+    skip = options.skip_invalid
+    part = shards.find(job, paths, options.shard, directory.path, options.checked, skip_invalid=skip)
+    source, share = part.source, None
+    if options.shard is not None and part.span is not None:
+        share = InputShare(options.shard, part.span, tuple(sorted(map(str, failing(job.finish)))))
     with Questions(directory.path) as keys, Questions(directory.path) as pictures:
-        found = input_pass.read(source, as_read, directory, options, keys.add, pictures.add)
-        if own is not None:
-            found = msgspec.structs.replace(found, types=own.types)
-        share = None if own is None else InputShare(own.shard, own.span, tuple(sorted(map(str, failing(job.finish)))))
+        found = input_pass.read(source, part.job, directory, options, keys.add, pictures.add)
+        found = msgspec.structs.replace(found, types=part.types or found.types)
         run_id = uuid.uuid4().hex[:12]
         new = input_pass.manifest_of(job, source, files, found, run_id=run_id, created_at=now, share=share)
         input_pass.keep_digests(job, directory, new.layout, pictures, found)
@@ -96,18 +92,9 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
     expected = estimate(found, job, plan.prices, to_send, None, daily.left_s(now), before)
     expected = msgspec.structs.replace(expected, rows=found.rows)  # those that are not sent cost nothing
     plan = msgspec.structs.replace(plan, manifest=msgspec.structs.replace(new, estimate=expected), origins=made)
-    entries = {**plan.manifest.encode(), "prices": _encode(plan.prices), **variants.encode(ways)}
+    entries = {**plan.manifest.encode(), **price_tables.encode(plan.prices), **variants.encode(ways)}
     checkpoint.write_manifest({**entries, origins.ENTRY: unsent_rows.encoded(made)})
     return plan
-
-
-def _require_unused(directory: RunDirectory) -> None:
-    """Returns if no run was started here: a run that lost its checkpoint must not be overwritten and paid for again."""
-    for path in (directory.completions, directory.inflight, *directory.parts.iterdir()):
-        if path.exists():
-            raise CheckpointError(
-                f"{path} belongs to a run whose checkpoint.db is missing or empty; keep a copy, and {ANOTHER}"
-            )
 
 
 def require_same_shape(job: Job, known: Manifest) -> None:
@@ -133,11 +120,11 @@ def _resume(start: Start, entries: dict[str, str], today: str) -> Plan:
         made = unsent_rows.stored_or_found(start, known, source)
     finally:  # other rows that were not accepted must not stay in the place of the run's own
         stdin_copy.settle(directory, Manifest.decode(checkpoint.manifest_entries()))
-    prices_known = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
+    prices_known = price_tables.decode(entries)
     limit = None if options.limit is None else max(options.limit, start.opened_rows(known))
     plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
     if plan.prices != prices_known:
-        checkpoint.write_manifest({"prices": _encode(plan.prices)})
+        checkpoint.write_manifest(price_tables.encode(plan.prices))
     return msgspec.structs.replace(plan, origins=made)
 
 
@@ -147,13 +134,12 @@ def _plan(
     ways: tuple[Variant, ...],
     variant: int,
     source: Source,
-    known: dict[str, PriceTable | None],
+    known: Tables,
     limit: int | None,
     today: str,
     *,
     resumed: bool,
 ) -> Plan:
-    types = None if manifest.types is None else ColumnTypes.from_json(manifest.types)
     tables = {
         model: known.get(model)
         if known.get(model) and model not in job.pricing
@@ -162,19 +148,5 @@ def _plan(
     }
     preconditions.require_budget(job, manifest.max_request, tables)
     rows = manifest.rows if limit is None else min(limit, manifest.rows)
-    return Plan(
-        manifest,
-        rows,
-        ways,
-        variant,
-        resumed,
-        source,
-        types,
-        input_pass.schema_of(source, manifest),
-        manifest.answer_column,
-        tables,
-    )
-
-
-def _encode(value: object) -> str:
-    return msgspec.json.encode(value).decode()
+    schema = input_pass.schema_of(source, manifest)
+    return Plan(manifest, rows, ways, variant, resumed, source, schema, tables)

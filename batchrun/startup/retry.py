@@ -13,35 +13,54 @@ from typing import Self
 import msgspec
 
 from batchrun.durable import disk_errors
-from batchrun.errors import InputError
+from batchrun.errors import InputError, JobError
+from batchrun.records import Notice
+from batchrun.report.cost_lines import about_cost
+from batchrun.report.wording import are, plural
 from batchrun.source import START, Position
 from batchrun.startup.resume import Plan
-from batchrun.store import result, stored_window
+from batchrun.store import result, variants
 from batchrun.store.base_part import BasePart
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.db_tables import Chunk, Reopened
+from batchrun.store.db_tables import Reopened
 from batchrun.store.rundir import RunDirectory
+from batchrun.store.stored_window import write
 
 
-def reopen(
+def reopen(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses: Collection[str]) -> Notice:
+    """Makes rows with one of the statuses pending again, unless rows are pending already; returns a line about it.
+
+    Raises:
+        JobError: rows are pending that this start would send with other settings.
+        InputError: the input differs from what a chunk was made of.
+        CheckpointError: a part or the result is damaged.
+    """
+    pending = plan.rows - checkpoint.totals.settled()
+    entries = variants.encode(plan.variants)
+    if pending and checkpoint.manifest_entries()[variants.ENTRY] != entries[variants.ENTRY]:
+        raise JobError(
+            f"{plural(pending, 'row')} {are(pending)} still pending with the earlier settings; "
+            "finish the run with those, then retry"
+        )
+    if pending:
+        return Notice(f"{plural(pending, 'row')} {are(pending)} still pending; sent first", "retry", pending=pending)
+    mean_cost_usd = checkpoint.totals.mean_cost_usd()
+    rows = 0
+    if any(checkpoint.totals.standing.get(status) for status in statuses):
+        rows = _reopen_chunks(plan, directory, checkpoint, statuses, entries)
+    ended = f"{plural(rows, 'row')} that ended as {', '.join(sorted(statuses))}"
+    return Notice(f"{ended} will be sent again{about_cost(rows, mean_cost_usd)}", "retry", rows=rows)
+
+
+def _reopen_chunks(
     plan: Plan,
     directory: RunDirectory,
     checkpoint: Checkpoint,
     statuses: Collection[str],
-    variant: int,
     entries: Mapping[str, str],
 ) -> int:
-    """Makes every row with one of the statuses pending again, in one transaction; returns how many.
-
-    The `entries` of the manifest are written with it. Nothing is touched if there is no such row.
-
-    Raises:
-        InputError: the input differs from what a chunk was made of.
-        CheckpointError: a part or the result is damaged.
-    """
+    """Makes the rows pending in one transaction, with the `entries` of the manifest; returns how many rows."""
     chunks = checkpoint.chunks()
-    if not any(checkpoint.totals.standing.get(status) for status in statuses):
-        return 0
     if result.FINISHED in checkpoint.manifest_entries():
         chunks = result.restore_parts(plan.manifest, checkpoint, chunks, directory)
     start, count = START, 0
@@ -49,10 +68,17 @@ def reopen(
         for place, chunk in enumerate(chunks):
             path = directory.part_of(chunk.chunk, chunk.generation)
             base = BasePart(path, chunk.part_digest or "", plan.manifest.output.prefix)
-            if found := base.reopened(statuses, variant):
+            if found := base.reopened(statuses, plan.variant):
                 count += len(found)
                 rows.add(found)
-                _store_input_again(plan, directory, chunk, start)
+                # the input of an open chunk is a file of its own, which was removed when the chunk was sealed
+                windows = plan.source.windows(start, chunk.rows, sys.maxsize, frozenset(plan.manifest.rejected))
+                again = next(windows, None)
+                path = directory.input_of(chunk.chunk, plan.manifest.layout)
+                if again is None or again.rows != chunk.rows or write(path, again.table) != chunk.input_digest:
+                    raise InputError(
+                        f"the input of rows {chunk.first_row:,} and on has changed; restore it, then retry"
+                    )
                 chunks[place] = msgspec.structs.replace(chunk, open=1)
             start = msgspec.json.decode(chunk.end_position, type=Position)
         checkpoint.reopen_chunks(chunks, rows, entries)
@@ -81,12 +107,3 @@ class _Rows:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-
-def _store_input_again(plan: Plan, directory: RunDirectory, chunk: Chunk, start: Position) -> None:
-    """Stores the input of the chunk again, as an open chunk has it; its digest shows that it is the same."""
-    windows = plan.source.windows(start, chunk.rows, sys.maxsize, frozenset(plan.manifest.rejected))
-    again = next(windows, None)
-    path = directory.input_of(chunk.chunk, plan.manifest.layout)
-    if again is None or again.rows != chunk.rows or stored_window.write(path, again.table) != chunk.input_digest:
-        raise InputError(f"the input of rows {chunk.first_row:,} and on has changed; restore it, then retry")

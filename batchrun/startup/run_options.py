@@ -1,12 +1,16 @@
-"""The options of one start, beyond the job."""
+"""What a start works with: its options beyond the job, and the directory with its open checkpoint."""
 
 from collections.abc import Callable
 from typing import BinaryIO, Literal
 
 import msgspec
 
+from batchrun.job.job import Job
 from batchrun.limits.deadline import Deadline
 from batchrun.run_summary import Shard
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.manifest import Manifest
+from batchrun.store.rundir import RunDirectory
 
 
 class RunOptions(msgspec.Struct, frozen=True):
@@ -30,3 +34,17 @@ class RunOptions(msgspec.Struct, frozen=True):
     problem: Callable[[str], None] = lambda line: None
     note: Callable[[str], None] = lambda line: None
     checked: Callable[[int], None] = lambda rows: None
+
+
+class Start(msgspec.Struct, frozen=True):
+    """One start of a run: its job, and the directory with its open checkpoint."""
+
+    job: Job
+    directory: RunDirectory
+    checkpoint: Checkpoint
+    options: RunOptions
+
+    def opened_rows(self, known: Manifest) -> int:
+        """The rows of chunks that were opened."""
+        chunks = self.checkpoint.chunks()
+        return chunks[-1].end_row - known.first_row if chunks else 0

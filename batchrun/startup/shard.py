@@ -15,12 +15,14 @@ import msgspec
 from batchrun.errors import ANOTHER, InputError, JobError
 from batchrun.job.job import Job
 from batchrun.job.settings import Budget, Endpoint, Limits
-from batchrun.report.wording import plural, rounded
+from batchrun.report.wording import rounded
 from batchrun.request.builder import detect_dialect
 from batchrun.run_summary import Shard
 from batchrun.source import InputFile, JsonlSource, Source, Span, TableSource, digest, open_source, parquet
 from batchrun.source.content import content_of
+from batchrun.startup import preconditions
 from batchrun.startup.ids import IdIndex
+from batchrun.startup.input_check import PROGRESS_EVERY
 from batchrun.store.manifest import Manifest
 from batchrun.tables.json_columns import ColumnTypes
 
@@ -83,19 +85,8 @@ def job_of(job: Job, shard: Shard) -> Job:
     path = job.output.path.rstrip("/")
     path = path if path.endswith(shard.suffix) else path + shard.suffix
     job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, path=path))
-    return job if job.limits.limits_are == "per_process" else _divided(job, shard)
-
-
-_RATES = (
-    *("requests_per_minute", "requests_per_day"),
-    *("tokens_per_minute", "input_tokens_per_minute", "output_tokens_per_minute"),
-)
-_IN_LIMITS = ("requests_per_second", *_RATES, "max_in_flight")
-_IN_BUDGET = ("max_cost_usd", "per_start_usd", "max_tokens", "max_requests")
-_IN_ENDPOINT = ("requests_per_minute", "tokens_per_minute", "max_in_flight")
-
-
-def _divided(job: Job, shard: Shard) -> Job:
+    if job.limits.limits_are == "per_process":
+        return job
     endpoints = job.endpoints
     if job.more_endpoints:
         endpoints = [_parts(each, f"endpoint[{place}]", _IN_ENDPOINT, shard) for place, each in enumerate(endpoints)]
@@ -106,6 +97,15 @@ def _divided(job: Job, shard: Shard) -> Job:
         limits=_parts(job.limits, "limits", _IN_LIMITS, shard),
         budget=_parts(job.budget, "budget", _IN_BUDGET, shard),
     )
+
+
+_RATES = (
+    *("requests_per_minute", "requests_per_day"),
+    *("tokens_per_minute", "input_tokens_per_minute", "output_tokens_per_minute"),
+)
+_IN_LIMITS = ("requests_per_second", *_RATES, "max_in_flight")
+_IN_BUDGET = ("max_cost_usd", "per_start_usd", "max_tokens", "max_requests")
+_IN_ENDPOINT = ("requests_per_minute", "tokens_per_minute", "max_in_flight")
 
 
 def _parts(table: T, name: str, settings: tuple[str, ...], shard: Shard) -> T:
@@ -177,28 +177,30 @@ def in_words(whole: Job, own: Job, shard: Shard) -> list[str]:
 # ── its part of the input ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Found(msgspec.Struct, frozen=True):
-    """A shard's part of the input. `dialect` and `types` (of JSON lines) are those of the whole input, so that all
-    shards read it alike.
+class Part(msgspec.Struct, frozen=True):
+    """The input of a run: of a shard, its part of it. `job` is the job as its records are read.
+
+    Of a shard, `span` is where it is, and `types` (of JSON lines) are those of the whole input, so that all shards read
+    it alike.
     """
 
-    shard: Shard
     source: Source
-    span: Span
-    dialect: str
-    types: ColumnTypes | None
+    job: Job
+    span: Span | None = None
+    types: ColumnTypes | None = None
 
 
 def find(
     job: Job,
     files: tuple[InputFile, ...],
-    shard: Shard,
+    shard: Shard | None,
     scratch: Path,
     progress: Callable[[int], None] = lambda rows: None,
     *,
     skip_invalid: bool = False,
-) -> Found:
-    """The shard's part of the input. `scratch` is a directory for ids that don't fit into memory.
+) -> Part:
+    """The shard's part of the input, all of it without a shard. `scratch` is a directory for ids that don't fit into
+    memory.
 
     Parquet footers say where it is, and the ids are one column. Text has no such index: it is read from end to end to
     count its records, and JSON lines once more, for their ids and the types of their columns.
@@ -208,12 +210,10 @@ def find(
             are skipped: then each shard looks at its own ids.
     """
     whole = open_source(files, job.input.max_line_bytes)
+    if shard is None:
+        return Part(whole, job)
     span = whole.find_span(lambda records: rows_of(shard, records))
-    if span.records < job.input.min_rows:
-        raise InputError(
-            f"the input has {plural(span.records, 'row')}, and input.min_rows expects {job.input.min_rows:,} or more; "
-            "check that it is complete, or lower input.min_rows"
-        )
+    preconditions.require_rows(job, span.records)
     first = next((record for record in whole.records() if record.problem is None), None)
     dialect = job.input.dialect if first is None else detect_dialect(job, first.columns)
     id_column = job.input.id or ("custom_id" if dialect == "openai-batch" else None)
@@ -225,25 +225,22 @@ def find(
                 if record.problem is None:
                     types.observe(record.columns)
                     ids.add_id(record.ordinal, record.columns.get(id_column or ""))
-                if record.ordinal % 5000 == 0:
+                if record.ordinal % PROGRESS_EVERY == 0:
                     progress(record.ordinal)
         elif isinstance(whole, TableSource) and id_column is not None and not skip_invalid:
             for ordinal, value in whole.column(id_column):
                 ids.add_id(ordinal, value)
         if not skip_invalid:
-            _require_unique(id_column or "", ids)
-    return Found(shard, open_source(files, job.input.max_line_bytes, span), span, dialect, types)
-
-
-def _require_unique(column: str, ids: IdIndex) -> None:
-    """Every shard says so, not only the one that has the record: the others would send their rows in vain."""
-    repeated = min(ids.duplicates(), default=None)
-    if repeated is not None:
-        ordinal, first = repeated
-        raise InputError(
-            f"{column}: record {ordinal:,} of the input, counted from 0, has the id of record {first:,}; `batchrun "
-            "check` without --shard names all of these; correct them, or choose another input.id"
-        )
+            # every shard says so, not only the one that has the record: the others would send their rows in vain
+            repeated = min(ids.duplicates(), default=None)
+            if repeated is not None:
+                raise InputError(
+                    f"{id_column}: record {repeated[0]:,} of the input, counted from 0, has the id of record "
+                    f"{repeated[1]:,}; `batchrun check` without --shard names all of these; correct them, or choose "
+                    "another input.id"
+                )
+    own = open_source(files, job.input.max_line_bytes, span)
+    return Part(own, reading(job, dialect), span, types)
 
 
 def reading(job: Job, dialect: str) -> Job:

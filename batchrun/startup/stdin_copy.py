@@ -35,7 +35,7 @@ def take(stream: BinaryIO, directory: RunDirectory, *, started: bool) -> Path:
 def _take_beside(stream: BinaryIO, directory: RunDirectory) -> Path:
     found = hashlib.blake2b(digest_size=16)
     with tempfile.TemporaryFile(dir=directory.path) as copy:  # without a name, so that a finished run stays as it is
-        while block := stream.read(READ_BYTES):
+        while block := _read(stream):
             found.update(block)
             copy.write(block)
         if found.hexdigest() == NOTHING:  # already read by this start, or not given

@@ -9,7 +9,7 @@ from batchrun.source import Source
 from batchrun.startup import carry, input_pass
 from batchrun.startup import shard as shards
 from batchrun.startup.answer_match import Questions
-from batchrun.startup.start import Start
+from batchrun.startup.run_options import Start
 from batchrun.store import origins
 from batchrun.store.manifest import Manifest
 from batchrun.store.origins import Origins

@@ -27,7 +27,7 @@ MAX_ATTEMPTS = 6
 seconds times a random share, a store may be away for about 15 s.
 """
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0  # the SDK's own is 1 s
 SILENCE_S = 60.0  # the SDK's own 3 s break off a store that is slow to answer
 RETRY_S = 15  # Google's own default is a quarter of an hour
 
@@ -51,17 +51,16 @@ def connect(url: Url, access: Access = Access(), environ: Environ | None = None)
     )
     if (scheme := given.get("scheme")) and chosen.endpoint and "://" not in chosen.endpoint:
         chosen = msgspec.structs.replace(chosen, endpoint=f"{scheme}://{chosen.endpoint}")
-    return _connected(url, chosen, os.environ if environ is None else environ)
-
-
-def _connected(url: Url, access: Access, environ: Environ) -> tuple[pafs.FileSystem, str]:
+    environ = os.environ if environ is None else environ
     if url.kind == "s3":
-        return _s3(access, environ, url.path.partition("/")[0]), url.path
+        return _s3(chosen, environ, url.path.partition("/")[0]), url.path
     if url.kind == "gs":
-        return _gcs(access, environ), url.path
+        return _gcs(chosen, environ), url.path
     if url.kind == "abfs":
-        container, account, path = _azure_names(url)
-        return _azure(access, environ, account), f"{container}/{path}" if path else container
+        # abfss://container@account.dfs…/path, or az://container/path, where the environment names the account
+        first, _, path = url.path.partition("/")
+        container, _, host = first.partition("@")
+        return _azure(chosen, environ, host.partition(".")[0]), f"{container}/{path}" if path else container
     if url.kind in ("hdfs", "viewfs"):
         with failures.reading(url):
             filesystem, path = pafs.FileSystem.from_uri(str(url))
@@ -90,11 +89,6 @@ def _s3(access: Access, environ: Environ, bucket: str) -> pafs.FileSystem:
     region = region or bucket_region(bucket)
     host = urlsplit(_with_scheme(endpoint, "https")).hostname if endpoint else f"s3.{region}.amazonaws.com"
     proxy = _proxy(environ, "http" if (endpoint or "").startswith("http://") else "https", host or "")
-    return _s3_connection(endpoint, region, anonymous, _attempts(environ), _s3_options(environ, profile, proxy))
-
-
-def _s3_options(environ: Environ, profile: Mapping[str, str], proxy: str | None) -> tuple[tuple[str, Any], ...]:
-    """Further settings of the AWS tools as pyarrow names them."""
     options: dict[str, Any] = {}
     version = int(pa.__version__.partition(".")[0])
     if version >= 21:  # a small object takes one request then, and leaves no upload behind when the process is killed
@@ -109,7 +103,9 @@ def _s3_options(environ: Environ, profile: Mapping[str, str], proxy: str | None)
         options["tls_ca_file_path"] = authorities
     if proxy is not None:
         options["proxy_options"] = proxy
-    return tuple(options.items())
+    attempts = environ.get("AWS_MAX_ATTEMPTS", "")
+    tries = max(1, int(attempts)) if attempts.isdigit() else MAX_ATTEMPTS
+    return _s3_connection(endpoint, region, anonymous, tries, tuple(options.items()))
 
 
 def _proxy(environ: Environ, scheme: str, host: str) -> str | None:
@@ -123,11 +119,6 @@ def _proxy(environ: Environ, scheme: str, host: str) -> str | None:
     if host in ("localhost", "127.0.0.1", "::1") or proxy_bypass_environment(host, {"no": excepted}):
         return None
     return _with_scheme(proxy, "http")
-
-
-def _attempts(environ: Environ) -> int:
-    text = environ.get("AWS_MAX_ATTEMPTS", "")
-    return max(1, int(text)) if text.isdigit() else MAX_ATTEMPTS
 
 
 @functools.cache
@@ -175,26 +166,17 @@ def _aws_profile(environ: Environ) -> Mapping[str, str]:
 def _gcs(access: Access, environ: Environ) -> pafs.FileSystem:
     emulator = environ.get("STORAGE_EMULATOR_HOST")
     endpoint = access.endpoint or emulator
-    scheme, authority = _split(endpoint, "https" if emulator is None else "http")
+    parts = urlsplit(_with_scheme(endpoint or "", "https" if emulator is None else "http"))
     return pafs.GcsFileSystem(
         anonymous=access.anonymous or (endpoint is not None and endpoint == emulator),
-        endpoint_override=authority,
-        scheme=scheme,
+        endpoint_override=parts.netloc or None,
+        scheme=parts.scheme if endpoint else "https",
         retry_time_limit=timedelta(seconds=RETRY_S),
     )
 
 
-def _azure_names(url: Url) -> tuple[str, str | None, str]:
-    """Container, account (None: the environment names it) and path of `abfss://container@account.dfs…/path` and
-    `az://container/path`.
-    """
-    first, _, path = url.path.partition("/")
-    container, at, host = first.partition("@")
-    return container, host.partition(".")[0] if at else None, path
-
-
-def _azure(access: Access, environ: Environ, account: str | None) -> pafs.FileSystem:
-    account = account or environ.get("AZURE_STORAGE_ACCOUNT") or environ.get("AZURE_STORAGE_ACCOUNT_NAME")
+def _azure(access: Access, environ: Environ, named: str) -> pafs.FileSystem:
+    account = named or environ.get("AZURE_STORAGE_ACCOUNT") or environ.get("AZURE_STORAGE_ACCOUNT_NAME")
     if not account:
         raise JobError(
             "no Azure storage account is named: set AZURE_STORAGE_ACCOUNT, or write "
@@ -208,18 +190,10 @@ def _azure(access: Access, environ: Environ, account: str | None) -> pafs.FileSy
     elif sas:
         settings["sas_token"] = sas if sas.startswith("?") else f"?{sas}"
     if access.endpoint:
-        scheme, authority = _split(access.endpoint, "https")
+        parts = urlsplit(_with_scheme(access.endpoint, "https"))
         for service in ("blob", "dfs"):
-            settings |= {f"{service}_storage_authority": authority or "", f"{service}_storage_scheme": scheme}
+            settings |= {f"{service}_storage_authority": parts.netloc, f"{service}_storage_scheme": parts.scheme}
     return pafs.AzureFileSystem(account, **settings)
-
-
-def _split(endpoint: str | None, scheme: str) -> tuple[str, str | None]:
-    """Scheme and authority of "http://127.0.0.1:9000" or "127.0.0.1:9000"."""
-    if endpoint is None:
-        return "https", None
-    parts = urlsplit(_with_scheme(endpoint, scheme))
-    return parts.scheme, parts.netloc
 
 
 def _with_scheme(address: str, scheme: str) -> str:

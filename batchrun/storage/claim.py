@@ -23,9 +23,9 @@ import msgspec
 from batchrun.errors import BatchrunError, RunLockedError, StorageError
 from batchrun.storage.folder import CONTROL, RemoteFolder, RemoteObject
 
-RENEW_S = 60.0
-STALE_S = 300.0
-WITHDRAWN_S = 2.0
+RENEW_S = 60.0  # one small request a minute
+STALE_S = 300.0  # a store may be away for a few renewals
+WITHDRAWN_S = 2.0  # a writer that has seen this claim has deleted its own by then
 TRIES = 4
 """Two writers that start together both withdraw, wait for a random while and try again."""
 

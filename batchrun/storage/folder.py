@@ -19,7 +19,7 @@ from batchrun.storage.urls import Url
 CONTROL = "_batchrun"
 """The folder for everything that is not the result. Readers of Parquet folders leave out names that begin with `_`."""
 
-COPY_BYTES = 4 << 20
+COPY_BYTES = 4 << 20  # read and written at a time
 LARGEST_COPY_BYTES = 5 << 30
 """What S3 copies by one request (CopyObject)."""
 
@@ -122,7 +122,11 @@ class RemoteFolder:
 
     def objects(self) -> list[RemoteObject]:
         """All objects below the folder, sorted by name."""
-        return sorted(self._listed(), key=lambda each: each.name)
+        selector = pafs.FileSelector(self._path, recursive=True, allow_not_found=True)
+        with failures.writing(self.url):
+            found = self._filesystem.get_file_info(selector)
+        objects = [self._object(each) for each in found if each.type is pafs.FileType.File]
+        return sorted(objects, key=lambda each: each.name)
 
     def folders(self) -> list[str]:
         """The names of the folders in this one."""
@@ -130,12 +134,6 @@ class RemoteFolder:
         with failures.writing(self.url):
             found = self._filesystem.get_file_info(selector)
         return [each.base_name for each in found if each.type is pafs.FileType.Directory]
-
-    def _listed(self) -> Iterator[RemoteObject]:
-        selector = pafs.FileSelector(self._path, recursive=True, allow_not_found=True)
-        with failures.writing(self.url):
-            found = self._filesystem.get_file_info(selector)
-        return (self._object(each) for each in found if each.type is pafs.FileType.File)
 
     def copy(self, name: str, to: str) -> None:
         """A copy within the store, at most `LARGEST_COPY_BYTES`."""

@@ -5,7 +5,7 @@ import functools
 import io
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow.fs as pafs
 
@@ -13,7 +13,7 @@ from batchrun.storage import failures, urls
 from batchrun.storage.access import Access, connect
 from batchrun.storage.urls import Url
 
-HEAD_BYTES = 512
+HEAD_BYTES = 512  # as source.unsupported needs
 READ_AHEAD_BYTES = 8 << 20
 """How much a stream fetches at a time: a request takes tens of milliseconds, whatever it brings."""
 
@@ -26,33 +26,16 @@ class RemoteFile:
         self._filesystem = filesystem
         self._path = path
         self._place = PurePosixPath(url.path)
+        self.name, self.suffix, self.suffixes = self._place.name, self._place.suffix, self._place.suffixes
 
     def __str__(self) -> str:
         return str(self.url)
-
-    def __repr__(self) -> str:
-        return f"RemoteFile({str(self)!r})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RemoteFile) and self.url == other.url
 
     def __hash__(self) -> int:
         return hash(self.url)
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return self._place.name
-
-    @property
-    def suffix(self) -> str:
-        """The ending of the name, as pathlib has it."""
-        return self._place.suffix
-
-    @property
-    def suffixes(self) -> list[str]:
-        """All endings of the name."""
-        return self._place.suffixes
 
     @property
     def parents(self) -> tuple[PurePosixPath, ...]:
@@ -82,7 +65,13 @@ class RemoteFile:
             InputError, StorageError: it can't be read.
         """
         if isinstance(self._filesystem, pafs.PyFileSystem):
-            return self._identity_by_fsspec()
+            with failures.reading(self):
+                info = self._filesystem.get_file_info(self._path)
+                if info.type is pafs.FileType.NotFound:
+                    raise FileNotFoundError(str(self))
+                handler: Any = self._filesystem.handler  # ours: pyarrow's own for fsspec
+                details = handler.fs.info(self._path)
+            return info.size or 0, 0, next((str(details[name]) for name in _VERSIONS if details.get(name)), "")
         try:
             with self._filesystem.open_input_file(self._path) as raw:
                 size, metadata = raw.size(), raw.metadata()
@@ -96,15 +85,6 @@ class RemoteFile:
             return size, 0, etag
         with failures.reading(self):
             return size, self._filesystem.get_file_info(self._path).mtime_ns or 0, ""
-
-    def _identity_by_fsspec(self) -> tuple[int, int, str]:
-        with failures.reading(self):
-            found = self._filesystem.get_file_info(self._path)
-            if found.type is pafs.FileType.NotFound:
-                raise FileNotFoundError(str(self))
-            handler: Any = cast(pafs.PyFileSystem, self._filesystem).handler  # ours: pyarrow's own for fsspec
-            details = handler.fs.info(self._path)
-        return found.size or 0, 0, next((str(details[name]) for name in _VERSIONS if details.get(name)), "")
 
 
 InputFile = Path | RemoteFile
@@ -139,17 +119,13 @@ class _Reader(io.RawIOBase):
 
     def readinto(self, buffer: "memoryview | bytearray") -> int:  # type: ignore[override]
         with failures.reading(self._file):
-            return cast("_Readable", self._raw).readinto(buffer)
+            return cast(Any, self._raw).readinto(buffer)  # type: ignore[no-any-return]  # BinaryIO is said to have none
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return self._raw.seek(offset, whence)
 
     def tell(self) -> int:
         return self._raw.tell()
-
-
-class _Readable(Protocol):
-    def readinto(self, buffer: "memoryview | bytearray") -> int: ...
 
 
 def file_at(text: str, access: Access = Access()) -> RemoteFile:  # noqa: B008  (frozen)
@@ -182,7 +158,9 @@ def find(text: str, access: Access = Access()) -> list[RemoteFile]:  # noqa: B00
             return [remote(each) for each in found if expression.fullmatch(each)]
         if not path.endswith("/"):  # else it is the folder, where an object has the same name
             info = filesystem.get_file_info(path)
-            if info.type is pafs.FileType.File and not (info.size == 0 and _is_folder(filesystem, path)):
+            # an empty object may only mark a folder of its name
+            is_folder = info.size == 0 and filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+            if info.type is pafs.FileType.File and not is_folder:
                 return [remote(info.path)]
         return [remote(each) for each in _below(filesystem, path.rstrip("/"), recursive=True)]
 
@@ -202,7 +180,3 @@ def _below(filesystem: pafs.FileSystem, folder: str, *, recursive: bool) -> Iter
     return (
         info.path for info in found if info.type is pafs.FileType.File and not (info.size == 0 and info.path in folders)
     )
-
-
-def _is_folder(filesystem: pafs.FileSystem, path: str) -> bool:
-    return bool(filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)))

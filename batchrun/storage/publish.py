@@ -1,8 +1,6 @@
 """Publishes a finished result in a folder of an object store, so that it looks finished only when it is.
 
-The order: the summary of an earlier publish is deleted; the files are put, several of them under a name that readers
-ignore first, then copied to their own; what does not belong to the result is deleted; summary.json comes last. Each
-step can be repeated, so a publish that was cut is simply done again.
+Each step can be repeated, so a publish that was cut is simply done again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -100,17 +98,21 @@ def publish(
         return False
     require_ours(folder, record.run_id)
     claim.require_held()
-    folder.delete(SUMMARY)
+    folder.delete(SUMMARY)  # a reader who finds none knows that the files may be of two results
     reached("summary deleted")
     _put_files(folder, files, record.run_id, kept, reached)
-    _delete_others(folder, (*files, *beside))
+    names = {each.name for each in (*files, *beside)}
+    for top in sorted({name.partition("/")[0] for name in names if "/" in name}):
+        for there in folder.below(top).objects():  # an earlier result may have had more files
+            if f"{top}/{there.name}" not in names:
+                folder.delete(f"{top}/{there.name}")
     for each in beside:
         folder.put_file(each.name, each.local)
         reached(each.name)
     folder.put(RECORD, msgspec.json.encode(record))
     claim.require_held()
     reached("files put")
-    folder.put(SUMMARY, summary)
+    folder.put(SUMMARY, summary)  # last: with it the result looks finished
     if folder.read(SUMMARY) != summary:
         raise RunLockedError(f"{folder}: another run has published there at the same time; its result stands there")
     _delete_below(folder, f"{STAGED}/")  # those of runs that were cut here, too: the claim keeps others out
@@ -144,6 +146,7 @@ def _put_files(
         folder.put_file(files[0].name, files[0].local)
         reached(files[0].name)
         return
+    # sending takes minutes, a copy within the store a moment: readers ignore the name that a file has until then
     staged = f"{STAGED}/{run_id}"
     small = [each for each in files if each.local.stat().st_size <= LARGEST_COPY_BYTES]
     there = {each.name: each.size_bytes for each in folder.below(staged).objects()}
@@ -157,16 +160,6 @@ def _put_files(
         else:
             folder.put_file(each.name, each.local)
         reached(each.name)
-
-
-def _delete_others(folder: RemoteFolder, files: Sequence[Published]) -> None:
-    """In the result's own folders there is nothing but the result: an earlier one may have had more files."""
-    names = {each.name for each in files}
-    tops = {top for each in files if (top := each.name.partition("/")[0]) != each.name}
-    for top in sorted(tops):
-        for each in folder.below(top).objects():
-            if f"{top}/{each.name}" not in names:
-                folder.delete(f"{top}/{each.name}")
 
 
 def _delete_below(folder: RemoteFolder, prefix: str) -> None:

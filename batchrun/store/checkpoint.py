@@ -23,7 +23,7 @@ from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.ledger import SINCE, Ledger, among, groups
 from batchrun.store.totals import Totals, row_counts_again, with_carried, with_changes, with_reopened
 
-FORMAT = 7
+FORMAT = 8
 """`PRAGMA user_version`. A run directory with another number is of another version: exit 7."""
 
 REOPENED_AT_ONCE = 1000
@@ -58,15 +58,19 @@ class Checkpoint:
         self._commits = Commits(path, self._ledger, listeners)
 
     def listen(
-        self, on_commit: Callable[[Sequence[Ending]], None], on_failure: Callable[[BatchrunError], None]
+        self,
+        on_commit: Callable[[Sequence[Ending]], None],
+        on_failure: Callable[[BatchrunError], None],
+        call_soon: Callable[[Callable[[], None]], object] = lambda call: call(),
     ) -> None:
         """From now on `on_commit` gets each commit's endings, and `on_failure` the first failure.
 
         Both are called in the database's own thread. After a failure the database is not written again, because its
         next fsync may report a success that is none. Endings that still arrive go to the spill file, and the next start
-        reads them from there.
+        reads them from there. `call_soon` is the event loop's whose thread puts endings: they share commits.
         """
-        self._listeners.on_commit, self._listeners.on_failure = on_commit, on_failure
+        listeners = self._listeners
+        listeners.on_commit, listeners.on_failure, listeners.call_soon = on_commit, on_failure, call_soon
 
     @property
     def totals(self) -> Totals:

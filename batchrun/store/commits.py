@@ -23,11 +23,15 @@ T = TypeVar("T")
 
 
 class Listeners:
-    """Who hears of each commit's endings, and of the first failure; both are called in the database's thread."""
+    """Who hears of each commit's endings, and of the first failure; both are called in the database's thread.
+
+    `call_soon` is the event loop's whose thread puts endings, and calls back a little later.
+    """
 
     def __init__(self) -> None:
         self.on_commit: Callable[[Sequence[Ending]], None] = lambda endings: None
         self.on_failure: Callable[[BatchrunError], None] = lambda error: None
+        self.call_soon: Callable[[Callable[[], None]], object] = lambda call: call()
 
 
 class Commits:
@@ -65,7 +69,11 @@ class Commits:
         self._endings.append(ending)
         if self._idle:  # waking the thread for every row would cost as much as the row's commit (measured)
             self._idle = False
-            self._calls.put(_wake_up)
+            # what else ends in this turn of the event loop shares the commit
+            self._listeners.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        self._calls.put(_wake_up)
 
     def put_entry(self, name: str, value: str) -> None:
         """Queues a manifest entry; it is durable before any ending that is put later."""

@@ -172,7 +172,7 @@ def among(rows: Sequence[int]) -> str:
 
 
 def _in_doubt(endings: Iterable[Ending], invocation: int) -> list[PossiblyBilled]:
-    return [entry for ending in endings if (entry := possibly_billed(ending, invocation)) is not None]
+    return [possibly_billed(ending, invocation) for ending in endings if ending.maybe_billed]
 
 
 def _changed(known: Mapping[LineKey, TotalsLine], lines: Mapping[LineKey, TotalsLine]) -> list[TotalsLine]:

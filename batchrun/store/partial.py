@@ -33,9 +33,8 @@ def write(
         DiskError: the file can't be written; an earlier one is unchanged.
     """
     standing: Counter[str] = Counter()
-
-    def write_rows(temporary: Path) -> None:
-        packing = json_lines.packing_of(path)
+    packing = json_lines.packing_of(path)
+    with durable.replacing(path) as temporary:
         with (
             files.ParquetFile(temporary, schema, compression)
             if packing is None
@@ -54,8 +53,6 @@ def write(
             files.require_rows(temporary, summary.rows)
         else:
             json_lines.require_rows(temporary, packing, summary.rows)
-
-    durable.replace(path, write_rows)
     return standing[pending.PENDING]
 
 

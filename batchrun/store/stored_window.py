@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from batchrun.durable import digest, disk_errors, replace
+from batchrun.durable import digest, disk_errors, replacing
 from batchrun.errors import CheckpointError
 from batchrun.records import Row
 from batchrun.source import rows_of
@@ -24,14 +24,11 @@ MOST_ALONE = 8
 
 def write(path: Path, table: pa.Table) -> str:
     """Writes the window's rows in batches of 1,000; returns the file's digest."""
-
-    def write_batches(temporary: Path) -> None:
+    with replacing(path) as temporary:
         temporary.touch(mode=0o600)
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             for batch in table.combine_chunks().to_batches(max_chunksize=BATCH_ROWS):
                 writer.write_batch(batch)
-
-    replace(path, write_batches)
     return digest(path)
 
 
@@ -79,12 +76,18 @@ class StoredBatch:
 class StoredWindow:
     """An open chunk's input from row `first_row` on, mapped into memory."""
 
-    def __init__(self, path: Path, expected_digest: str, first_row: int) -> None:
-        with disk_errors(path):
-            found = digest(path) if path.exists() else None
-        if found != expected_digest:
-            what = "missing" if found is None else "damaged"
-            raise CheckpointError(f"{path}: the input of an open chunk is {what}")
+    def __init__(self, path: Path, expected_digest: str | None, first_row: int) -> None:
+        """`expected_digest` None: this process has just written it.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        if expected_digest is not None:
+            with disk_errors(path):
+                found = digest(path) if path.exists() else None
+            if found != expected_digest:
+                what = "missing" if found is None else "damaged"
+                raise CheckpointError(f"{path}: the input of an open chunk is {what}")
         self._path = path
         self._first_row = first_row
         self._mapped: pa.RecordBatchFileReader | None = None

@@ -120,10 +120,8 @@ class Totals(msgspec.Struct, frozen=True):
         return sum(line.attempts for line in self.lines())
 
 
-def possibly_billed(ending: Ending, invocation: int) -> PossiblyBilled | None:
-    """The attempt's entry in the list of possibly billed requests, if it belongs there."""
-    if not ending.maybe_billed:
-        return None
+def possibly_billed(ending: Ending, invocation: int) -> PossiblyBilled:
+    """The entry in the list of possibly billed requests of an attempt that may have been billed."""
     n = ending.attempts if isinstance(ending, Completion) else ending.n
     kind = ending.error.kind if isinstance(ending, Completion) and ending.error else None
     cause = (ending.error_kind if isinstance(ending, Discarded) else kind) or "no answer"

@@ -18,6 +18,7 @@ null: absent and null are the same there.
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 import pyarrow as pa
@@ -29,7 +30,7 @@ MAX_PLACES = 1_000
 double with every level.
 """
 
-MAX_DEPTH = 16
+MAX_DEPTH = 16  # bounds the recursion: what is deeper is JSON text
 
 INT64 = range(-(2**63), 2**63)
 
@@ -118,7 +119,11 @@ class _Reader:
         if "type" in schema:
             return self._of_types(schema, within)
         if "$ref" in schema:
-            return self._of_reference(schema["$ref"], within)
+            reference = schema["$ref"]
+            if not isinstance(reference, str) or reference in within:
+                return JSON  # a schema within itself has no end
+            found = _resolved(self._root, reference)
+            return JSON if found is None else self.column(found, (*within, reference))
         for keyword in ("anyOf", "oneOf"):
             if isinstance(options := schema.get(keyword), list):
                 return _common([self.column(option, (*within, "")) for option in options if not _is_null(option)])
@@ -130,26 +135,17 @@ class _Reader:
         names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
         names = [name for name in names if name != "null"]
         if names == ["object"]:
-            return self._of_object(schema, within)
+            properties = schema.get("properties")
+            is_open = schema.get("additionalProperties", False) is not False or any(name in schema for name in _OPEN)
+            if not properties or is_open:
+                return JSON
+            fields = ((name, self.column(field, (*within, ""))) for name, field in properties.items())
+            return Column("struct", fields=tuple(fields))
         if names == ["array"]:
             if "prefixItems" in schema or isinstance(schema.get("items"), list):
                 return JSON
             return Column("list", fields=(("element", self.column(schema.get("items"), (*within, ""))),))
         return _common([_SIMPLE.get(name, JSON) for name in names])
-
-    def _of_object(self, schema: Schema, within: tuple[str, ...]) -> Column:
-        properties = schema.get("properties")
-        is_open = schema.get("additionalProperties", False) is not False or any(name in schema for name in _OPEN)
-        if not properties or is_open:
-            return JSON
-        fields = ((name, self.column(field, (*within, ""))) for name, field in properties.items())
-        return Column("struct", fields=tuple(fields))
-
-    def _of_reference(self, reference: Any, within: tuple[str, ...]) -> Column:
-        if not isinstance(reference, str) or reference in within:
-            return JSON  # a schema within itself has no end
-        found = _resolved(self._root, reference)
-        return JSON if found is None else self.column(found, (*within, reference))
 
 
 def _resolved(root: Schema, reference: str) -> Any:
@@ -158,7 +154,7 @@ def _resolved(root: Schema, reference: str) -> Any:
     if place or (fragment and not fragment.startswith("/")):
         return None
     found: Any = root
-    for step in _unquoted(fragment).split("/")[1:]:
+    for step in unquote(fragment).split("/")[1:]:
         name = step.replace("~1", "/").replace("~0", "~")
         if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
             found = found[int(name)]
@@ -169,17 +165,10 @@ def _resolved(root: Schema, reference: str) -> Any:
     return found
 
 
-def _unquoted(fragment: str) -> str:
-    from urllib.parse import unquote
-
-    return unquote(fragment)
-
-
 def _is_null(schema: Any) -> bool:
     if not isinstance(schema, dict):
         return False
-    said = schema.get("type"), schema.get("enum"), schema.get("const", ...)
-    return said[0] in ("null", ["null"]) or said[1] == [None] or said[2] is None
+    return schema.get("type") in ("null", ["null"]) or schema.get("enum") == [None] or schema.get("const", ...) is None
 
 
 def _of_values(values: Any) -> Column:
@@ -223,75 +212,43 @@ def _array(
     column: Column, values: Sequence[Any], rows: Sequence[int], place: str, problems: dict[int, str]
 ) -> "pa.Array[Any]":
     """`values` as an array; `rows[k]` is the row of `values[k]`, for its problem."""
+    held: list[Any]  # what the column can hold of each value
+    if column.kind == "enum":
+        index = {value: number for number, value in enumerate(column.values)}
+        held = [index.get(value) if isinstance(value, str) else None for value in values]
+    else:
+        hold = _HOLD[column.kind]
+        held = [hold(value) for value in values]
+    for kept, value, row in zip(held, values, rows, strict=True):
+        if kept is None and value is not None:
+            shown = _encode(value).decode()
+            shown = shown if len(shown) <= 40 else shown[:40] + "…"
+            problems.setdefault(row, f"{place} can't hold {shown}")
+
+    nulls = pa.array([value is None for value in held], pa.bool_())
+    type_: Any = column.type()
     match column.kind:
         case "struct":
-            return _structs(column, values, rows, place, problems)
+            names = {name for name, _ in column.fields}
+            for value, row in zip(held, rows, strict=True):
+                if unknown := [name for name in value or () if name not in names]:
+                    problems.setdefault(row, f"{place}.{unknown[0]} is not in the schema"[:200])
+            children = []
+            for name, field in column.fields:
+                members = [None if value is None else value.get(name) for value in held]
+                children.append(_array(field, members, rows, f"{place}.{name}", problems))
+            fields = [type_.field(number) for number in range(type_.num_fields)]
+            return pa.StructArray.from_arrays(children, fields=fields, mask=nulls)
         case "list":
-            return _lists(column, values, rows, place, problems)
+            members = [member for value in held for member in value or ()]
+            their_rows = [row for value, row in zip(held, rows, strict=True) for _ in value or ()]
+            elements = _array(column.fields[0][1], members, their_rows, f"{place}[]", problems)
+            offsets = pa.array(list(accumulate((len(value or ()) for value in held), initial=0)), pa.int32())
+            return pa.ListArray.from_arrays(offsets, elements, type=type_, mask=nulls)
         case "enum":
-            index = {value: number for number, value in enumerate(column.values)}
-            held = [
-                _held(index.get(value) if isinstance(value, str) else None, value, row, place, problems)
-                for value, row in zip(values, rows, strict=True)
-            ]
-            indices = pa.array(held, pa.int32())
-            return pa.DictionaryArray.from_arrays(indices, pa.array(column.values, pa.string()))
-        case kind:
-            held = [
-                _held(_SCALARS[kind](value), value, row, place, problems)
-                for value, row in zip(values, rows, strict=True)
-            ]
+            return pa.DictionaryArray.from_arrays(pa.array(held, pa.int32()), pa.array(column.values, pa.string()))
+        case _:
             return pa.array(held, column.type())
-
-
-def _held(held: Any, value: Any, row: int, place: str, problems: dict[int, str]) -> Any:
-    """What the column holds for `value`; that it holds nothing for something is a problem."""
-    if held is None and value is not None:
-        problems.setdefault(row, f"{place} can't hold {_shown(value)}")
-    return held
-
-
-def _structs(
-    column: Column, values: Sequence[Any], rows: Sequence[int], place: str, problems: dict[int, str]
-) -> "pa.Array[Any]":
-    names = {name for name, _ in column.fields}
-    held = [
-        _held(value if isinstance(value, dict) else None, value, row, place, problems)
-        for value, row in zip(values, rows, strict=True)
-    ]
-    for value, row in zip(held, rows, strict=True):
-        if value is not None and (undeclared := next((name for name in value if name not in names), None)) is not None:
-            problems.setdefault(row, f"{place}.{undeclared} is not in the schema"[:200])
-    children = [
-        _array(
-            field,
-            [None if value is None else value.get(name) for value in held],
-            rows,
-            f"{place}.{name}",
-            problems,
-        )
-        for name, field in column.fields
-    ]
-    nulls = pa.array([value is None for value in held], pa.bool_())
-    type_ = column.type()
-    fields = [type_.field(place) for place in range(type_.num_fields)]
-    return pa.StructArray.from_arrays(children, fields=fields, mask=nulls)
-
-
-def _lists(
-    column: Column, values: Sequence[Any], rows: Sequence[int], place: str, problems: dict[int, str]
-) -> "pa.Array[Any]":
-    held = [
-        _held(value if isinstance(value, list) else None, value, row, place, problems)
-        for value, row in zip(values, rows, strict=True)
-    ]
-    lengths = [0 if value is None else len(value) for value in held]
-    members = [member for value in held if value is not None for member in value]
-    their_rows = [row for value, row in zip(held, rows, strict=True) for _ in value or ()]
-    elements = _array(column.fields[0][1], members, their_rows, f"{place}[]", problems)
-    offsets = pa.array(list(accumulate(lengths, initial=0)), pa.int32())
-    nulls = pa.array([value is None for value in held], pa.bool_())
-    return pa.ListArray.from_arrays(offsets, elements, type=column.type(), mask=nulls)
 
 
 def _integer(value: Any) -> int | None:
@@ -310,15 +267,12 @@ def _number(value: Any) -> float | None:
         return None
 
 
-_SCALARS: Mapping[str, Callable[[Any], Any]] = {
+_HOLD: Mapping[str, Callable[[Any], Any]] = {
+    "struct": lambda value: value if isinstance(value, dict) else None,
+    "list": lambda value: value if isinstance(value, list) else None,
     "json": lambda value: None if value is None else _encode(value).decode(),
     "string": lambda value: value if isinstance(value, str) else None,
     "int": _integer,
     "number": _number,
     "bool": lambda value: value if isinstance(value, bool) else None,
 }
-
-
-def _shown(value: Any) -> str:
-    shown = _encode(value).decode()
-    return shown if len(shown) <= 40 else shown[:40] + "…"

@@ -53,13 +53,12 @@ def lines(own: pa.Table) -> Iterator[TotalsLine]:
 def usage_rows(totals: Sequence[TotalsLine]) -> list[dict[str, Any]]:
     """The lines as rows of usage.parquet."""
     names = TotalsLine.__struct_fields__
-    return [{name: getattr(line, name) for name in names} | {"day": _date(line.day)} for line in totals]
+    return [
+        {name: getattr(line, name) for name in names} | {"day": date.fromisoformat(line.day) if line.day else None}
+        for line in totals
+    ]
 
 
 def totals_of(rows: Sequence[dict[str, Any]]) -> list[TotalsLine]:
     """The rows of usage.parquet as lines."""
     return [TotalsLine(**{**row, "day": "" if row["day"] is None else row["day"].isoformat()}) for row in rows]
-
-
-def _date(day: str) -> date | None:
-    return date.fromisoformat(day) if day else None

@@ -15,7 +15,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.durable import digest, disk_errors, link, replace
+from batchrun.durable import digest, disk_errors, link, replacing
 from batchrun.errors import CheckpointError
 from batchrun.job.settings import Output
 from batchrun.run_summary import TotalsLine
@@ -24,7 +24,7 @@ from batchrun.tables.rows import USAGE_COLUMNS
 
 BATCH_ROWS = 1000
 ROW_GROUP_BYTES = 4_000_000  # what one reader must hold, and what we do, about twice, while writing
-ROW_GROUP_ROWS = 65_536
+ROW_GROUP_ROWS = 65_536  # of rows that are so short that the bytes above would hold more
 
 Compression = Literal["zstd", "snappy", "gzip", "none"]
 
@@ -92,14 +92,11 @@ def _size_of(batch: pa.RecordBatch) -> int:
 
 def write_part(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], output: Output, rows: int) -> str:
     """The part is on disk, whole and read back; returns its digest."""
-
-    def write(temporary: Path) -> None:
+    with replacing(path) as temporary:
         with ParquetFile(temporary, schema, output.compression) as file:
             for batch in batches:
                 file.write(batch)
         require_rows(temporary, rows)
-
-    replace(path, write)
     return digest(path)
 
 
@@ -115,16 +112,13 @@ def assemble(
     Raises:
         CheckpointError: a part is not what was sealed.
     """
-
-    def write(temporary: Path) -> None:
+    with replacing(to) as temporary:
         with ParquetFile(temporary, schema, compression) as file:
             for path, expected, rows in parts:
                 for batch in sealed_batches(path, expected, rows):
                     file.write(batch)
             file.write_metadata(metadata)
         require_rows(temporary, sum(rows for _, _, rows in parts))
-
-    replace(to, write)
     return digest(to)
 
 
@@ -143,12 +137,9 @@ def link_part(source: Path, to: Path, expected_digest: str) -> None:
 def copy_part(source: Path, to: Path, expected_digest: str) -> None:
     """`to` holds the part, byte for byte."""
     require_digest(source, expected_digest)
-
-    def write(temporary: Path) -> None:
+    with replacing(to) as temporary:
         temporary.touch(mode=0o600)
         shutil.copyfile(source, temporary)
-
-    replace(to, write)
 
 
 def rows_in(path: Path) -> int:
@@ -186,13 +177,9 @@ def cut(path: Path, expected_digest: str, rows: Sequence[int]) -> Iterator[Itera
 
 def write_usage(path: Path, lines: Sequence[TotalsLine]) -> None:
     """usage.parquet: one line for each invocation, day, model and status."""
-    rows = usage_rows(lines)
-
-    def write(temporary: Path) -> None:
-        with ParquetFile(temporary, USAGE_COLUMNS, "zstd") as file:
-            file.write(pa.RecordBatch.from_pylist(rows, USAGE_COLUMNS))
-
-    replace(path, write)
+    batch = pa.RecordBatch.from_pylist(usage_rows(lines), USAGE_COLUMNS)
+    with replacing(path) as temporary, ParquetFile(temporary, USAGE_COLUMNS, "zstd") as file:
+        file.write(batch)
 
 
 def batches_of(path: Path) -> Iterator[pa.RecordBatch]:

@@ -27,7 +27,7 @@ from batchrun.errors import InputError
 
 MAX_COLUMNS = 5_000  # each costs ~1 KB per row group in Parquet's footer; more are data used as keys
 MAX_KEYS = 100  # objects with more are maps, not records
-MAX_DEPTH = 8
+MAX_DEPTH = 8  # what is nested deeper is a document, not a record
 EXACT = 2**53  # doubles hold every integer up to here
 
 _KINDS = {
@@ -68,7 +68,9 @@ class Seen(msgspec.Struct, omit_defaults=True):
 
     def note(self, value: object, depth: int = 0) -> bool:
         """`value` is among what was seen, down to one level below `MAX_DEPTH`; True if that made a new place."""
-        kind = _kind_of(value)
+        kind = _KINDS[type(value)]
+        if isinstance(value, int) and not -EXACT <= value <= EXACT:
+            kind = "wide" if -(2**63) <= value < 2**63 else "huge"
         if kind not in self.kinds:
             self.kinds.append(kind)
         if depth > MAX_DEPTH:
@@ -101,10 +103,6 @@ class Seen(msgspec.Struct, omit_defaults=True):
         """The levels of nesting below this place."""
         return max((1 + child.depth() for child in self.children()), default=0)
 
-    def is_vast(self) -> bool:
-        """Whether a column like this is better kept as JSON text."""
-        return self.keys() > MAX_KEYS or self.depth() > MAX_DEPTH
-
     def arrow_type(self) -> pa.DataType | None:
         """The type of this place by the module's table; None = JSON text."""
         kinds = frozenset(self.kinds) - {"null"}
@@ -124,6 +122,7 @@ class ColumnTypes:
 
     def __init__(self, columns: dict[str, Seen] | None = None) -> None:
         self._columns = columns or {}
+        self._plain: dict[str, set[type]] = {}  # the types of plain values that were noted already, by column
 
     def observe(self, row: dict[str, object]) -> None:
         """`row` fits the schema. 1 µs for five plain columns (measured).
@@ -132,25 +131,27 @@ class ColumnTypes:
             InputError: the rows have more than `MAX_COLUMNS` different keys.
         """
         for name, value in row.items():
+            kind, plain = type(value), self._plain.get(name)
+            if plain is not None and kind in plain and (kind is not int or -EXACT <= value <= EXACT):  # type: ignore[operator]
+                continue  # nearly all values
             seen = self._columns.get(name)
             if seen is None:
                 seen = self._columns[name] = Seen()
                 if len(self._columns) > MAX_COLUMNS:
                     raise InputError(f"the rows have more than {MAX_COLUMNS:,} different keys; nest data used as keys")
-            kind = type(value)
             if kind is dict or kind is list:
-                if "vast" not in seen.kinds and seen.note(value) and seen.is_vast():
+                has_grown = "vast" not in seen.kinds and seen.note(value)
+                if has_grown and (seen.keys() > MAX_KEYS or seen.depth() > MAX_DEPTH):  # better kept as JSON text
                     seen.kinds, seen.fields, seen.element = ["vast"], {}, None
+                    self._plain.pop(name, None)
             elif _KINDS[kind] not in seen.kinds or (isinstance(value, int) and not -EXACT <= value <= EXACT):
                 seen.note(value)
+            else:
+                self._plain.setdefault(name, set()).add(kind)
 
     def schema(self) -> pa.Schema:
         """One nullable field per column, in order of first appearance."""
         return pa.schema([(name, seen.arrow_type() or pa.string()) for name, seen in self._columns.items()])
-
-    def json_text(self) -> tuple[str, ...]:
-        """The columns that hold JSON text, in order of first appearance."""
-        return tuple(name for name, seen in self._columns.items() if seen.arrow_type() is None)
 
     def to_json(self) -> str:
         """What was seen, as plain JSON; `from_json` gives an equal value that can go on learning."""
@@ -192,12 +193,6 @@ def lines_to_table(lines: list[bytes], types: ColumnTypes) -> pa.Table:
         return pa.Table.from_struct_array(structs)
     except (KeyError, TypeError, OverflowError, pa.ArrowException, msgspec.MsgspecError) as error:
         raise InputError(f"a line differs from what was checked ({error}); was the input changed?") from error
-
-
-def _kind_of(value: object) -> str:
-    if isinstance(value, int) and not -EXACT <= value <= EXACT:
-        return "wide" if -(2**63) <= value < 2**63 else "huge"
-    return _KINDS[type(value)]
 
 
 def _reader(seen: Seen) -> Callable[[msgspec.Raw], object]:

@@ -6,7 +6,7 @@ are null. `parsed` is an object where the job's schema types it; else it is JSON
 """
 
 import gzip
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 import msgspec
 import pyarrow as pa
 
-from batchrun.durable import READ_BYTES, digest, replace
+from batchrun.durable import READ_BYTES, digest, replacing
 from batchrun.errors import CheckpointError
 from batchrun.tables.rows import OWN_COLUMNS
 
@@ -33,7 +33,9 @@ class JsonLinesFile:
     def __init__(self, path: Path, schema: pa.Schema, packing: str) -> None:
         self.rows = 0
         self._schema = pa.schema([field.with_type(_in_json(field.type)) for field in schema])
-        self._texts = _texts_of(schema)
+        # The last columns are ours, whatever is put before their names.
+        ours = dict(zip(OWN_COLUMNS.names, schema.names[-len(OWN_COLUMNS) :], strict=True))
+        self._key, self._raw = ours["request_key"], ours["raw"]
         self._stack = ExitStack()
         path.touch(mode=0o600)
         plain = self._stack.enter_context(path.open("wb"))
@@ -55,30 +57,13 @@ class JsonLinesFile:
     def write(self, batch: pa.RecordBatch) -> None:
         """The batch's rows are lines of the file."""
         table = pa.Table.from_batches([batch]).cast(self._schema)
-        columns = [_values(table.column(name), self._texts.get(name)) for name in table.column_names]
-        rows = [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+        columns[self._key] = [None if key is None else key.hex() for key in columns[self._key]]
+        raws = columns[self._raw]
+        columns[self._raw] = [None if raw is None else raw.decode("utf-8", "backslashreplace") for raw in raws]
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self._file.write(self._encoder.encode_lines(rows))
         self.rows += len(rows)
-
-
-def _texts_of(schema: pa.Schema) -> dict[str, Callable[[bytes], str]]:
-    """How bytes in columns of ours become text. The last columns are ours, whatever is put before their names."""
-    texts: dict[str, Callable[[bytes], str]] = {}
-    for name, own in zip(schema.names[-len(OWN_COLUMNS) :], OWN_COLUMNS.names, strict=True):
-        if own == "request_key":
-            texts[name] = bytes.hex
-        if own == "raw":
-            texts[name] = _as_text
-    return texts
-
-
-def _as_text(content: bytes) -> str:
-    return content.decode("utf-8", "backslashreplace")
-
-
-def _values(column: Any, text: Callable[[bytes], str] | None) -> list[Any]:
-    values: list[Any] = column.to_pylist()
-    return values if text is None else [None if value is None else text(value) for value in values]
 
 
 def _in_json(type_: Any) -> pa.DataType:
@@ -107,14 +92,12 @@ def write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], rows
     Raises:
         CheckpointError: there is another number of rows.
     """
-
-    def write_lines(temporary: Path) -> None:
-        with JsonLinesFile(temporary, schema, packing_of(path) or "") as file:
+    packing = packing_of(path) or ""
+    with replacing(path) as temporary:
+        with JsonLinesFile(temporary, schema, packing) as file:
             for batch in batches:
                 file.write(batch)
-        require_rows(temporary, packing_of(path) or "", rows)
-
-    replace(path, write_lines)
+        require_rows(temporary, packing, rows)
     return digest(path)
 
 

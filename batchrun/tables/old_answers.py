@@ -20,9 +20,9 @@ from batchrun.source import hive
 from batchrun.tables.rows import NOT_IN_PARSED, OWN_COLUMNS
 
 KEY = "request_key"
-KEYS_AT_ONCE = 262_144
-KEYS_A_BATCH = 32_768
-BATCH_ROWS = 1_000
+KEYS_AT_ONCE = 262_144  # 4 MB of keys
+KEYS_A_BATCH = 32_768  # where only keys and statuses are read
+BATCH_ROWS = 1_000  # where whole answers are read
 
 _ANSWERS = ("content", "function_call", "tool_calls")
 """Where an answer stands. A file that has no `status` has an answer where one of these is not null."""
@@ -117,7 +117,6 @@ class OldAnswers:
         return self._as_ours(table.take(pa.array([place[row] for row in rows], pa.int64())))
 
     def close(self) -> None:
-        """The file is let go."""
         self._file.close()
 
     def _at(self, row: int) -> pa.RecordBatch:
@@ -194,24 +193,20 @@ class OldAnswers:
         ours = pa.Table.from_arrays(arrays, schema=OWN_COLUMNS)
         if "status" not in table.column_names and "status" not in self._of_folder:
             ours = _with(ours, "status", ["ok"] * table.num_rows)
-        parsed = self._parsed(table, ours)
-        errors = [None if _is_note(error) else error for error in ours.column("error").to_pylist()]
-        return _with(_with(ours, "error", errors), "parsed", parsed)
 
-    def _parsed(self, table: pa.Table, ours: pa.Table) -> list[str | None]:
-        """The content of each row whose answer was the requested JSON: of those that have something in `parsed`.
-
-        Where the file has no such column it is unknown, and any content that is a JSON object or array is taken as it.
-        """
+        # `parsed` is the content of each row whose answer was the requested JSON: of those that have something there,
+        # or an error that only says that it could not hold all of a good answer.
         contents = cast(list[str | None], ours.column("content").to_pylist())
-        if "parsed" not in table.column_names:
-            return [text if _is_json(text, least=True) else None for text in contents]
-        was = cast(list[bool], pc.is_valid(table.column("parsed")).to_pylist())
-        noted = [_is_note(error) for error in ours.column("error").to_pylist()]
-        return [
-            text if (there or note) and _is_json(text) else None
-            for text, there, note in zip(contents, was, noted, strict=True)
-        ]
+        errors: list[Any] = ours.column("error").to_pylist()
+        noted = [error is not None and error["kind"] == NOT_IN_PARSED for error in errors]
+        if "parsed" in table.column_names:
+            was = cast(list[bool], pc.is_valid(table.column("parsed")).to_pylist())
+            found = [there or note for there, note in zip(was, noted, strict=True)]
+        else:  # unknown: an object or an array is taken as it, since a text that is a number may be prose
+            found = [text is not None and text.lstrip().startswith(("{", "[")) for text in contents]
+        parsed = [text if wanted and _is_json(text) else None for text, wanted in zip(contents, found, strict=True)]
+        errors = [None if note else error for error, note in zip(errors, noted, strict=True)]
+        return _with(_with(ours, "error", errors), "parsed", parsed)
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
@@ -226,17 +221,9 @@ def _with(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:
     return table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
 
 
-def _is_note(error: Any) -> bool:
-    """Whether the error only says that `parsed` could not hold all of a good answer."""
-    return error is not None and error["kind"] == NOT_IN_PARSED
-
-
-def _is_json(text: str | None, *, least: bool = False) -> bool:
-    """Whether the text is JSON; `least`: an object or an array at least, as a text that is a number may be prose."""
-    if text is None or (least and not text.lstrip().startswith(("{", "["))):
-        return False
+def _is_json(text: str | None) -> bool:
     try:
-        msgspec.json.decode(text)
+        msgspec.json.decode(text or "")
     except msgspec.DecodeError:
         return False
     return True

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, cast
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -18,11 +17,12 @@ from batchrun import compute as pc
 from batchrun.durable import digest, disk_errors, fsync
 from batchrun.errors import JobError
 from batchrun.job.settings import Output
+from batchrun.source import unify
 from batchrun.source.hive import NULL
 from batchrun.tables.files import Compression, ParquetFile, part_in, require_rows
 from batchrun.tables.rows import OWN_COLUMNS
 
-BLOCK_BYTES = 8_000_000
+BLOCK_BYTES = 8_000_000  # what is held in memory, and sorted by partition, at a time
 LONGEST_NAME = 255
 """Bytes of a folder's name, as Linux file systems allow."""
 
@@ -46,17 +46,13 @@ def require_keys(schema: pa.Schema, output: Output) -> None:
             raise JobError(f"output.partition_by: {name!r} is no column of the output ({', '.join(inputs + own_keys)})")
         if name in output.partition_by[:place]:
             raise JobError(f"output.partition_by: {name!r} is named twice")
-        if not _names_folders(schema.field(name).type):
+        plain = _plain_type(schema.field(name).type)
+        is_text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
+        if not (is_text or pa.types.is_integer(plain) or pa.types.is_boolean(plain) or pa.types.is_date(plain)):
             raise JobError(
                 f"output.partition_by: {name!r} is of type {schema.field(name).type}; "
                 "text, integers, booleans and dates name folders"
             )
-
-
-def _names_folders(type_: pa.DataType) -> bool:
-    plain = _plain_type(type_)
-    text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
-    return text or pa.types.is_integer(plain) or pa.types.is_boolean(plain) or pa.types.is_date(plain)
 
 
 def folder_of(values: Mapping[str, object]) -> str:
@@ -65,8 +61,16 @@ def folder_of(values: Mapping[str, object]) -> str:
     Raises:
         JobError: a value is too long for a folder's name.
     """
-    names = [f"{escaped(name)}={_text(value)}" for name, value in values.items()]
-    for name in names:
+    names: list[str] = []
+    for column, value in values.items():
+        if value is None:
+            text = NULL
+        elif isinstance(value, bool):
+            text = str(value).lower()
+        else:
+            text = quote(value.isoformat() if isinstance(value, date) else str(value), safe="")
+        name = f"{escaped(column)}={text}"
+        names.append(name)
         if len(name) > LONGEST_NAME:
             raise JobError(
                 f"output.partition_by: the folder {name[:60]}… would have a name of {len(name):,} bytes, "
@@ -78,14 +82,6 @@ def folder_of(values: Mapping[str, object]) -> str:
 def escaped(name: str) -> str:
     """A column's name, with no more encoded than must be: readers take it as it is."""
     return name.replace("%", "%25").replace("/", "%2F").replace("=", "%3D")
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return NULL
-    if isinstance(value, bool):
-        return str(value).lower()
-    return quote(value.isoformat() if isinstance(value, date) else str(value), safe="")
 
 
 class PartitionLimit:
@@ -130,7 +126,9 @@ def write(
 
     Rows keep their order within a file.
     """
-    gathered = _Gathered(to / "pieces.tmp", _plain(schema), keys)
+    # Pieces of nested dictionaries can't be joined, and Arrow can't take rows of views.
+    plain = pa.schema([field.with_type(_plain_type(field.type)) for field in schema])
+    gathered = _Gathered(to / "pieces.tmp", plain, keys)
     with disk_errors(to):
         gathered.folder.mkdir(mode=0o700)
         for block in _blocks(batches, block_bytes):
@@ -169,24 +167,20 @@ class _Gathered:
     def add(self, block: Sequence[pa.RecordBatch]) -> None:
         """The block's rows are in the files of their partitions."""
         table = pa.concat_tables(pa.Table.from_batches([batch]).cast(self._schema) for batch in block)
-        numbers = [self._number(each) for each in zip(*(table.column(name).to_pylist() for name in self._keys))]  # noqa: B905
+        numbers: list[int] = []
+        for key in zip(*(table.column(name).to_pylist() for name in self._keys), strict=True):
+            if key not in self._numbers:
+                self._numbers[key] = len(self._names)
+                self._names.append(folder_of(dict(zip(self._keys, key, strict=True))))
+            numbers.append(self._numbers[key])
         order = pc.sort_indices(pa.array(numbers, pa.int64()))  # stable: rows keep their order
         inside = table.drop_columns(list(self._keys)).take(order)
         first = 0
         for number, rows in sorted(Counter(numbers).items()):
-            self._append(self._names[number], inside.slice(first, rows))
+            path = self.partitions.setdefault(self._names[number], self.folder / f"{len(self.partitions)}.arrows")
+            with path.open("ab") as file, pa.ipc.new_stream(file, inside.schema, options=self._options) as stream:
+                stream.write_table(inside.slice(first, rows))
             first += rows
-
-    def _number(self, key: tuple[object, ...]) -> int:
-        if (number := self._numbers.get(key)) is None:
-            number = self._numbers[key] = len(self._names)
-            self._names.append(folder_of(dict(zip(self._keys, key, strict=True))))
-        return number
-
-    def _append(self, name: str, table: pa.Table) -> None:
-        path = self.partitions.setdefault(name, self.folder / f"{len(self.partitions)}.arrows")
-        with path.open("ab") as file, pa.ipc.new_stream(file, table.schema, options=self._options) as stream:
-            stream.write_table(table)
 
     def take(self, name: str) -> Iterator[pa.RecordBatch]:
         """The partition's rows; its file is deleted."""
@@ -211,32 +205,16 @@ def _blocks(batches: Iterator[pa.RecordBatch], block_bytes: int) -> Iterator[lis
         yield block
 
 
-def _plain(schema: pa.Schema) -> pa.Schema:
-    """The schema without dictionaries and views, at any depth: pieces of nested dictionaries can't be joined, and Arrow
-    can't take rows of views.
+def _plain_type(type_: pa.DataType) -> pa.DataType:
+    """The type without dictionaries, text views and byte views, at any depth. Lists that are views stay: cast
+    to a list and back, one had negative offsets (pyarrow 26).
     """
-    return pa.schema([field.with_type(_plain_type(field.type)) for field in schema])
-
-
-def _plain_type(type_: Any) -> pa.DataType:
-    if pa.types.is_dictionary(type_):
+    if isinstance(type_, pa.DictionaryType):
         return _plain_type(type_.value_type)
     if pa.types.is_string_view(type_):
         return pa.large_string()
     if pa.types.is_binary_view(type_):
         return pa.large_binary()
-    if pa.types.is_struct(type_):
-        return pa.struct([_plain_field(type_.field(place)) for place in range(type_.num_fields)])
-    if pa.types.is_map(type_):
+    if isinstance(type_, pa.MapType):
         return pa.map_(_plain_type(type_.key_type), _plain_type(type_.item_type))
-    if pa.types.is_large_list(type_):
-        return pa.large_list(_plain_field(type_.value_field))
-    if pa.types.is_fixed_size_list(type_):
-        return cast(pa.DataType, pa.list_(_plain_field(type_.value_field), type_.list_size))
-    if pa.types.is_list(type_):
-        return pa.list_(_plain_field(type_.value_field))
-    return cast(pa.DataType, type_)
-
-
-def _plain_field(field: "pa.Field[Any]") -> "pa.Field[Any]":
-    return field.with_type(_plain_type(field.type))
+    return unify.with_members(type_, _plain_type)

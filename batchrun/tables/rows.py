@@ -1,6 +1,7 @@
 """Settled rows as an Arrow table: the input's columns, then ours. The schemas are constants. PURE"""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any, cast
 
 import msgspec
@@ -9,7 +10,7 @@ import pyarrow as pa
 from batchrun import compute as pc
 from batchrun.errors import JobError
 from batchrun.job.settings import Output
-from batchrun.records import Answer, Completion, RowError, Status
+from batchrun.records import Answer, Completion, RowError, Status, Usage
 from batchrun.response import answer as answers
 from batchrun.response import packed
 from batchrun.tables.arrow_types import JSON, Column, array_of
@@ -75,6 +76,8 @@ text here, and gets the type that the job's schema gives it where rows are writt
 
 TOKENS = tuple(name for name in OWN_COLUMNS.names if name.endswith("_tokens"))
 
+_NO_USAGE = msgspec.structs.replace(Usage(0, 0, 0), **dict.fromkeys(Usage.__struct_fields__))
+
 NOT_IN_PARSED = "not_in_parsed"
 """The `error.kind` of a good answer of which `parsed` can't hold everything: the rest is in `content` only."""
 
@@ -136,21 +139,27 @@ def own_schema(prefix: str, parsed: Column = JSON) -> pa.Schema:
 def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
     """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw` here."""
     values = own_values(completions, keep_raw=keep_raw)
-    return pa.Table.from_arrays([pa.array(values[field.name], field.type) for field in OWN_COLUMNS], schema=OWN_COLUMNS)
+    made: dict[str, Any] = {}
+    for field in OWN_COLUMNS:
+        of_rows = values[field.name]
+        if of_rows and of_rows[0] is None and of_rows.count(None) == len(of_rows):
+            # nearly always a third of the columns, and Arrow takes 200 instructions and more for each null of a list
+            made[field.name] = pa.nulls(len(of_rows), field.type)
+        elif field.name == "answer_cost_usd" and of_rows == values["cost_usd"]:
+            made[field.name] = made["cost_usd"]  # each Decimal takes Arrow 1,500 instructions
+        else:
+            made[field.name] = pa.array(of_rows, field.type)
+    return pa.Table.from_arrays(list(made.values()), schema=OWN_COLUMNS)
 
 
 def own_values(completions: Sequence[Completion], *, keep_raw: bool) -> dict[str, list[Any]]:
     """The same as lists of Python values by the columns' names; times are microseconds."""
     read = [answers.read(completion.raw) if completion.raw else Answer() for completion in completions]
     pairs = list(zip(completions, read, strict=True))
-    usages = [answer.usage for answer in read]
-
-    def tokens(name: str) -> list[Any]:
-        return [None if usage is None else getattr(usage, name) for usage in usages]
-
+    usages = [answer.usage or _NO_USAGE for answer in read]
     return {
         "row": [c.row for c in completions],
-        "status": [str(c.status) for c in completions],
+        "status": [c.status for c in completions],
         "content": [a.content for a in read],
         "refusal": [a.refusal for a in read],
         "parsed": [a.content if c.in_json else None for c, a in pairs],
@@ -165,7 +174,7 @@ def own_values(completions: Sequence[Completion], *, keep_raw: bool) -> dict[str
         "request_id": [c.request_id for c in completions],
         "created": [None if a.created is None else a.created * 1_000_000 for a in read],
         "finished_at": [int(c.finished_at * 1_000_000) for c in completions],
-        **{name: tokens(name) for name in TOKENS},
+        **{name: list(map(attrgetter(name), usages)) for name in TOKENS},
         "cost_usd": [c.cost_usd for c in completions],
         "reported_cost_usd": [c.reported_cost_usd for c in completions],
         "answer_cost_usd": [c.answer_cost_usd for c in completions],

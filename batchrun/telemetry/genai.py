@@ -87,12 +87,11 @@ class AttributeSets:
         if (known := self._known.get(key)) is None:
             if len(self._known) >= MOST_SETS:
                 key = "(other)", None, key[2]
-            known = self._known[key] = self._made(*key)
+            model, answered, error = key
+            named: Attributes = {**self._of_all, "gen_ai.request.model": model}
+            if answered is not None:
+                named["gen_ai.response.model"] = answered
+            failed: Attributes = named if error is None else {**named, "error.type": error}
+            input_, output = {**named, "gen_ai.token.type": "input"}, {**named, "gen_ai.token.type": "output"}
+            known = self._known[key] = failed, input_, output
         return known
-
-    def _made(self, model: str, answered: str | None, error: str | None) -> tuple[Attributes, Attributes, Attributes]:
-        named: Attributes = {**self._of_all, "gen_ai.request.model": model}
-        if answered is not None:
-            named["gen_ai.response.model"] = answered
-        failed: Attributes = named if error is None else {**named, "error.type": error}
-        return failed, {**named, "gen_ai.token.type": "input"}, {**named, "gen_ai.token.type": "output"}

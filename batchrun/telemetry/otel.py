@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from opentelemetry import context, metrics, trace
@@ -35,12 +35,12 @@ from batchrun.telemetry import genai
 from batchrun.telemetry.histograms import Counted
 from batchrun.telemetry.metrics import METRICS, Metric
 from batchrun.telemetry.otel_export import WithHistograms, takes_buckets
-from batchrun.telemetry.samples import Snapshot
+from batchrun.telemetry.samples import Labels, Samples, Snapshot, samples_of
 
 FLUSH_S = 5.0
 """How long the last figures may take at the end of a run."""
 
-MOST_WORDS = 200
+MOST_WORDS = 200  # characters of an exporter's warning, which may hold a whole response
 
 
 def exporter(signal: str) -> type[Any] | None:
@@ -73,23 +73,37 @@ class OpenTelemetry:
         """`note` gets one line if something can't be delivered, in any thread."""
         self._job = job
         self._note: Callable[[str], None] | None = note
-        self._snapshot: Snapshot | None = None
+        self._samples: Samples = {}
+        self._labels: Labels = {}
         self._chunks: dict[int, tuple[Span, int, int]] = {}
         self._sets = genai.AttributeSets(genai.of_job(job))
         self._own: list[MeterProvider | TracerProvider] = []
         logging.getLogger("opentelemetry").addHandler(_Once(self._warn))
-        durations = Counted(genai.DURATION, "s", "GenAI operation duration.", genai.SECOND_BUCKETS)
-        first_chunks = Counted(
-            genai.TIME_TO_FIRST_CHUNK, "s", "Time to the first chunk of a stream.", genai.SECOND_BUCKETS
+        histograms = (
+            Counted(genai.DURATION, "s", "GenAI operation duration.", genai.SECOND_BUCKETS),
+            Counted(genai.TIME_TO_FIRST_CHUNK, "s", "Time to the first chunk of a stream.", genai.SECOND_BUCKETS),
+            Counted(genai.TOKEN_USAGE, "{token}", "Number of input and output tokens used.", genai.TOKEN_BUCKETS),
         )
-        usage = Counted(genai.TOKEN_USAGE, "{token}", "Number of input and output tokens used.", genai.TOKEN_BUCKETS)
-        meters, are_counted = self._meters((durations, first_chunks, usage))
+        meters, are_counted = self._meters(histograms)
         meter = meters.get_meter("batchrun", __version__)
         self._tracer = self._tracers().get_tracer("batchrun", __version__)
-        self._at_work = _observed_by(meters, meter)
+        if meters not in _RUNS:
+            runs: list[OpenTelemetry] = []
+            _RUNS[meters] = runs
+            for metric in METRICS:
+                made = meter.create_observable_gauge if metric.kind == "gauge" else meter.create_observable_counter
+                made(metric.name, [functools.partial(_observe, runs, metric)], metric.unit, metric.help)
+        self._at_work = _RUNS[meters]
         self._at_work.append(self)
-        recorded = _as_counted if are_counted else functools.partial(_by_sdk, meter)
-        self._durations, self._first_chunks, self._usage = map(recorded, (durations, first_chunks, usage))
+        self._durations, self._first_chunks, self._usage = (
+            # a program's own SDK takes nothing but its own instruments
+            each
+            if are_counted
+            else meter.create_histogram(
+                each.name, each.unit, each.description, explicit_bucket_boundaries_advisory=each.bounds
+            )
+            for each in histograms
+        )
         carrier = {name: os.environ.get(name.upper(), "") for name in ("traceparent", "tracestate")}
         parent = TraceContextTextMapPropagator().extract(carrier, context.get_current())
         self._run = self._tracer.start_span("batchrun.run", parent, attributes={"batchrun.job": job.name})
@@ -97,7 +111,7 @@ class OpenTelemetry:
 
     def show(self, snapshot: Snapshot) -> None:
         """The metrics are these from now on, at each export."""
-        self._snapshot = snapshot
+        self._labels, self._samples = snapshot.labels("batchrun."), samples_of(snapshot)
 
     def chunk_opened(self, chunk: int, first_row: int, rows: int) -> None:
         """The chunk's rows are being sent."""
@@ -129,7 +143,10 @@ class OpenTelemetry:
 
     def end(self, snapshot: Snapshot, *, with_metrics: bool) -> None:
         """Everything is delivered, as far as that takes no longer than FLUSH_S."""
-        self._snapshot, summary = snapshot if with_metrics else None, snapshot.summary
+        summary = snapshot.summary
+        self._samples = {}
+        if with_metrics:
+            self.show(snapshot)
         for span, _, _ in self._chunks.values():
             span.set_attribute("batchrun.sealed", False)
             span.end()
@@ -192,10 +209,9 @@ class OpenTelemetry:
 
     def observations(self, metric: Metric) -> Iterator[Observation]:
         """The metric's values now; none before the first summary."""
-        if (snapshot := self._snapshot) is not None:
-            for labels, value in metric.present(snapshot):
-                number = int(value) if isinstance(value, int) else float(value)
-                yield Observation(number, snapshot.labels("batchrun.") | labels)
+        for labels, value in self._samples.get(metric.name, ()):
+            number = int(value) if isinstance(value, int) else float(value)
+            yield Observation(number, self._labels | labels)
 
     def _add_request(self, c: Completion, attributes: genai.Attributes) -> None:
         """A span for the row's last request, within its chunk's."""
@@ -223,36 +239,8 @@ class OpenTelemetry:
             note(Notice(f"warning: OpenTelemetry: {why}; the run continues without", "telemetry", why=why))
 
 
-class _Recorded(Protocol):
-    def record(self, value: float, attributes: genai.Attributes) -> None: ...
-
-
-def _as_counted(histogram: Counted) -> _Recorded:
-    return histogram
-
-
-def _by_sdk(meter: metrics.Meter, histogram: Counted) -> _Recorded:
-    """The same as an instrument of the SDK: a program's own SDK takes nothing else."""
-    return meter.create_histogram(
-        histogram.name,
-        histogram.unit,
-        histogram.description,
-        explicit_bucket_boundaries_advisory=histogram.bounds,
-    )
-
-
 _RUNS: "WeakKeyDictionary[metrics.MeterProvider, list[OpenTelemetry]]" = WeakKeyDictionary()
 """The runs at work by provider: a program's own provider outlives a run, and takes an instrument's callbacks once."""
-
-
-def _observed_by(provider: metrics.MeterProvider, meter: metrics.Meter) -> "list[OpenTelemetry]":
-    """The runs that the provider's instruments observe."""
-    if (runs := _RUNS.get(provider)) is None:
-        runs = _RUNS[provider] = []
-        for metric in METRICS:
-            made = meter.create_observable_gauge if metric.kind == "gauge" else meter.create_observable_counter
-            made(metric.name, [functools.partial(_observe, runs, metric)], metric.unit, metric.help)
-    return runs
 
 
 def _observe(runs: "list[OpenTelemetry]", metric: Metric, options: CallbackOptions) -> Iterable[Observation]:

@@ -18,7 +18,7 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.metrics.export import Histogram as Histograms
 from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation
 
-from batchrun.telemetry.histograms import Counted, Point
+from batchrun.telemetry.histograms import Counted
 
 
 def takes_buckets(exporter: MetricExporter) -> bool:
@@ -40,13 +40,35 @@ class WithHistograms(MetricExporter):
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **more: Any) -> MetricExportResult:
         """See MetricExporter."""
-        resources = [self._with_ours(each) for each in metrics_data.resource_metrics]  # one: that of the provider
+        is_delta = self._temporality is AggregationTemporality.DELTA
+        from_ns, now_ns = self._started_ns, time.time_ns()
+        if is_delta:
+            self._started_ns = now_ns
+        ours: list[Metric] = []
+        for counted in self._histograms:
+            if points := counted.points(restart=is_delta):
+                data = [
+                    HistogramDataPoint(
+                        attributes=point.attributes,
+                        start_time_unix_nano=from_ns,
+                        time_unix_nano=now_ns,
+                        count=point.count,
+                        sum=point.sum,
+                        bucket_counts=point.counts,
+                        explicit_bounds=counted.bounds,
+                        min=point.min,
+                        max=point.max,
+                    )
+                    for point in points
+                ]
+                histograms = Histograms(data, self._temporality)
+                ours.append(Metric(counted.name, counted.description, counted.unit, histograms))
+        resources = []
+        for each in metrics_data.resource_metrics:  # one: that of the provider
+            scope, *others = each.scope_metrics  # one: all metrics are ours
+            joined = ScopeMetrics(scope.scope, [*scope.metrics, *ours], scope.schema_url)
+            resources.append(ResourceMetrics(each.resource, [joined, *others], each.schema_url))
         return self._exporter.export(MetricsData(resources), timeout_millis=timeout_millis, **more)
-
-    def _with_ours(self, of_resource: ResourceMetrics) -> ResourceMetrics:
-        first, *others = of_resource.scope_metrics  # one: all metrics are ours
-        joined = ScopeMetrics(first.scope, [*first.metrics, *self._metrics()], first.schema_url)
-        return ResourceMetrics(of_resource.resource, [joined, *others], of_resource.schema_url)
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
         """See MetricExporter."""
@@ -55,29 +77,3 @@ class WithHistograms(MetricExporter):
     def shutdown(self, timeout_millis: float = 30_000, **more: Any) -> None:
         """See MetricExporter."""
         self._exporter.shutdown(timeout_millis, **more)
-
-    def _metrics(self) -> list[Metric]:
-        is_delta = self._temporality is AggregationTemporality.DELTA
-        from_ns, now_ns = self._started_ns, time.time_ns()
-        if is_delta:
-            self._started_ns = now_ns
-        metrics: list[Metric] = []
-        for each in self._histograms:
-            if points := each.points(restart=is_delta):
-                data = Histograms([_point(point, each.bounds, from_ns, now_ns) for point in points], self._temporality)
-                metrics.append(Metric(each.name, each.description, each.unit, data))
-        return metrics
-
-
-def _point(point: Point, bounds: Sequence[float], from_ns: int, now_ns: int) -> HistogramDataPoint:
-    return HistogramDataPoint(
-        attributes=point.attributes,
-        start_time_unix_nano=from_ns,
-        time_unix_nano=now_ns,
-        count=point.count,
-        sum=point.sum,
-        bucket_counts=point.counts,
-        explicit_bounds=bounds,
-        min=point.min,
-        max=point.max,
-    )

@@ -1,29 +1,27 @@
 """A run's figures in Prometheus's text format, version 0.0.4. PURE.
 
-The format: https://prometheus.io/docs/instrumenting/exposition_formats/. No sample has a time, because node_exporter's
-textfile collector skips a file with times (its README, "Textfile Collector").
+The format: https://prometheus.io/docs/instrumenting/exposition_formats/
 """
 
-from collections.abc import Iterator
 from decimal import Decimal
 
 from batchrun.telemetry.metrics import METRICS
-from batchrun.telemetry.samples import Snapshot, Value
+from batchrun.telemetry.samples import Snapshot, Value, samples_of
 
 
 def render(snapshot: Snapshot) -> bytes:
     """The content of the file."""
-    return "".join(_lines(snapshot)).encode("utf-8", "replace")
-
-
-def _lines(snapshot: Snapshot) -> Iterator[str]:
+    samples, lines = samples_of(snapshot), []
     for metric in METRICS:
-        name, samples = metric.prometheus_name, list(metric.present(snapshot))
-        if samples:
-            yield f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}\n"
-        for labels, value in samples:
+        if metric.name not in samples:
+            continue
+        name = metric.prometheus_name
+        lines.append(f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}\n")
+        for labels, value in samples[metric.name]:
             pairs = (f'{label}="{_escaped(text)}"' for label, text in (snapshot.labels() | labels).items())
-            yield f"{name}{{{','.join(pairs)}}} {_number(value)}\n"
+            # without a time: node_exporter skips a file with times (its README, "Textfile Collector")
+            lines.append(f"{name}{{{','.join(pairs)}}} {_number(value)}\n")
+    return "".join(lines).encode("utf-8", "replace")
 
 
 def _escaped(value: str) -> str:

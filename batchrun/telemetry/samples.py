@@ -1,9 +1,6 @@
-"""Computes the samples of metrics from a run's summary. PURE.
+"""Computes the samples of the metrics from a run's summary, which progress and summary.json show, too. PURE."""
 
-A function that returns a function makes what `Metric.samples` calls with each snapshot.
-"""
-
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal
 
@@ -15,6 +12,10 @@ from batchrun.report.cost_lines import known_cost
 from batchrun.run_summary import BudgetUse, Summary, TotalsLine
 from batchrun.store.totals import LOST, SEVERAL
 
+STATES = ("checking", "running", "writing", "complete", "stopped", "failed")
+CIRCUIT = {"open": "sending", "cooling": "cooling", "probing": "probing", "stopped": "stopped"}
+"""Label values for the circuit's phases: an open circuit sends here, and elsewhere it is one that does not."""
+
 MOST_MODELS = 20
 """Models that have a label value of their own, the first that were used; a column of models must not flood a server."""
 
@@ -22,6 +23,8 @@ OTHER = "(other)"
 
 Value = int | float | Decimal
 Labels = dict[str, str]
+Samples = Mapping[str, list[tuple[Labels, Value]]]
+"""The samples of each metric, by its name."""
 
 
 class Snapshot(msgspec.Struct, frozen=True):
@@ -41,125 +44,86 @@ class Snapshot(msgspec.Struct, frozen=True):
         return job if self.shard is None else {**job, f"{prefix}shard": self.shard}
 
 
-Samples = Iterable[tuple[Labels, Value | None]]
-
-
-def of_summary(value: Callable[[Summary], Value | None]) -> Callable[[Snapshot], Samples]:
-    """One sample without labels."""
-    return lambda snapshot: [({}, value(snapshot.summary))]
-
-
-def moment_of(moment: Callable[[Summary], datetime | None]) -> Callable[[Snapshot], Samples]:
-    """One sample without labels: a moment in seconds of Unix time."""
-    return of_summary(lambda summary: _seconds(moment(summary)))
-
-
-def _seconds(moment: datetime | None) -> float | None:
-    return None if moment is None else moment.timestamp()
-
-
-def one_of(label: str, values: Iterable[str], now: Callable[[Summary], str | None]) -> Callable[[Snapshot], Samples]:
-    """1 for the value that holds now and 0 for the others; nothing where none does."""
-
-    def samples(snapshot: Snapshot) -> Samples:
-        held = now(snapshot.summary)
-        return [] if held is None else [({label: value}, int(value == held)) for value in values]
-
-    return samples
-
-
-def _by_model(summary: Summary) -> dict[str, list[TotalsLine]]:
-    """The lines of each model; those of all models beyond the first are one."""
-    lines: dict[str, list[TotalsLine]] = {}
+def samples_of(snapshot: Snapshot) -> Samples:
+    """What is known of each metric; an unknown figure has no sample."""
+    summary, limits, live = snapshot.summary, snapshot.summary.limits, snapshot.summary.live
+    per_minute = None if limits is None else limits.requests_per_minute
+    request_limits = (None if limits is None else limits.requests_per_second, per_minute and per_minute / 60)
+    tokens_per_minute = None if limits is None else limits.tokens_per_minute
+    single: dict[str, Value | datetime | None] = {
+        "exit_code": summary.exit_code,
+        "start_timestamp": summary.started_at,
+        "update_timestamp": summary.updated_at,
+        "end_timestamp": None if summary.exit_code is None else summary.updated_at,
+        "last_success_timestamp": snapshot.last_success_at,
+        "last_answer_timestamp": summary.last_answer_at,
+        "deadline_timestamp": summary.deadline,
+        "expected_end_timestamp": summary.eta,
+        "input_rows": summary.rows,
+        "pending_rows": summary.pending,
+        "retrying_rows": 0 if summary.retrying is None else summary.retrying.rows,
+        "rejected_rows": summary.rejected,
+        "reused_rows": summary.reused,
+        "rows_by_deadline": summary.by_deadline,
+        "lost_requests": sum(line.attempts for line in summary.totals if line.status == LOST),
+        "wasted_cost_dollars": summary.wasted_usd,
+        "possibly_billed_requests": summary.possibly_billed_count,
+        "possibly_billed_dollars": summary.possibly_billed_usd,
+        "unpriced_requests": summary.unpriced,
+        "unmetered_requests": summary.without_usage,
+        "request_rate_limit": min((limit for limit in request_limits if limit is not None), default=None),
+        "token_rate_limit": None if tokens_per_minute is None else tokens_per_minute / 60,
+    }
+    if live is not None:  # between two starts these have no value
+        single |= {
+            "request_rate": live.requests_per_second,
+            "token_rate": summary.tokens_per_second,
+            "in_flight_requests": live.in_flight,
+            "in_flight_requests_limit": live.allowed_in_flight,
+            "refused_requests": live.refused,
+            "refused": live.refused_share,
+        }
+    run = {"run_id": summary.run_id, "directory": snapshot.directory, "version": __version__}
+    found: dict[str, list[tuple[Labels, Value]]] = {
+        "run_info": [(run, 1)],
+        "run_state": [({"state": state}, int(summary.state == state)) for state in STATES],
+    }
+    for name, value in single.items():
+        if value is not None:
+            found[name] = [({}, value.timestamp() if isinstance(value, datetime) else value)]
+    if live is not None:
+        phase = CIRCUIT[live.circuit]
+        found["circuit_state"] = [({"state": each}, int(each == phase)) for each in CIRCUIT.values()]
+    caps = list(summary.budgets)
+    if limits is not None and (cap := limits.max_cost_usd) is not None:  # the whole run's is not among the budgets
+        caps.append(
+            BudgetUse(summary.job, "max_cost_usd", "run", cap, summary.cost_usd, summary.possibly_billed_usd, None)
+        )
+    for use in caps:
+        label = {"budget": use.setting}
+        found.setdefault("budget_dollars", []).append((label, use.cap_usd))
+        found.setdefault("budget_used_dollars", []).append((label, use.spent_usd + use.in_doubt_usd))
+    by_model: dict[str, list[TotalsLine]] = {}  # the lines of all models beyond the first are one
     for line in summary.totals:
-        if line.status == LOST and line.model == SEVERAL:
-            continue
-        name = line.model if line.model in lines or len(lines) < MOST_MODELS else OTHER
-        lines.setdefault(name, []).append(line)
-    return lines
+        if line.status != LOST or line.model != SEVERAL:
+            name = line.model if line.model in by_model or len(by_model) < MOST_MODELS else OTHER
+            by_model.setdefault(name, []).append(line)
+    for model, lines in by_model.items():
+        for name, labels, value in _of_model(lines):
+            found.setdefault(name, []).append(({"model": model, **labels}, value))
+    return {f"batchrun.{name}": samples for name, samples in found.items()}
 
 
-def per_model(value: Callable[[list[TotalsLine]], Value | None]) -> Callable[[Snapshot], Samples]:
-    """A sample for each model, of its lines."""
-    return lambda snapshot: [({"model": model}, value(lines)) for model, lines in _by_model(snapshot.summary).items()]
-
-
-def requests(lines: list[TotalsLine]) -> int:
-    """Requests of one model that ended."""
+def _of_model(lines: list[TotalsLine]) -> Iterator[tuple[str, Labels, Value]]:
+    """Name, labels and value of each sample that there is for every model."""
+    for status in Status:
+        yield "rows", {"status": str(status)}, sum(line.rows for line in lines if line.status == status)
     # a lost attempt's model is a guess that may change, and a counter must not fall
-    return added_up((line for line in lines if line.status != LOST), "attempts")
-
-
-def sum_per_model(field: str) -> Callable[[Snapshot], Samples]:
-    """A sample for each model: the sum of a field of its lines."""
-    return per_model(lambda lines: added_up(lines, field))
-
-
-def added_up(lines: Iterable[TotalsLine], field: str) -> int:
-    """The sum of a field over the lines."""
-    return sum(int(getattr(line, field)) for line in lines)
-
-
-def rows(snapshot: Snapshot) -> Iterator[tuple[Labels, Value]]:
-    """A sample for each model and status."""
-    for model, lines in _by_model(snapshot.summary).items():
-        for status in Status:
-            yield {"model": model, "status": str(status)}, added_up((x for x in lines if x.status == status), "rows")
-
-
-def tokens(snapshot: Snapshot) -> Iterator[tuple[Labels, Value]]:
-    """A sample for each model and kind of token."""
-    for model, lines in _by_model(snapshot.summary).items():
-        for kind in ("prompt", "completion"):
-            yield {"model": model, "kind": kind}, added_up(lines, f"{kind}_tokens")
-
-
-def cost(lines: list[TotalsLine]) -> Decimal | None:
-    """The certain cost of one model; None where no price is known."""
+    yield "requests", {}, sum(line.attempts for line in lines if line.status != LOST)
+    yield "tokens", {"kind": "prompt"}, sum(line.prompt_tokens for line in lines)
+    yield "tokens", {"kind": "completion"}, sum(line.completion_tokens for line in lines)
+    for name in ("cached_tokens", "cache_write_tokens", "reasoning_tokens"):
+        yield name, {}, sum(getattr(line, name) for line in lines)
     cost_usd = sum((line.cost_usd for line in lines), Decimal(0))
-    return known_cost(cost_usd, added_up(lines, "unpriced") + added_up(lines, "without_usage"))
-
-
-def run_info(snapshot: Snapshot) -> Samples:
-    """One sample whose labels name the run."""
-    return [({"run_id": snapshot.summary.run_id, "directory": snapshot.directory, "version": __version__}, 1)]
-
-
-def last_success(snapshot: Snapshot) -> Samples:
-    """One sample: when a run of the job last succeeded."""
-    return [({}, _seconds(snapshot.last_success_at))]
-
-
-def request_limit(summary: Summary) -> float | None:
-    """The lower of the limits on requests, a second."""
-    limits = summary.limits
-    if limits is None:
-        return None
-    per_minute = limits.requests_per_minute
-    known = (limits.requests_per_second, None if per_minute is None else per_minute / 60)
-    return min((limit for limit in known if limit is not None), default=None)
-
-
-def token_limit(summary: Summary) -> float | None:
-    """The limit on tokens, a second."""
-    limits = summary.limits
-    return None if limits is None or limits.tokens_per_minute is None else limits.tokens_per_minute / 60
-
-
-def budget_caps(value: Callable[[BudgetUse], Decimal]) -> Callable[[Snapshot], Samples]:
-    """A value of each cap on money. The whole run's cap is not in `Summary.budgets`."""
-
-    def samples(snapshot: Snapshot) -> Samples:
-        summary = snapshot.summary
-        caps = list(summary.budgets)
-        if summary.limits is not None and (cap := summary.limits.max_cost_usd) is not None:
-            used = summary.cost_usd, summary.possibly_billed_usd
-            caps.append(BudgetUse(summary.job, "max_cost_usd", "run", cap, *used, None))
-        return [({"budget": use.setting}, value(use)) for use in caps]
-
-    return samples
-
-
-def live(field: str) -> Callable[[Snapshot], Samples]:
-    """One sample: a field of `Summary.live`; none between two starts."""
-    return of_summary(lambda summary: None if summary.live is None else getattr(summary.live, field))
+    if (known := known_cost(cost_usd, sum(line.unpriced + line.without_usage for line in lines))) is not None:
+        yield "cost_dollars", {}, known

@@ -32,7 +32,11 @@ class TextFile:
 
     def __init__(self, folder: Path, job: str, note: Callable[[str], None]) -> None:
         """`note` gets one line if the file can't be written; the run continues."""
-        self.path = folder / f"batchrun-{_file_name(job)}.prom"
+        content = job.encode("utf-8", "replace")
+        name = quote(content, safe="")
+        if len(name) > MOST_NAME:  # another name for each job, also for those that begin alike
+            name = f"{name[:MOST_NAME]}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
+        self.path = folder / f"batchrun-{name}.prom"
         self._note: Callable[[str], None] | None = note
         self._lock: int | None = None
         self._last_success_at: datetime | None = None
@@ -98,12 +102,3 @@ class TextFile:
         if self._note is not None:
             self._note(Notice(f"warning: {line}", "telemetry", path=self.path))
             self._note = None
-
-
-def _file_name(job: str) -> str:
-    """A different name for each job."""
-    content = job.encode("utf-8", "replace")
-    name = quote(content, safe="")
-    if len(name) <= MOST_NAME:
-        return name
-    return f"{name[:MOST_NAME]}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"

@@ -78,18 +78,16 @@ class Views:
         self._last = summary
         if summary.complete:  # the result may still go to an object store: `end` says how that ended
             summary = msgspec.structs.replace(summary, state="writing", exit_code=None)
-        if self._file is not None:
-            self._file.show(self._snapshot(summary))
-        if self.otel is not None:
-            self.otel.show(self._snapshot(summary))
+        for view in (self._file, self.otel):
+            if view is not None:
+                view.show(self._snapshot(summary))
 
     def end(self, exit_code: int, reason: str | None, summary: Summary | None) -> None:
         """The start has ended, with this summary if the run has one."""
         if self._file is None and self.otel is None:
             return
-        if summary is None:
-            summary = self._failed(exit_code, reason)
-        snapshot, is_ours = self._snapshot(summary), exit_code != ExitCode.LOCKED  # else another process shows it
+        snapshot = self._snapshot(summary or self._failed(exit_code, reason))
+        is_ours = exit_code != ExitCode.LOCKED  # else another process shows it
         if self._file is not None:
             self._file.end(snapshot if is_ours else None)
         if self.otel is not None:

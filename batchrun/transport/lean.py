@@ -119,7 +119,11 @@ class LeanTransport:
         """Writes the request, reads its response into the exchange, and returns or closes the link."""
         content: aiohttp.StreamReader | None = None
         try:
-            _write(link, request, exchange)
+            if link.transport.is_closing():
+                exchange.sent_at = None  # nothing was sent
+                raise aiohttp.ClientConnectionResetError("the connection ended before the request")
+            exchange.sent_at = time.monotonic()
+            link.transport.write(request)
             message, content = await link.protocol.read()
             # interim responses (100 Continue, 103 Early Hints) are skipped, even unexpected ones (RFC 9110, section
             # 15.2); after a 101 the connection is no longer HTTP
@@ -138,16 +142,3 @@ class LeanTransport:
                 self._pool.put_aside(link, content)
             else:
                 self._pool.drop(link)
-
-
-def _write(link: Link, request: bytes, exchange: Exchange) -> None:
-    """Writes the request at once.
-
-    Raises:
-        aiohttp.ClientConnectionResetError: the connection had ended before; nothing was sent.
-    """
-    if link.transport.is_closing():
-        exchange.sent_at = None
-        raise aiohttp.ClientConnectionResetError("the connection ended before the request")
-    exchange.sent_at = time.monotonic()
-    link.transport.write(request)

@@ -32,10 +32,12 @@ class Receiver:
 
         The exchange has `http_status` and `headers`. Raises what aiohttp raises if the body breaks off.
         """
+        headers, status = exchange.headers, exchange.http_status or 0
         try:
-            coding = exchange.headers.get(CONTENT_ENCODING)
+            coding = headers.get(CONTENT_ENCODING)
             unpacker = None if coding is None else encoding.Unpacker(coding)
-            if _is_stream(exchange):
+            # refusals are never streamed
+            if 200 <= status < 300 and headers.get(CONTENT_TYPE, "").lower().startswith("text/event-stream"):
                 exchange.stream = Stream(self.credentials.cleaner())
                 error = await self._receive_stream(content, exchange, exchange.stream, unpacker)
             else:
@@ -52,7 +54,7 @@ class Receiver:
                     else:
                         exchange.received.append(piece)
         except encoding.EncodingError as raised:
-            if exchange.http_status is not None and exchange.http_status >= 300:
+            if status >= 300:
                 return None  # the status alone decides
             return APIConnectionError(str(raised), kind="bad_encoding", sent=True)
         if error is None and exchange.overdue is not None and not _is_delimited(exchange):
@@ -73,7 +75,7 @@ class Receiver:
             if len(piece) > room:
                 return self._too_large()
             exchange.heard_at = time.monotonic()
-            if stream.speaks and exchange.first_token_at is None:
+            if stream.has_token and exchange.first_token_at is None:
                 exchange.first_token_at = exchange.heard_at
         return None
 
@@ -96,28 +98,32 @@ class Receiver:
         """The ended exchange as an attempt."""
         request_id = exchange.headers.get(REQUEST_ID)
         if request_id is not None:
-            request_id = _characters(self.credentials.clean_text(request_id))
+            request_id = self.credentials.clean_text(request_id)
+            if not request_id.isascii():  # aiohttp gives bytes that are no UTF-8 as lone surrogates (PEP 383)
+                request_id = request_id.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         elif self._names_attempts and exchange.sent_at is not None:
             request_id = client_request_id  # the only id by which the vendor can find this exchange
-        first_token_at = exchange.first_token_at
-        return Attempt(
-            started_at=exchange.started_at,
-            latency_s=time.monotonic() - exchange.started,
-            http_status=exchange.http_status,
-            headers=exchange.headers,
-            body=self._stored(exchange),
-            error=error,
-            time_to_first_token_s=None if first_token_at is None else first_token_at - exchange.started,
-            request_id=request_id,
-            streamed=exchange.stream is not None,
+        started, first_token_at, stream, received = (
+            exchange.started,
+            exchange.first_token_at,
+            exchange.stream,
+            exchange.received,
         )
-
-    def _stored(self, exchange: Exchange) -> bytes:
-        """The received bytes as stored: without the key, a stream compressed."""
-        if exchange.stream is not None:
-            return exchange.stream.stored()
-        received = exchange.received
-        return packed.stored(self.credentials.clean(received[0] if len(received) == 1 else b"".join(received)))
+        if stream is not None:
+            body = stream.stored()
+        else:
+            body = packed.stored(self.credentials.clean(received[0] if len(received) == 1 else b"".join(received)))
+        return Attempt(
+            exchange.started_at,
+            time.monotonic() - started,
+            exchange.http_status,
+            exchange.headers,
+            body,
+            error,
+            None if first_token_at is None else first_token_at - started,
+            request_id,
+            stream is not None,
+        )
 
 
 def _rest(content: StreamReader) -> bytes:
@@ -142,14 +148,6 @@ async def _next(content: StreamReader) -> bytes:
         return unread
 
 
-def _is_stream(exchange: Exchange) -> bool:
-    """True for server-sent events; refusals are never streamed."""
-    status = exchange.http_status
-    if status is None or not 200 <= status < 300:
-        return False
-    return exchange.headers.get(CONTENT_TYPE, "").lower().startswith("text/event-stream")
-
-
 def _is_delimited(exchange: Exchange) -> bool:
     """True if the response marks the end of its body (RFC 9112, section 6.3), or its last event came."""
     if exchange.stream is not None and exchange.stream.done:
@@ -167,8 +165,3 @@ def _loss(exchange: Exchange, round_trip_s: float) -> Loss:
     if link is None or sent_at is None:
         return Loss(None, 0.0, round_trip_s, None, exchange.unsent)
     return Loss(link.idle_s, time.monotonic() - sent_at, round_trip_s, link.heard_bytes, exchange.unsent)
-
-
-def _characters(header: str) -> str:
-    """The header as text that JSON may hold: aiohttp gives bytes that are no UTF-8 as lone surrogates (PEP 383)."""
-    return header if header.isascii() else header.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

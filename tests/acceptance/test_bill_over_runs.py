@@ -240,7 +240,7 @@ def killed_in_flight(folder: Path, *flags: str) -> tuple[list[LedgerLine], Path,
         return simulator.ledger(), out, job
 
 
-def test_a_killed_run_names_the_ids_it_had_in_flight(tmp_path: Path) -> None:
+def test_a_killed_run_names_ids_in_flight(tmp_path: Path) -> None:
     """Before any resume, and when it is resumed by a job that sends no ids: those in flight were sent with theirs."""
     ledger, out, job = killed_in_flight(tmp_path)
     sent = {str(each.client_request_id) for each in ledger}

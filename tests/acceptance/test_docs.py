@@ -35,9 +35,10 @@ from batchrun.store.commits import SPILL
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
 from batchrun.telemetry.metrics import METRICS
+from batchrun.telemetry.samples import Snapshot, samples_of
 from tests.simulator_process import running_simulator
 from tests.unit.test_architecture import LAYERS
-from tests.unit.test_metrics import FULL, samples_of
+from tests.unit.test_metrics import FULL
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -48,7 +49,7 @@ CODE = re.compile(r"^ {4,}(?P<block>.+)$|^```.*\n(?P<fence>[\s\S]*?)^```|`(?P<sp
 NOT_YET = re.compile(r"^- Not yet:.*(?:\n .*)*|^## Not yet\n(?:(?!## ).*\n?)*", re.MULTILINE)
 OPTION = re.compile(r"(?<!\S)--?[a-z][\w-]*")
 CITED_TESTS = re.compile(r"(?P<names>(?:`test_\w+`(?:,\s+|\s+and\s+)?)+)\s+in\s+(?P<file>tests/\w+/test_\w+\.py)")
-LISTED_TESTS = re.compile(r"^- (?P<file>tests/\w+/test_\w+\.py):\n(?P<names>(?:  `test_\w+`,?\n)+)", re.MULTILINE)
+LISTED_TESTS = re.compile(r"^- (?P<file>tests/\w+/test_\w+\.py):(?P<names>(?:\s+`test_\w+`,?)+)$", re.MULTILINE)
 
 
 def text_of(name: str) -> str:
@@ -153,7 +154,7 @@ def test_every_status_and_every_event_is_listed() -> None:
 
 def test_everything_that_limits_rows_is_listed() -> None:
     field = details(text_of("docs/output.md"), "limited_by").partition("; while no rows")[0]
-    advised = " ".join(row[0] for row in rows("docs/job.md", "limited by", "what to do for more speed"))
+    advised = " ".join(row[0] for row in rows("docs/running.md", "limited by", "what to do for more speed"))
     wanted = {*map(str, Limit), "the reader of completions", "retries"}
     for listed in (field, advised):
         assert {name.partition(" (")[0] for name in re.findall("`([^`]+)`", listed)} == wanted
@@ -170,12 +171,13 @@ def test_every_metric_is_listed_with_its_meaning() -> None:
     listed = [(bare(name), kind, says.lower()) for name, kind, _, says in rows("docs/telemetry.md", "metric", "type")]
     assert listed == [(each.prometheus_name, each.kind, each.help.rstrip(".").lower()) for each in METRICS]
     labels = {bare(name): set(re.findall(r"\w+", cell)) for name, _, cell, _ in rows("docs/telemetry.md", "metric")}
-    for name, there in samples_of(FULL):
-        assert labels[name] == set(there)
+    names = {metric.name: metric.prometheus_name for metric in METRICS}
+    for name, samples in samples_of(Snapshot(FULL, "/runs/x")).items():
+        assert all(labels[names[name]] == set(there) for there, _ in samples)
 
 
 def test_every_key_of_the_report_is_listed() -> None:
-    assert tuple(bare(row[0]) for row in rows("docs/output.md", "`--by`")) == KEYS
+    assert tuple(bare(row[0]) for row in rows("docs/cost.md", "`--by`")) == KEYS
 
 
 def test_every_bill_figure_has_its_formula() -> None:
@@ -188,21 +190,21 @@ def test_every_finding_is_listed_with_its_threshold() -> None:
 
 
 def test_every_exit_code_is_listed() -> None:
-    listed = {int(code): bare(name) for code, name, *_ in rows("docs/guarantees.md", "code", "name")}
+    listed = {int(code): bare(name) for code, name, *_ in rows("docs/failures.md", "code", "name")}
     assert listed == {int(code): code.name for code in ExitCode}
     in_short = ",".join(codes for codes, *_ in rows("README.md", "code", "meaning"))
     assert sorted(map(int, in_short.split(","))) == sorted(ExitCode)
 
 
 def test_every_verdict_is_listed() -> None:
-    assert [bare(row[0]) for row in rows("docs/guarantees.md", "verdict", "means")] == [
+    assert [bare(row[0]) for row in rows("docs/failures.md", "verdict", "means")] == [
         str(verdict) for verdict in Verdict
     ]
 
 
 def test_the_table_of_statuses_is_the_policys_own() -> None:
     stated: dict[int, tuple[str, str]] = {}
-    for statuses, verdict, kind, *_ in rows("docs/guarantees.md", "status", "verdict"):
+    for statuses, verdict, kind, *_ in rows("docs/failures.md", "status", "verdict"):
         for status in map(int, statuses.split(",")):
             assert status not in stated
             stated[status] = (bare(verdict), bare(kind))
@@ -215,9 +217,7 @@ def test_the_table_of_statuses_is_the_policys_own() -> None:
 
 
 def test_the_table_of_faults_is_the_policys_own() -> None:
-    stated = [
-        (bare(kind), bare(verdict)) for kind, verdict, *_ in rows("docs/guarantees.md", "`error.kind`", "verdict")
-    ]
+    stated = [(bare(kind), bare(verdict)) for kind, verdict, *_ in rows("docs/failures.md", "`error.kind`", "verdict")]
     assert sorted(stated) == sorted((str(fault), str(verdict)) for fault, verdict in FAULT_VERDICTS.items())
 
 
@@ -229,7 +229,7 @@ def test_every_package_has_its_line_in_the_design() -> None:
 
 
 def test_the_tree_of_objects_names_classes_that_exist() -> None:
-    tree = text_of("docs/design.md").partition("### The tree of objects")[2].partition("\n### ")[0]
+    tree = text_of("docs/design.md").partition("## The tree of objects")[2].partition("\n## ")[0]
     block = "\n".join(line for line in tree.splitlines() if line.startswith("    "))
     named = set(re.findall(r"\b[A-Z][a-z]+(?:[A-Z][a-z]+)*\b", block))
     defined = {
@@ -241,19 +241,19 @@ def test_the_tree_of_objects_names_classes_that_exist() -> None:
     assert named - defined == set()
 
 
-def test_every_dependency_has_its_reason_in_the_design() -> None:
-    listed = [row[0].partition(" ")[0] for row in rows("docs/design.md", "package", "reason")]
+def test_every_dependency_has_its_reason() -> None:
+    listed = [row[0].partition(" ")[0] for row in rows("docs/decisions.md", "package", "reason")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(name for extra in extras if extra != "test" for name in extras[extra])]
     assert sorted(listed) == sorted(re.match(r"[\w-]+", name)[0] for name in wanted)  # type: ignore[index]
 
 
-def test_design_names_every_package_of_tests() -> None:
+def test_every_package_of_tests_is_named() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     names = [re.split("[>=]", requirement)[0] for requirement in extras["test"]]
     assert len(set(names)) == len(names)
-    assert [name for name in names if f"`{name}`" not in text_of("docs/design.md")] == []
+    assert [name for name in names if f"`{name}`" not in text_of("docs/decisions.md")] == []
 
 
 # ── what pages point to ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -278,20 +278,32 @@ def test_every_test_that_a_page_names_exists() -> None:
 
 
 def test_every_promise_has_its_test() -> None:
-    promises = text_of("docs/guarantees.md").partition("\n## Verdicts")[0].split("\n### ")[1:]
+    promises = text_of("docs/guarantees.md").partition("\n## Not guaranteed")[0].split("\n### ")[1:]
     assert len(promises) > 100
-    assert [promise.partition("\n")[0] for promise in promises if not LISTED_TESTS.search(promise + "\n")] == []
+    assert [promise.partition("\n")[0] for promise in promises if not LISTED_TESTS.search(promise)] == []
 
 
 def test_the_places_where_changes_go_exist() -> None:
     """CONTRIBUTING names, for each kind of change, a file and what to change in it."""
     places = text_of("CONTRIBUTING.md").partition("## Where to add what")[2].partition("\n## ")[0]
-    named = re.findall(r"`(\w+(?:\.\w+)?)`(?:,[^`.;]*)?(?: (?:and|in|of) )`(batchrun/[\w/.]+\.py)`", places)
-    assert len(named) >= 10
+    assert _named_in_code(places) >= 10
+    assert places.count("\n### ") == 6
+
+
+def test_each_step_of_a_row_is_in_the_code() -> None:
+    """docs/design.md names, for each step in the life of a row, the function and its file."""
+    steps = rows("docs/design.md", "step", "where")
+    assert [_named_in_code(where) for _, where, _ in steps] == [1] * len(steps)
+    assert len(steps) > 8
+
+
+def _named_in_code(text: str) -> int:
+    """How many names a text places in a file; each of them is there."""
+    named = re.findall(r"`(\w+(?:\.\w+)?)`(?:,[^`.;]*)?(?: (?:and|in|of) )`(batchrun/[\w/.]+\.py)`", text)
     for name, file in named:
         for part in name.split("."):
             assert re.search(rf"\b{part}\b", text_of(file)), (name, file)
-    assert places.count("\n### ") == 6
+    return len(named)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)
@@ -336,11 +348,76 @@ def test_no_page_names_a_place_on_somebodys_machine(page: Path) -> None:
     assert re.findall(r"(?<![\w.])/(?:home|root|work|farm|tmp|Users)/\S*", page.read_text("utf-8")) == []
 
 
+# ── the words ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DIALECT = re.compile(
+    r"\b(?:told|begun|anew|nobody|dearest|dearer|goes on|gone on|held against|(?-i:is none)|becomes? of|became of)\b"
+    r"|\b(?:(?<!is )(?<!are )(?<!be )used to|since then|earlier that day|(?:is|are|what \w+ is) worth)\b",
+    re.IGNORECASE,
+)
+FIGURE = re.compile(r"\d(?: to [\d.]+)? (?:µs|rows/s)\b")
+COMMAND = re.compile(r"\b(?:python (?:-m )?(?:benchmarks|tests)|make \w|/usr/bin/time|time batchrun)|\.py\b")
+
+
+def _prose(page: Path) -> list[tuple[int, str]]:
+    """The lines of a page with their numbers, without code, tables and headings."""
+    text = page.read_text("utf-8")
+    for code_block in (r"^```[\s\S]*?^```", r"^ {4,}.*$"):
+        text = re.sub(code_block, lambda block: re.sub(r"[^\n]", "", block[0]), text, flags=re.MULTILINE)
+    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line and line[0] not in "|#"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids_of)
+def test_pages_are_in_plain_words(page: Path) -> None:
+    """The words in which this project's drafts were hard to read, and those of a history, are in no page."""
+    said = [(number, re.sub(r"`[^`]*`", "", line)) for number, line in _prose(page)]
+    assert [(number, line) for number, line in said if DIALECT.search(line)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids_of)
+def test_prose_fits_in_120_columns(page: Path) -> None:
+    long = [(number, len(line)) for number, line in _prose(page) if len(line) > 120 and " " in line.strip()]
+    assert long == []
+
+
+@pytest.mark.parametrize("page", DOCS, ids=ids_of)
+def test_a_measured_figure_has_its_command(page: Path) -> None:
+    """A section with a speed or a time per row names the program that measures it."""
+    sections = re.split(r"^## ", page.read_text("utf-8"), flags=re.MULTILINE)
+    measured = [section for section in sections if FIGURE.search(section)]
+    assert [section.partition("\n")[0] for section in measured if not COMMAND.search(section)] == []
+
+
+def test_every_page_is_within_two_links() -> None:
+    """Of the README: it is linked there, or by a page that is."""
+    found, left = set[Path](), [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        if page in found or page.suffix != ".md" or not page.exists():
+            continue
+        found.add(page)
+        targets = re.findall(r"\]\(([^)\s#]+)", page.read_text("utf-8"))
+        left += [(page.parent / target).resolve() for target in targets if "://" not in target]
+    assert [ids_of(page) for page in PAGES if page not in found] == []
+
+
+def test_the_changelog_has_the_form_of_keep_a_changelog() -> None:
+    page = text_of("CHANGELOG.md")
+    assert set(re.findall(r"^### (.+)$", page, re.MULTILINE)) <= {
+        *("Added", "Changed", "Deprecated"),
+        *("Removed", "Fixed", "Security"),
+    }
+    versions = re.findall(r"^## (.+)$", page, re.MULTILINE)
+    assert versions[0] == "[Unreleased]" or versions[0].startswith(f"[{batchrun.__version__}] - ")
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version) for version in versions[1:])
+
+
 # ── the examples ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 EXAMPLES = [
     example
-    for block in re.findall(r"(?:^(?: {4}.*)?\n)+", text_of("docs/job.md"), re.MULTILINE)
+    for page in ("docs/job.md", "docs/input.md")
+    for block in re.findall(r"(?:^(?: {4}.*)?\n)+", text_of(page), re.MULTILINE)
     if (example := re.sub(r"^ {4}", "", block, flags=re.MULTILINE).strip()).startswith("[")
 ] + re.findall(r"^```toml\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
 
@@ -373,7 +450,7 @@ def test_there_are_examples_of_all_three_dialects(tmp_path: Path, monkeypatch: p
 
 
 def test_the_miniature_sends_every_row_and_retries(tmp_path: Path) -> None:
-    """docs/miniature.py runs against the simulator, which fails some attempts."""
+    """docs/miniature.py runs against a simulator that fails some attempts, and starts one if none is named."""
     faults = parse_faults("500=0.1,429=0.05")
     with running_simulator(SimulatorConfig(latency_s=0, faults=faults, seed=7)) as simulator:
         command: list[str | Path] = [
@@ -389,6 +466,12 @@ def test_the_miniature_sends_every_row_and_retries(tmp_path: Path) -> None:
     assert part["row"] == list(range(400))
     assert set(part["status"]) == {"ok"}
     assert sum(part["attempts"]) == served > 400
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    command = [sys.executable, ROOT / "docs/miniature.py", tmp_path / "in.jsonl"]
+    shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert (shown.returncode, shown.stderr) == (0, "")
+    steps = [line.partition(": ")[2].split()[0] for line in shown.stdout.splitlines() if line.startswith("row 0: ")]
+    assert steps[-4:] == ["a", "admitted", "HTTP", "ok:"]
 
 
 # ── the library ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -405,20 +488,34 @@ def test_every_option_is_listed_in_order() -> None:
     )
 
 
-def test_the_readmes_transcripts_are_what_the_commands_print(tmp_path: Path) -> None:
-    """Every command of the README runs in order, as a stranger types them; dates and speeds are masked."""
+def test_transcripts_are_what_the_commands_print(tmp_path: Path) -> None:
+    """Every command of the README runs in order, as a stranger types them, then those of docs/running.md that show
+    what they print; dates and speeds are masked.
+    """
     for name in ("jobs", "sample_inputs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shell = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
-    for block in re.findall(r"^```console\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE):
-        for command, shown in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
-            if command.startswith(("make ", "source ")):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shell = {
+        **os.environ,
+        "PATH": path,
+        "LC_ALL": "C.UTF-8",
+        "VTRIX_API_KEY": "any",
+    }  # `estimate` wants a key to be set
+    for page in ("README.md", "docs/running.md"):
+        for command, shown in _transcripts(page):
+            if command.startswith(("make ", "source ")) or (page != "README.md" and not shown):
                 continue
             ended = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=shell)
             assert ended.returncode == 0, ended.stderr
             if shown:
                 printed = (ended.stderr + ended.stdout).splitlines()
                 assert [_masked(line) for line in printed] == [_masked(line) for line in shown.splitlines()]
+
+
+def _transcripts(page: str) -> Iterator[tuple[str, str]]:
+    """Each command of the page's consoles, with what it prints; empty where the page does not show that."""
+    for block in re.findall(r"^```console\n([\s\S]*?)^```", text_of(page), re.MULTILINE):
+        yield from re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
 
 
 def _masked(line: str) -> str:

@@ -261,7 +261,7 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path: Path, three: Pa
 
 
 @pytest.mark.heavy
-def test_a_merge_that_is_cut_leaves_nothing_that_looks_finished(tmp_path: Path, three: Path) -> None:
+def test_a_cut_merge_does_not_look_finished(tmp_path: Path, three: Path) -> None:
     folders = sorted((three / "runs").glob("night.shard-*"))
     out = tmp_path / "night"
     building = tmp_path / "night.tmp"
@@ -280,7 +280,7 @@ def test_a_merge_that_is_cut_leaves_nothing_that_looks_finished(tmp_path: Path, 
 
 
 @pytest.mark.heavy
-def test_a_shard_that_was_resumed_after_the_merge_is_named(tmp_path: Path, three: Path) -> None:
+def test_a_shard_resumed_after_merging_is_named(tmp_path: Path, three: Path) -> None:
     shutil.copytree(three, tmp_path / "t")
     job = tmp_path / "t/job.toml"
     job.write_text(job.read_text().replace(str(three), str(tmp_path / "t")))

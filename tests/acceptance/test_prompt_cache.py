@@ -1,4 +1,4 @@
-"""The prompt cache: `check` says what it is worth, `cache_prefix` uses it, the report shows it."""
+"""The prompt cache: `check` says what it saves, `cache_prefix` uses it, the report shows it."""
 
 import json
 from pathlib import Path

@@ -88,13 +88,13 @@ system = "You label change-log entries. Answer in JSON."
 prompt = "{{{{ text }}}}"
 response_format = {{ type = "json_schema", file = "{tmp_path}/schema.json" }}
 """
-    for stream, asked_for in (("stream = false", 20), ("stream = true", 5)):
-        source.write_text("\n".join(lines[:asked_for]), "utf-8")
+    for stream, count in (("stream = false", 8), ("stream = true", 3)):
+        source.write_text("\n".join(lines[:count]), "utf-8")
         ended, out = run(tmp_path, url, source, request + stream)
         assert ended.exit_code == 0, ended.stderr
         assert read_summary(out)["without_usage"] == 0
         rows = rows_of(out)
-        assert len(rows) == asked_for
+        assert len(rows) == count
         for row in rows:
             assert row["status"] == "ok"
             jsonschema.validate(row["parsed"], SCHEMA)

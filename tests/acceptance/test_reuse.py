@@ -201,6 +201,7 @@ def test_sources_may_be_moved_or_missing(tmp_path: Path) -> None:
         ended = run(job, tmp_path / "two", "--reuse", tmp_path / "none*", "--reuse", moved, "--reuse", "latest")
         assert len(simulator.ledger()) - sent == 30
         assert f"reuse: {tmp_path}/none*: no earlier answers there yet" in ended.stderr
+        assert f"reuse: latest: no earlier answers in {tmp_path}/two yet" in ended.stderr
         for source, why in (
             (tmp_path / "none", "there is no such file or directory"),
             (tmp_path / "in.jsonl", "JSON lines, which hold no types; name the run's directory, or a Parquet file"),

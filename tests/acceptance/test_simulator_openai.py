@@ -304,7 +304,8 @@ def test_several_choices_are_read_alike(client: openai.OpenAI, simulator: Runnin
     assert streamed.content == plain.choices[0].message.content
 
 
-def test_the_client_reads_tiers_cached_tokens_and_a_full_tier() -> None:
+def test_the_client_reads_tiers_and_cached_tokens() -> None:
+    """And the refusal of a tier that is full."""
     config = SimulatorConfig(faults=parse_faults("flex_unavailable=1"), cache_life_s=60)
     messages: Any = [{"role": "user", "content": "word " * 1_000}]
     with (

@@ -84,8 +84,7 @@ _SLOT_TAKEN_LATE = Bug(
         ("        self._slots.take(slot, request.row, n, request.key, usd, tokens)\n", ""),
         (
             "        answer = answers.read(attempt.body, request.choices)\n",
-            "        bound = flight.bound_usd, flight.bound_tokens\n"
-            "        self._slots.take(slot, request.row, flight.n, request.key, *bound)\n"
+            "        self._slots.take(slot, request.row, n, request.key, usd, tokens)\n"
             "        answer = answers.read(attempt.body, request.choices)\n",
         ),
     ),

@@ -1,4 +1,4 @@
-"""The marked points: places in the product where a kill is worth most. The product itself knows nothing of them.
+"""The marked points: places in the product where a kill shows most. The product itself knows nothing of them.
 
 Each point wraps one real function in the process that is to be killed. A function that is not there any more ends that
 process with an AttributeError, and a point that is never passed fails the tests: the marks can't rot in silence.

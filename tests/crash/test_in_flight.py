@@ -2,7 +2,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from decimal import Decimal
@@ -16,6 +15,7 @@ from batchrun.errors import DiskError
 from batchrun.records import PossiblyBilled
 from batchrun.store import in_flight
 from batchrun.store.in_flight import SLOT_BYTES, UNREADABLE, InFlight, InFlightFile
+from tests import prefork
 
 BOUNDS = st.none() | st.decimals(0, 9_000_000, places=12)
 KEYS = st.binary(min_size=16, max_size=16)
@@ -161,9 +161,9 @@ def test_after_kill_9_requests_in_flight_are_counted(tmp_path: Path) -> None:
     """Each is named or counted."""
     path = tmp_path / "inflight.bin"
     for _ in range(3):
-        with subprocess.Popen([sys.executable, "-c", TAKE_AND_CLEAR, str(path)], stdout=subprocess.PIPE) as process:
+        with prefork.script(TAKE_AND_CLEAR, path) as process:
             assert process.stdout is not None
-            assert process.stdout.readline() == b"taken\n"
+            assert process.stdout.readline() == "taken\n"
             try:
                 process.wait(random.uniform(0, 0.05))
             except subprocess.TimeoutExpired:

@@ -3,17 +3,16 @@ is repeated.
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from batchrun.simulator import SimulatorConfig
-from tests.cli_process import KEY, KEY_ENV, batchrun, write_job, write_rows
+from tests.cli_process import batchrun, write_job, write_rows
+from tests.crash.dying import dies
 from tests.level import amount, seeded
 from tests.simulator_process import RunningSimulator, running_simulator
 
@@ -25,20 +24,6 @@ LAYOUTS = {
     "partitions": 'partition_by = ["status"]\ndataset = "{folder}/dataset"',
     "jsonl": 'format = "jsonl.zst"',
 }
-
-RUN_AND_DIE = """
-import os, signal, sys
-from tests.crash.points import Phase, Point, Side, mark
-where, side, pattern, *arguments = sys.argv[1:]
-def matches(given):
-    return pattern in str(given)
-def die(name):
-    os.kill(os.getpid(), signal.SIGKILL)
-mark(Point(where, where, Side(side), matches, Phase.FINISHING, 1), die)
-sys.argv = ["batchrun", *arguments]
-from batchrun.cli import main
-main()
-"""
 
 _FOLDER, _MANIFEST = "batchrun.durable:replace_folder", "batchrun.store.checkpoint:Checkpoint.write_manifest"
 _RECORDED = [(_MANIFEST, "before", "finished"), (_MANIFEST, "after", "finished")]
@@ -72,8 +57,7 @@ def rows_that_readers_see(out: Path, layout: str) -> int:
     if layout == "file":
         return pq.read_metadata(out / "completions.parquet").num_rows
     if layout == "jsonl":
-        zstd = [sys.executable, "-c", "import sys, pyarrow as pa; print(pa.input_stream(sys.argv[1]).read().count(10))"]
-        return int(subprocess.run([*zstd, out / "completions.jsonl.zst"], capture_output=True, check=True).stdout)
+        return pa.input_stream(out / "completions.jsonl.zst").read().count(b"\n")
     folder = out / "completions"
     listed = json.loads((folder / "_manifest.json").read_bytes())
     sizes = {file["name"]: (file["rows"], file["bytes"]) for file in listed["files"]}
@@ -82,15 +66,6 @@ def rows_that_readers_see(out: Path, layout: str) -> int:
         for path in folder.rglob("*.parquet")
     }
     return sum(rows for rows, _ in sizes.values())
-
-
-def dies(job: Path, out: Path, kill: tuple[str, str, str]) -> bool:
-    """Whether the run got to the place, and was killed there."""
-    command = [sys.executable, "-c", RUN_AND_DIE, *kill, "run", str(job), "-o", str(out)]
-    environ = {**os.environ, KEY_ENV: KEY}
-    ended = subprocess.run(command, env=environ, capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert ended.returncode in (0, -9), ended.stderr
-    return ended.returncode == -9
 
 
 @pytest.mark.heavy
@@ -105,7 +80,7 @@ def test_a_killed_publication_shows_one_whole_result(tmp_path: Path, simulator: 
         job, out = write_job(tmp_path / "job.toml", simulator.url, source, settings), tmp_path / f"out{number}"
         assert batchrun("run", job, "-o", out, "--limit", str(FEWER)).exit_code == 0
         assert rows_that_readers_see(out, layout) == FEWER
-        assert dies(job, out, kill), kill
+        assert dies(*kill, "run", job, "-o", out), kill
         assert rows_that_readers_see(out, layout) in (FEWER, ROWS), kill
         served = len(simulator.ledger())
         ended = batchrun("run", job, "-o", out)

@@ -189,7 +189,7 @@ def test_a_silent_actor_is_given_up(tmp_path: Path, cluster: RayCluster, undistu
     wait_until(lambda: actor not in actors_of(cluster.raylets[0]))
 
 
-def test_the_death_of_the_drivers_own_node_pauses_the_run(tmp_path: Path) -> None:
+def test_the_drivers_dead_node_pauses_the_run(tmp_path: Path) -> None:
     """It can have no other actors: exit 5, and what was in flight is named."""
 
     async def ten_answers(exchange: Exchange) -> None:

@@ -15,7 +15,8 @@ from batchrun.store.totals import Totals, fold
 from tests import level
 from tests.cli_process import batchrun, finish, read_summary, start, write_job, write_rows
 from tests.crash.strace import Fault, prefix
-from tests.endings import ENDINGS, completion, discarded
+from tests.endings import completion, discarded
+from tests.random_endings import ENDINGS
 from tests.simulator_process import running_simulator
 
 SHARED = settings(

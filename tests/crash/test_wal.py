@@ -1,8 +1,6 @@
 import random
 import signal
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +12,7 @@ from batchrun.errors import CheckpointError, ExitCode
 from batchrun.store import wal
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.wal import commits_dropped
-from tests import level
+from tests import checkpoint_writer, level
 
 
 class Left(NamedTuple):
@@ -39,8 +37,7 @@ def rows_of(folder: Path, database: bytes, log: bytes) -> int:
 def left(tmp_path_factory: pytest.TempPathFactory) -> Left:
     folder = tmp_path_factory.mktemp("killed")
     path = folder / "checkpoint.db"
-    command = [sys.executable, "-m", "tests.checkpoint_writer", str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+    with checkpoint_writer.start(path) as process:
         assert process.stdout is not None
         for _ in range(6):
             process.stdout.readline()
@@ -88,9 +85,8 @@ def test_a_torn_last_commit_is_no_damage(tmp_path: Path, left: Left) -> None:
 @pytest.mark.heavy
 def test_frames_of_an_earlier_round_are_not_missed(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.db"
-    command = [sys.executable, "-m", "tests.checkpoint_writer", str(path)]
     for _ in range(4):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+        with checkpoint_writer.start(path) as process:
             assert process.stdout is not None
             for _ in range(random.randrange(20, 60)):
                 process.stdout.readline()  # a commit that was reported

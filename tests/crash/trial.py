@@ -35,7 +35,14 @@ FAULTS = (
     Fault(kind="status", status=500, share=0.04, sticky=True, times=1, per_question=True),
     Fault(kind="cut", share=0.03, sticky=True, times=1, per_question=True),
     Fault(kind="reset", billed=True, share=0.03, sticky=True, times=1, per_question=True),
-    Fault(kind="status", status=429, from_request=120, times=1, retry_after_ms="50", code="rate_limit_exceeded"),
+    Fault(
+        kind="status",
+        status=429,
+        from_request=120,
+        times=1,
+        headers=(("retry-after-ms", "50"),),
+        code="rate_limit_exceeded",
+    ),
     *parse_faults("content_policy=0.06"),
 )
 """All that recover do so at the second try of a question, so the statuses are those of an undisturbed run."""

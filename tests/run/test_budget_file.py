@@ -6,7 +6,6 @@ import random
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from decimal import Decimal
@@ -18,6 +17,7 @@ from batchrun.errors import CheckpointError, DiskError
 from batchrun.store import budget_file, budget_lease
 from batchrun.store.budget_file import BudgetFile, Caps, Drawn
 from batchrun.store.budget_lease import Lease, Period
+from tests import prefork
 
 TODAY, TOMORROW = Period("2026-11-30", "2026-11"), Period("2026-12-01", "2026-12")
 BOUND = Decimal("0.01")
@@ -230,8 +230,7 @@ file.end(lease)
 
 def spender(path: Path, requests: int, then: str, cap: str = "1", seed: int = 0) -> "subprocess.Popen[str]":
     """A process that spends; one that shall `hang` is returned when it has come so far."""
-    arguments = [str(path), cap, str(requests), then, str(seed)]
-    process = subprocess.Popen([sys.executable, "-c", SPENDER, *arguments], stdout=subprocess.PIPE, text=True)
+    process = prefork.script(SPENDER, path, cap, str(requests), then, str(seed))
     if then == "hang":
         assert process.stdout is not None
         for line in process.stdout:

@@ -177,7 +177,7 @@ def test_a_canary_sends_no_row_that_needs_no_request(simulator: RunningSimulator
 
 
 @pytest.mark.heavy
-def test_a_canary_that_was_stopped_judges_all_of_its_rows(simulator: RunningSimulator, tmp_path: Path) -> None:
+def test_a_stopped_canary_judges_all_its_rows(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 20", "chunk_rows = 1", rows=200)
     file.write_text(file.read_text().replace("chunk_rows = 40\n", "").replace("max_tokens = 400", "max_tokens = 1"))
     stopped = batchrun("run", file, "-o", tmp_path / "out", "--set", "budget.max_requests=19")

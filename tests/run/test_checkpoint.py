@@ -22,8 +22,9 @@ from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
 from batchrun.store.commits import MAX_GROUP
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import Totals, answer_line, fold, possibly_billed, with_possibly_billed
-from tests import level
-from tests.endings import ENDINGS, completion, discarded, stored_attempt
+from tests import checkpoint_writer, level
+from tests.endings import completion, discarded, stored_attempt
+from tests.random_endings import ENDINGS
 from tests.unit.test_memory import resident_mb
 
 pytestmark = pytest.mark.sampled(12)
@@ -107,7 +108,7 @@ def test_every_field_of_a_result_round_trips(tmp_path: Path, endings: list[Endin
         assert checkpoint.discarded(WHOLE) == [stored_attempt(e) for e in endings if isinstance(e, Discarded)]
         assert checkpoint.settled_rows(WHOLE) == {e.row for e in endings if isinstance(e, Completion)}
         assert checkpoint.totals == spent
-    doubts = [entry for ending in endings if (entry := possibly_billed(ending, 0)) is not None]
+    doubts = [possibly_billed(ending, 0) for ending in endings if ending.maybe_billed]
     assert spent == with_possibly_billed(fold(Totals(), endings, 0), doubts)
 
 
@@ -261,11 +262,6 @@ def test_rows_that_are_reopened_are_not_in_memory(tmp_path: Path) -> None:
 # ── all or nothing ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def writer(path: Path, **limits: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "tests.checkpoint_writer", str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | limits)
-
-
 def require_consistent(path: Path, durable: set[int]) -> None:
     """Every row that was reported durable is there, no other is counted, and the totals are the sum of the rows."""
     with opened(path) as checkpoint:
@@ -281,7 +277,7 @@ def test_durable_rows_survive_kill_9(tmp_path: Path) -> None:
     moments = level.seeded("test_durable_rows_survive_kill_9")
     durable: set[int] = set()
     for _ in range(6):
-        with writer(tmp_path / "checkpoint.db") as process:
+        with checkpoint_writer.start(tmp_path / "checkpoint.db") as process:
             assert process.stdout is not None
             durable |= {int(row) for row in process.stdout.readline().split()}
             time.sleep(moments.uniform(0, 0.15))
@@ -295,7 +291,7 @@ def test_durable_rows_survive_kill_9(tmp_path: Path) -> None:
 def test_a_refused_write_is_reported(tmp_path: Path) -> None:
     """Nothing that was lost had been reported as durable."""
     path = tmp_path / "checkpoint.db"
-    with writer(path, MAX_FILE_BYTES="300000") as process:
+    with checkpoint_writer.start(path, MAX_FILE_BYTES="300000") as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0
     assert err.startswith(f"DiskError: {path}: the disk")

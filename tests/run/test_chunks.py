@@ -2,14 +2,10 @@ import gzip
 import os
 import signal
 import subprocess
-import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,22 +13,19 @@ import pytest
 
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError
-from batchrun.job.job import Job
 from batchrun.records import PossiblyBilled
 from batchrun.response.packed import Packer
 from batchrun.source import START, JsonlSource, TableSource, rows_of
 from batchrun.startup import resume
-from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.open_chunk import OpenChunk
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import StoredWindow, write
-from batchrun.tables import files
 from batchrun.tables.json_columns import ColumnTypes
-from tests import level
-from tests.endings import answer_body, completion, discarded
+from tests import level, prefork
+from tests.chunk_starts import NOW, Start, ask, assembled, finish, small_chunks, started
+from tests.endings import completion, discarded
 from tests.jobs import job_over, texts, write_lines
 from tests.unit.test_source_parquet import COLUMNS
 
@@ -96,76 +89,8 @@ def test_a_changed_stored_window_is_damage(tmp_path: Path) -> None:
 # ── the life of chunks ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-NOW = datetime(2026, 11, 22, tzinfo=UTC)
-
-
-class Start(NamedTuple):
-    """What one process has of a run."""
-
-    checkpoint: Checkpoint
-    chunks: Chunks
-    plan: Plan
-    directory: RunDirectory
-
-
-@contextmanager
-def started(path: Path, job: Job) -> Iterator[Start]:
-    directory = RunDirectory(path)
-    directory.create()
-    checkpoint = Checkpoint(directory.checkpoint, free_reserve=lambda: False)
-    try:
-        made = resume.make(job, directory, checkpoint, RunOptions(), NOW)
-        layout = Layout(
-            source=made.source,
-            identities=made.manifest.files,
-            rejected=frozenset(made.manifest.rejected),
-            types=made.types,
-            schema=made.schema,
-            settings=made.manifest.output,
-        )
-        chunks = Chunks(directory, checkpoint, layout)
-        chunks.remove_orphans()
-        yield Start(checkpoint, chunks, made, directory)
-    finally:
-        checkpoint.close()
-
-
-def ask(start: Start, chunk: OpenChunk, most: int = 1_000_000) -> list[int]:
-    """The rows that were sent: the pending ones of the chunk, at most so many. Their answers are durable."""
-    rows = [row for batch in chunk.rows() for row in batch][:most]
-    for row in rows:
-        raw = answer_body(f"answer to {row.columns.get('text')}")
-        start.checkpoint.put(completion(row.row, raw=raw))
-    assert start.checkpoint.flushed()
-    return [row.row for row in rows]
-
-
-def finish(path: Path, job: Job) -> tuple[pa.Table, list[int]]:
-    """The final file, and the rows that were sent for it."""
-    requested: list[int] = []
-    with started(path, job) as start:
-        while (chunk := start.chunks.open_next()) is not None:
-            requested += ask(start, chunk)
-            start.chunks.seal(chunk)
-        return assembled(start), requested
-
-
-def assembled(start: Start) -> pa.Table:
-    sealed = sorted(start.chunks.sealed.items())
-    parts = [
-        (start.directory.part_of(number, chunk.generation), chunk.part_digest or "", chunk.rows)
-        for number, chunk in sealed
-    ]
-    files.assemble(parts, start.directory.completions, start.plan.schema, "zstd", {})
-    return pq.read_table(start.directory.completions)
-
-
 def lines_of(tmp_path: Path, count: int) -> Path:
     return write_lines(tmp_path / "in.jsonl", texts(count))
-
-
-def small_chunks(path: Path, rows: int = 10) -> Job:
-    return job_over(path, output={"chunk_rows": rows})
 
 
 FORMATS = ["jsonl", "jsonl.gz", "parquet"]
@@ -440,14 +365,6 @@ def test_an_input_changed_midway_ends_the_run(tmp_path: Path, change: Callable[[
 
 # ── kill -9 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-FINISH = """
-import sys
-from datetime import UTC, datetime
-from pathlib import Path
-from tests.run.test_chunks import finish, small_chunks
-finish(Path(sys.argv[1]), small_chunks(Path(sys.argv[2])))
-"""
-
 
 @pytest.mark.heavy
 @pytest.mark.sampled(1)
@@ -455,15 +372,14 @@ finish(Path(sys.argv[1]), small_chunks(Path(sys.argv[2])))
 def test_random_kills_give_the_same_file(tmp_path: Path, kind: str) -> None:
     path = input_as(tmp_path, kind, texts(150))
     undisturbed, _ = finish(tmp_path / "undisturbed", small_chunks(path))
-    command = [sys.executable, "-c", FINISH, str(tmp_path / "run"), str(path)]
-    moments, patience_s = level.seeded("test_random_kills_give_the_same_file"), 0.4
+    moments, patience_s = level.seeded("test_random_kills_give_the_same_file"), 0.1
     for _ in range(40):
-        with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as process:
+        with prefork.start("tests.chunk_starts", [str(tmp_path / "run"), str(path)], os.environ) as process:
             try:
-                process.wait(moments.uniform(patience_s, patience_s + 0.3))
+                process.wait(moments.uniform(0, patience_s))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
-                patience_s *= 1.1  # starting takes most of it on a busy machine
+                patience_s *= 1.1  # a busy machine needs more
         if process.returncode == 0:
             break
     table, sent = finish(tmp_path / "run", small_chunks(path))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.durable import digest, disk_errors, replace, replace_bytes
+from batchrun.durable import digest, disk_errors, replace_bytes, replacing
 from batchrun.errors import DiskError, ExitCode
 
 REPLACE_FOR_EVER = """
@@ -35,27 +35,25 @@ def test_readers_see_a_whole_file_after_kill_9(tmp_path: Path) -> None:
     assert seen | {path.read_bytes()} <= wholes
 
 
+def fail_halfway(path: Path, error: Exception) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"half")
+        raise error
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "part"
     replace_bytes(path, b"old")
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(DiskError, match=r"part: No space left on device; make room and run the same command again"):
-        replace(path, write)
+    message = r"part: No space left on device; make room and run the same command again"
+    with pytest.raises(DiskError, match=message):
+        fail_halfway(path, OSError(28, "No space left on device"))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_only_disk_errors_become_disk_errors(tmp_path: Path) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(b"half")
-        raise ValueError("no")
-
     with pytest.raises(ValueError, match="no"):
-        replace(tmp_path / "part", write)
+        fail_halfway(tmp_path / "part", ValueError("no"))
     assert list(tmp_path.iterdir()) == []
 
 

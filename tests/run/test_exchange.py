@@ -37,6 +37,7 @@ from tests.fault_server import (
     answer,
     black_hole,
     chunked,
+    gzip_bomb,
     self_signed,
     sends,
     serving,
@@ -137,7 +138,7 @@ def test_an_id_of_odd_bytes_is_text() -> None:
     assert (attempt.error, attempt.request_id) == (None, "r\ufffdé")
 
 
-@pytest.mark.parametrize("size", [0, 1, 2_000_000, 10_000_000])
+@pytest.mark.parametrize("size", [0, 1, 3_000_000])
 def test_large_answers_and_requests_arrive_whole(size: int) -> None:
     body = (b"{" + os.urandom(size))[:size]  # one that begins with the byte 1f is unpacked as gzip
     (attempt,), server = exchange_all(sends(answer(body)), body)
@@ -398,8 +399,9 @@ def test_stale_means_idle_and_closed_quickly(idle_s: float | None, ended_after_s
 @pytest.mark.parametrize("closes_after_s", [0.0, 0.001, 0.005, 0.02, 0.04])
 @pytest.mark.parametrize("workers", [1, 8])
 def test_closing_after_each_answer_is_never_ambiguous(closes_after_s: float, workers: int) -> None:
-    """It closes whatever may be on its way then: who used the connection again at once would not know what became of
-    the request. On a machine that held the server up until the client had to believe it, nothing is shown: once more.
+    """The server closes its connection after each answer. A client that sends on it at once can't know whether that
+    request was read. Where a busy machine delays the server until the client must take the connection for a kept one,
+    the try shows nothing and is repeated.
     """
 
     async def main() -> bool:
@@ -418,7 +420,7 @@ def test_closing_after_each_answer_is_never_ambiguous(closes_after_s: float, wor
         async with serving(answers_and_closes) as server, client_of(server.url) as client:
 
             async def work() -> None:
-                for _ in range(4):  # the fewer, the likelier all of them are in time
+                for _ in range(2):  # the fewer, the likelier all of them are in time
                     ended.append(await client.send(b"{}", "x"))
 
             await asyncio.gather(*(work() for _ in range(workers)))
@@ -426,17 +428,16 @@ def test_closing_after_each_answer_is_never_ambiguous(closes_after_s: float, wor
                 return False
             assert {(kind_of(attempt), attempt.body) for attempt in ended} == {(None, FINE)}
             assert places == {0}, "a connection was used again"
-            assert len(server.exchanges) == 4 * workers
+            assert len(server.exchanges) == 2 * workers
             return True
 
-    shown: list[bool] = []
+    async def is_shown() -> bool:
+        until_s = time.monotonic() + 60
+        while not (shown := await main()) and time.monotonic() < until_s:
+            pass
+        return shown
 
-    async def until_shown() -> None:
-        while not any(shown) and len(shown) < 20:
-            shown.append(await main())
-
-    run(until_shown())
-    assert any(shown), "the machine is too busy to show it"
+    assert run(is_shown()), "the machine is too busy to show it"
 
 
 def test_reuse_starts_with_one_connection() -> None:
@@ -595,7 +596,7 @@ def test_silence_ends_at_the_deadline(script: Script) -> None:
     assert (attempt.error.kind, attempt.error.sent) == ("timeout", True)
     assert str(attempt.error) == "no whole answer within 0.2 s"
     assert attempt.body in (b"", FINE)
-    assert 0.2 - TIMER_S <= attempt.latency_s < 2
+    assert 0.2 - TIMER_S <= attempt.latency_s < 10
 
 
 @pytest.mark.parametrize("start", [b"", answer(length=10_000)], ids=["head", "body"])
@@ -607,8 +608,7 @@ def test_trickling_bytes_do_not_extend_the_deadline(start: bytes) -> None:
             await asyncio.sleep(0.02)
 
     attempt = ended(script, attempt_timeout_s=0.2)
-    assert kind_of(attempt) == "timeout"
-    assert attempt.latency_s < 2
+    assert kind_of(attempt) == "timeout", "with a deadline that each byte extends, the whole answer arrives"
 
 
 def test_a_deadline_ends_only_its_attempt() -> None:
@@ -635,9 +635,7 @@ def test_cancellation_at_the_deadline_is_kept() -> None:
 
 
 def test_a_gzip_bomb_stays_in_bounded_memory() -> None:
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    bomb = b"".join([*(packer.compress(bytes(1_000_000)) for _ in range(200)), packer.flush()])
-    assert len(bomb) < 250_000
+    bomb = gzip_bomb()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     attempt = ended(sends(answer(bomb, "Content-Encoding: gzip")), max_answer_bytes=4_000_000)
     grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -707,7 +705,7 @@ def test_an_unaccepted_connection_times_out() -> None:
     attempt = run(main())
     assert attempt.error is not None
     assert (attempt.error.kind, attempt.error.sent) == ("connect", False)
-    assert attempt.latency_s < 2
+    assert attempt.latency_s < 8, "the default is 10 s"
 
 
 # -- TLS

@@ -1,35 +1,32 @@
 """What a stopped run leaves: its rows so far, those without an outcome as pending, and its bill."""
 
-import shutil
 import signal
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, engine
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity.export import export, in_words
 from batchrun.integrity.verify import verify
-from batchrun.job.load import load
 from batchrun.report.summary import read
-from batchrun.run_summary import Summary
 from batchrun.simulator import Fault, SimulatorConfig
 from batchrun.store import partial
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import files
 from batchrun.tables.pending import PENDING, beside
 from batchrun.tables.rows import own_table
-from tests.cli_process import KEY, KEY_ENV, batchrun, kill_when, read_summary, snapshot, start, write_job, write_rows
+from tests.cli_process import batchrun, kill_when, read_summary, snapshot, start, write_job, write_rows
 from tests.crash.test_verify import flip, last_of_a_page
 from tests.endings import completion, discarded
-from tests.simulator_process import RunningSimulator, running_simulator
+from tests.run_copies import Runs
+from tests.simulator_process import running_simulator
 
 ROWS = 200
 MORE = """
@@ -47,26 +44,9 @@ HANGS = "item 65 "
 SAME = ["id", "text", "row", "status", "content", "request_key", "cost_usd"]
 
 
-class Runs(NamedTuple):
-    """A run that was killed in the middle, the same run undisturbed, and the same in parts."""
-
-    folder: Path
-    simulator: RunningSimulator
-    undisturbed: pa.Table
-
-    def copy(self, name: str, to: Path) -> RunDirectory:
-        """The directory of that name, to be worked on."""
-        shutil.copytree(self.folder / name, to)
-        return RunDirectory(to)
-
-    def resume(self, directory: RunDirectory, **changes: Any) -> Summary:
-        """The run is resumed in this process."""
-        job = load(self.folder / "file.toml", [f"{name}={value}" for name, value in changes.items()])
-        return engine.run(job, directory, credentials.read(job.endpoint, {KEY_ENV: KEY}))
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """A run that was killed in the middle, the same run undisturbed, and the same in parts."""
     folder = tmp_path_factory.mktemp("runs")
     source = write_rows(folder / "in.jsonl", ROWS)
     config = SimulatorConfig(

@@ -291,7 +291,7 @@ def test_an_empty_account_pauses_the_run(status: str, said: object, tmp_path: Pa
     assert len(server.exchanges) <= 9
 
 
-def test_a_bad_key_among_a_gateways_own_fails_no_row(tmp_path: Path) -> None:
+def test_a_gateways_own_bad_key_fails_no_row(tmp_path: Path) -> None:
     """One request in eight gets a 401; one row gets nothing else, and fails alone."""
     wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
     bad = {(row, 1) for row in range(20, 200, 8)}

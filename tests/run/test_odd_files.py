@@ -49,7 +49,7 @@ READ = {
     "an integer of 30 digits": (b'{"text":"a","n":%d}\n{"text":"b","n":1}\n' % 10**30, 2),
     "NUL in a text": (b'{"text":"a\\u0000b"}\n', 1),
     "a line separator in a text": ('{"text":"a\u2028b"}\n'.encode(), 1),
-    "20 MB of text": (json.dumps({"text": "x" * 20_000_000}).encode(), 1),
+    "20 MB of text": (b'{"text":"' + b"x" * 20_000_000 + b'"}', 1),
     "400 levels": (b'{"text":"a","d":' + b"[" * 400 + b"]" * 400 + b"}\n", 1),
     "a document in one line": (b'{"text":"a","rows":[{"text":"b"}]}', 1),
 }
@@ -70,7 +70,7 @@ def tar_gz() -> bytes:
     return sink.getvalue()
 
 
-TOLD = {
+MESSAGES = {
     "a comma behind each line": (b'{"text":"a"},\n{"text":"b"},\n', "there is more text after the object"),
     "objects without newlines": (ROW.rstrip() * 3, "write one object per line"),
     "Python's own form": (b"{'text': 'a'}\n", "write it with json.dumps"),
@@ -92,9 +92,9 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", MESSAGES)
 def test_each_mistake_is_one_counted_line(tmp_path: Path, name: str) -> None:
-    content, said = TOLD[name]
+    content, said = MESSAGES[name]
     (tmp_path / "in.jsonl").write_bytes(content)
     first, *more = reported(tmp_path / "in.jsonl")
     assert said in first

@@ -203,7 +203,7 @@ def test_each_model_has_one_trial_at_once() -> None:
 def test_the_next_start_knows_the_overrun() -> None:
     """Another variant has a trial of its own."""
     overruns = Overruns()
-    assert overruns.learn(REQUEST, usage(100, 20))  # that a model keeps to its bounds is worth keeping, too
+    assert overruns.learn(REQUEST, usage(100, 20))  # that a model keeps to its bounds is learned, too
     assert not overruns.learn(REQUEST, usage(10, 10))
     assert overruns.taken() == []
     assert overruns.learn(REQUEST, usage(100, 170))

@@ -76,7 +76,8 @@ def test_dictionaries_keep_their_type_at_any_depth(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_rows_keep_their_order_and_memory_that_of_a_block(tmp_path: Path) -> None:
+def test_partitioning_keeps_order_in_bounded_memory(tmp_path: Path) -> None:
+    """Rows keep their order within a partition; memory is that of a block of rows."""
     types: dict[str, pa.DataType] = {"k": pa.int64(), "n": pa.int64(), "text": pa.string()}
     schema = pa.schema(types)
 
@@ -124,7 +125,8 @@ def test_keys_that_name_no_folders_are_refused(keys: list[str], line: str) -> No
     require_keys(schema, Output(partition_by=["lang", "id", "b_status"], prefix="b_"))
 
 
-def test_too_many_partitions_and_too_long_names_are_refused_at_the_check() -> None:
+def test_impossible_partitions_are_refused_before_sending() -> None:
+    """Too many of them, or names too long for a file system."""
     limit = PartitionLimit(Output(partition_by=["lang", "status"], max_partitions=2))
     for lang in ("de", "en", "de", "en"):
         limit.observe({"lang": lang})
@@ -280,7 +282,7 @@ def test_each_command_refuses_the_same(done: Path, tmp_path: Path, command: str)
 
 
 @pytest.mark.heavy
-def test_a_changed_input_gives_the_partitions_of_the_new_rows(tmp_path: Path, simulator: RunningSimulator) -> None:
+def test_a_changed_input_gives_its_own_partitions(tmp_path: Path, simulator: RunningSimulator) -> None:
     """The rows of other partitions are gone; kept answers are not sent again; more rows after a pilot come in."""
     write_input(tmp_path / "in.jsonl", 30)
     job, out = write_job(tmp_path / "job.toml", simulator.url, tmp_path / "in.jsonl", MORE), tmp_path / "out"

@@ -107,7 +107,7 @@ def test_findings_come_before_a_missing_key(tmp_path: Path) -> None:
 PARTITIONED = ("--set", 'output.partition_by=["id"]')
 
 
-def test_check_and_run_find_a_dataset_that_can_not_be_written(tmp_path: Path) -> None:
+def test_check_and_run_find_unwritable_datasets(tmp_path: Path) -> None:
     """Before a record is read: its result would be paid for when the dataset is found to be out of reach."""
     write_rows(tmp_path / "in.jsonl", 3)
     write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", "in.jsonl")

@@ -95,6 +95,7 @@ def test_a_log_line_uses_full_words() -> None:
     assert reported == (
         "6,120/10,000 rows (61%), 3 failed, 1,234 tokens/s, $12.3456, ETA ?, 61 % by the deadline, limited by rpm"
     )
+    assert line(summary(state="writing", limited_by="writing")).endswith(" tokens/s, $12.3456, writing")
 
 
 @pytest.mark.heavy

@@ -98,9 +98,8 @@ def test_partitions_are_published_in_their_folders(s3: S3Server, api: RunningSim
 
 
 @pytest.mark.heavy
-def test_a_place_that_can_not_be_written_stops_the_run_before_it_pays(
-    s3: S3Server, api: RunningSimulator, tmp_path: Path
-) -> None:
+def test_an_unwritable_place_costs_nothing(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    """The run stops before its first request."""
     before = sent(api)
     for environ, to, problem in (
         (environ_for(s3.url, READER), "denied", "access is denied"),

@@ -51,9 +51,10 @@ def test_a_fault_that_passes_is_repeated(s3: S3Server, api: RunningSimulator, tm
         ("(PUT|POST) .*completions.parquet", "cut"),
     ],
 )
-def test_a_store_that_fails_for_long_ends_the_start_and_nothing_is_lost(
+def test_a_store_failing_for_long_loses_nothing(
     s3: S3Server, api: RunningSimulator, tmp_path: Path, pattern: str, fault: str
 ) -> None:
+    """It ends the start; the next one publishes."""
     place = f"fails/{abs(hash((pattern, fault)))}"
     machine = Machine(tmp_path, api, place)
     with proxy_before(s3, fails(pattern, fault)) as proxy, environment(environ_for(proxy.url)):
@@ -69,7 +70,7 @@ def test_a_store_that_fails_for_long_ends_the_start_and_nothing_is_lost(
     assert "summary.json" in s3.names(f"{BUCKET}/{place}")
 
 
-def test_a_store_that_denies_or_is_away_at_the_end(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+def test_a_denying_or_absent_store_is_named(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
     machine = Machine(tmp_path, api, "late")
     with (
         proxy_before(s3, fails("(PUT|POST) /data/late/completions", "403")) as proxy,
@@ -112,7 +113,7 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("method", "fault"), [("(PUT|POST)", "500"), ("PUT", "403"), ("PUT", "503"), ("HEAD", "500"), ("kill", "slow")]
 )
-def test_every_layout_is_published_whole_or_does_not_look_finished(
+def test_every_layout_is_published_whole_or_unfinished(
     s3: S3Server, api: RunningSimulator, tmp_path: Path, layout: str, method: str, fault: str
 ) -> None:
     """Whatever of a result is in its place is one of its files, whole; the next start publishes the rest."""
@@ -147,7 +148,7 @@ def test_every_layout_is_published_whole_or_does_not_look_finished(
     assert left == ["_batchrun/run.json"]
 
 
-def test_what_a_cut_publish_has_staged_is_deleted_by_the_next_one_there(s3: S3Server, tmp_path: Path) -> None:
+def test_the_next_publish_deletes_staged_files(s3: S3Server, tmp_path: Path) -> None:
     """Also if it is that of another run: the first one may never be resumed."""
     s3.put(f"{BUCKET}/staged/_batchrun/staged/r0/completions/part-0.parquet.x0.part", b"of a run that was cut")
     folder = folder_at(f"s3://{BUCKET}/staged")
@@ -178,7 +179,7 @@ def test_an_upload_that_is_left_brings_nothing(s3: S3Server, tmp_path: Path) -> 
     assert folder.read("big") == b"the old one"
 
 
-def test_a_store_that_is_away_is_given_up_after_seconds() -> None:
+def test_an_absent_store_is_given_up_soon() -> None:
     """Google's client would try for a quarter of an hour."""
     with environment({"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}):
         filesystem, _ = connect(parse("gs://bucket/x"))
@@ -209,7 +210,7 @@ class _CutError(Exception):
     pass
 
 
-def test_a_publish_that_is_cut_at_any_step_never_looks_finished(s3: S3Server, tmp_path: Path) -> None:
+def test_a_publish_cut_anywhere_looks_unfinished(s3: S3Server, tmp_path: Path) -> None:
     usage = tmp_path / "usage.parquet"
     usage.write_text("usage")
     beside = [Published("usage.parquet", usage, "u")]

@@ -315,9 +315,7 @@ def test_an_actor_elsewhere_needs_an_address_that_it_reaches() -> None:
             cluster._require_reachable(elsewhere)
 
 
-def test_a_local_ray_ends_with_its_driver_and_never_has_the_key(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_ray_ends_with_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the environment of its processes nor their command lines have it; `kill -9` ends all of them,
     also Ray's agents, which would stay for a minute.
     """

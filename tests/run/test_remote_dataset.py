@@ -79,9 +79,8 @@ def test_a_run_replaces_exactly_its_partitions(s3: S3Server, api: RunningSimulat
     assert "nothing is damaged" in batchrun("verify", tmp_path / "second").stdout
 
 
-def test_what_can_not_be_replaced_in_one_step_is_refused_before_anything_is_sent(
-    s3: S3Server, api: RunningSimulator, tmp_path: Path
-) -> None:
+def test_partitions_not_replaceable_at_once_are_refused(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    """Before anything is sent."""
     write_input(tmp_path / "in.jsonl", 4)
     before = sent(api)
     cases = {
@@ -109,9 +108,8 @@ def test_what_can_not_be_replaced_in_one_step_is_refused_before_anything_is_sent
     assert sent(api) == before
 
 
-def test_a_publish_that_fails_leaves_whole_partitions_and_is_repeated(
-    s3: S3Server, api: RunningSimulator, tmp_path: Path
-) -> None:
+def test_a_failed_publish_leaves_whole_partitions(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    """The next start repeats it."""
     shared = Shared(tmp_path, api, "faults")
     write_input(tmp_path / "in.jsonl", 12, ("de", "en", "fr"))
     assert shared.run("first").exit_code == 0
@@ -140,7 +138,7 @@ def test_a_publish_that_fails_leaves_whole_partitions_and_is_repeated(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_publish_that_is_cut_in_the_middle_of_a_file_keeps_the_old_partition(
+def test_a_publish_cut_mid_file_keeps_the_old(
     s3: S3Server, api: RunningSimulator, tmp_path: Path, number: signal.Signals
 ) -> None:
     """A file of several parts: what an upload has sent so far is no object."""

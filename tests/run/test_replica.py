@@ -95,9 +95,8 @@ def test_another_machine_resumes_a_lost_run(s3: S3Server, api: RunningSimulator,
     assert len(ledger) == len(api.ledger())
 
 
-def test_a_machine_that_comes_back_does_not_continue_a_run_that_was_taken_over(
-    s3: S3Server, api: RunningSimulator, tmp_path: Path
-) -> None:
+def test_a_taken_over_run_is_not_continued(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    """By the machine that comes back."""
     one = Machine(tmp_path / "one", api, "back", MORE, rows=ROWS, output=OUTPUT)
     process = start("run", one.job, "--state-dir", one.state)
     kill_when(process, lambda: parts_there(s3, "back") >= 2)
@@ -118,9 +117,7 @@ def test_a_machine_that_comes_back_does_not_continue_a_run_that_was_taken_over(
     assert len(api.ledger()) == before
 
 
-def test_a_store_that_is_away_for_a_while_delays_the_run_only(
-    s3: S3Server, api: RunningSimulator, tmp_path: Path
-) -> None:
+def test_a_store_away_only_delays_the_run(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
     with (
         proxy_before(s3, fails(r"\.part", "503", times=4)) as proxy,
         environment(environ_for(proxy.url)),

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from batchrun.errors import CheckpointError
 from batchrun.records import ResultFile
 from batchrun.store.result_folder import MANIFEST, publish, stage_parts
 from batchrun.store.rundir import RunDirectory
+from tests import prefork
 from tests.run.test_tables import Part, part_of, table_of
 
 BILL = {"job": "reviews", "cost_usd": "0.25"}
@@ -67,7 +66,7 @@ def test_publishing_can_be_repeated_after_a_kill(tmp_path: Path, moved: int) -> 
     assert pq.read_table(directory.completions_folder).column("row").to_pylist() == list(range(6))
 
 
-def test_a_folder_that_was_there_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_an_existing_folder_is_replaced_whole(tmp_path: Path) -> None:
     directory, parts = directory_with(tmp_path / "run")
     published(directory, parts)
     fewer = [part_of(directory.parts, number, table_of(1, 10 + number), 10 + number) for number in range(2)]
@@ -107,11 +106,10 @@ for number in range(1_000_000):
 
 
 def test_readers_see_one_whole_folder_also_after_a_kill(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PUBLISH_FOR_EVER, str(tmp_path)]
     for number in range(4):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+        with prefork.script(PUBLISH_FOR_EVER, tmp_path) as process:
             assert process.stdout is not None
-            assert process.stdout.readline() == b"0\n"
+            assert process.stdout.readline() == "0\n"
             ends_at = time.monotonic() + 0.05 + 0.011 * number
             while time.monotonic() < ends_at:
                 assert os.path.lexists(tmp_path / "folder")  # never missing, on a file system that can exchange

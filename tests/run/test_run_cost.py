@@ -10,7 +10,7 @@ import pytest
 
 from batchrun.records import PossiblyBilled
 from batchrun.report.closing import in_words
-from batchrun.report.cost_lines import cost_in_words
+from batchrun.report.cost_lines import cost_lines
 from batchrun.report.progress import line
 from batchrun.run_summary import TotalsLine
 from tests.cli_process import Ended, finish, read_summary, start, write_job, write_rows
@@ -98,7 +98,7 @@ DOUBT = PossiblyBilled(0, 1, "k", None, 100, "timeout", 1)
 def test_unpriced_possible_billing_has_no_bound(bounds: tuple[Decimal | None, ...], usd: str, said: str) -> None:
     doubts = [msgspec.structs.replace(DOUBT, upper_bound_usd=bound) for bound in bounds]
     reported = summary(possibly_billed=doubts, possibly_billed_count=len(doubts), possibly_billed_usd=Decimal(usd))
-    assert cost_in_words(reported).endswith(f"without a known end; {said}")
+    assert "; ".join(cost_lines(reported)).endswith(f"without a known end; {said}")
 
 
 def test_headlines_say_what_is_known() -> None:

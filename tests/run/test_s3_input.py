@@ -63,7 +63,8 @@ def test_parquet_is_read_by_ranges_and_from_any_window(s3: S3Server) -> None:
     assert len(rows(f"s3://{BUCKET}/p/a.parquet")) == 5000
 
 
-def test_folders_globs_and_keys_name_the_same_files_as_on_a_disk(s3: S3Server, tmp_path: Path) -> None:
+def test_paths_name_the_same_files_as_locally(s3: S3Server, tmp_path: Path) -> None:
+    """Folders, globs and single keys."""
     names = ["b.jsonl", "a.jsonl", "lang=de/c.jsonl", "lang=de/_x.jsonl", "_tmp/d.jsonl", "sub/e.jsonl", "a.jsonl.crc"]
     for name in names:
         s3.put(f"{BUCKET}/tree/{name}", b'{"text": "x"}\n')
@@ -95,7 +96,8 @@ def test_names_of_any_characters_are_read(s3: S3Server) -> None:
     assert [str(file)[-9:] for file in find_files(f"s3://{BUCKET}/names/x*")] == ["x[1]*.jsonl"[-9:]]
 
 
-def test_markers_of_folders_and_a_file_named_like_a_folder_are_no_input(s3: S3Server) -> None:
+def test_markers_of_folders_are_no_input(s3: S3Server) -> None:
+    """Nor is a file that is named like a folder."""
     s3.put(f"{BUCKET}/twice/part", b'{"n": 0}\n')
     s3.put(f"{BUCKET}/twice/part/a.jsonl", b'{"n": 1}\n')  # a prefix that is an object, too
     s3.filesystem.create_dir(f"{BUCKET}/twice/key=1")
@@ -152,7 +154,8 @@ def test_an_unusable_url_says_what_to_do(text: str, problem: str) -> None:
         find_files(text)
 
 
-def test_a_wrong_secret_and_a_store_that_is_away_are_told_apart(s3: S3Server) -> None:
+def test_a_wrong_secret_is_no_absent_store(s3: S3Server) -> None:
+    """Each has a line of its own."""
     url = f"s3://{BUCKET}/tree/a.jsonl"
     with environment(environ_for(s3.url, (READER[0], "wrong"))), pytest.raises(InputError, match="access is denied"):
         find_files(url)

@@ -42,9 +42,8 @@ def test_a_read_that_fails_is_repeated(s3: S3Server, api: RunningSimulator, tmp_
     assert pq.read_metadata(tmp_path / "out" / "completions.parquet").num_rows == ROWS
 
 
-def test_a_store_that_stays_away_ends_the_start_and_the_next_one_continues(
-    s3: S3Server, api: RunningSimulator, tmp_path: Path
-) -> None:
+def test_a_store_staying_away_ends_the_start(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    """The next one resumes."""
     made = job(s3, api, tmp_path, "away.jsonl")
     with proxy_before(s3) as proxy, environment(environ_for(proxy.url)):
         process = start("run", made)
@@ -60,9 +59,7 @@ def test_a_store_that_stays_away_ends_the_start_and_the_next_one_continues(
     assert pq.read_metadata(tmp_path / "out" / "completions.parquet").num_rows == ROWS
 
 
-def test_an_object_that_changes_under_a_run_is_noticed_like_a_file(
-    s3: S3Server, api: RunningSimulator, tmp_path: Path
-) -> None:
+def test_an_object_changing_midway_is_noticed(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
     made = job(s3, api, tmp_path, "changes.jsonl")
     before = len(api.ledger())
     process = start("run", made)

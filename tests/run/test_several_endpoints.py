@@ -156,7 +156,8 @@ def test_the_run_pauses_only_when_no_endpoint_is_left(tmp_path: Path) -> None:
 
 @pytest.mark.heavy
 @pytest.mark.usefixtures("keys")
-def test_an_endpoint_that_dies_leaves_its_rows_to_the_other(tmp_path: Path) -> None:
+def test_a_dead_endpoints_rows_go_elsewhere(tmp_path: Path) -> None:
+    """To the other endpoint."""
     first, second = Script("sk-first-canary", per_minute=6_000), Script("sk-second-canary")
     second.dies_after = 20
     with serving(first, second) as (a, b):

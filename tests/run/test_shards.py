@@ -93,7 +93,7 @@ def test_a_shard_is_killed_resumed_checked_retried_and_exported(tmp_path: Path, 
 
 
 @pytest.mark.heavy
-def test_the_input_and_the_question_of_a_shard_cannot_change(tmp_path: Path, server: RunningSimulator) -> None:
+def test_a_shards_input_and_question_cannot_change(tmp_path: Path, server: RunningSimulator) -> None:
     job = shard_job(tmp_path, server.url)
     assert batchrun("run", job, "--shard", "0/3").exit_code == 0
     changed = batchrun("run", job, "--shard", "0/3", "--set", "request.temperature=0.5", "--accept-changes")

@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.simulator import SimulatorConfig
+from tests import prefork
 from tests.cli_process import batchrun, write_job
 from tests.run.test_partitioned import write_input
 from tests.simulator_process import RunningSimulator, running_simulator
@@ -125,11 +124,10 @@ while True:
 
 def test_a_killed_publish_leaves_whole_partitions(tmp_path: Path) -> None:
     """A reader meets every partition, whole, at every moment; after the kill the next publish is complete."""
-    command = [sys.executable, "-c", PUBLISH_FOR_EVER, str(tmp_path)]
     for number in range(4):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+        with prefork.script(PUBLISH_FOR_EVER, tmp_path) as process:
             assert process.stdout is not None
-            for wanted in (b"a\n", b"b\n"):
+            for wanted in ("a\n", "b\n"):
                 assert process.stdout.readline() == wanted
             ends_at = time.monotonic() + 0.05 + 0.013 * number
             while time.monotonic() < ends_at:

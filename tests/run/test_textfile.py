@@ -152,7 +152,8 @@ def test_a_result_that_is_not_published_is_no_success(night: Night) -> None:
     assert night.value("last_success_timestamp_seconds") == complete.updated_at.timestamp()
 
 
-def test_a_second_run_of_a_job_leaves_the_file_to_the_first(night: Night) -> None:
+def test_a_second_run_leaves_the_file_alone(night: Night) -> None:
+    """It stays the first run's, while both work."""
     with open(night.metrics / ".batchrun-night.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         ended = night.run()
@@ -197,7 +198,8 @@ def test_a_file_system_that_hangs_delays_nothing(simulator: RunningSimulator, tm
     assert read_summary(night.out)["elapsed_s"] < 20
 
 
-def test_what_hangs_is_waited_for_once_and_then_the_newest_counts() -> None:
+def test_a_hanging_write_is_waited_for_once() -> None:
+    """Then the newest figures count."""
     done: list[int] = []
     hung: list[None] = []
     answers = threading.Event()

@@ -3,6 +3,7 @@
 import asyncio
 import pickle
 import re
+import ssl
 import tracemalloc
 from pathlib import Path
 
@@ -15,14 +16,25 @@ from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.settings import Endpoint
 from batchrun.records import Attempt
 from batchrun.transport import internals
-from batchrun.transport.connector import MAX_TAILS
+from batchrun.transport.connector import MAX_TAILS, ssl_context_of
 from batchrun.transport.exchange import Exchange as UnderWay
 from batchrun.transport.internals import lacking
 from batchrun.transport.link import Protocol
 from batchrun.transport.receiving import Receiver
 from batchrun.transport.session import Pieces, _is_unsent, _payload
 from batchrun.transport.transport import choose
-from tests.fault_server import FINE, Exchange, FaultServer, Script, answer, black_hole, chunked, sends, serving
+from tests.fault_server import (
+    FINE,
+    Exchange,
+    FaultServer,
+    Script,
+    answer,
+    black_hole,
+    chunked,
+    self_signed,
+    sends,
+    serving,
+)
 from tests.run.test_exchange import closes, ended, exchange_all, kind_of, sweeping
 from tests.wires import KEY, WIRES, client_of, run, wire
 
@@ -31,6 +43,26 @@ pytestmark = pytest.mark.sampled(8)
 __all__ = ["wire"]  # the fixture that runs each test on every wire
 
 DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.mark.parametrize(
+    ("url", "proxy", "trusted"),
+    [
+        ("http://h/v1", None, 0),
+        ("http://h/v1", "http://p:1", 0),
+        ("HTTPS://h/v1", None, 1),
+        ("http://h/v1", "https://p:1", 1),
+    ],
+)
+def test_certificates_are_loaded_only_for_tls(
+    url: str, proxy: str | None, trusted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain endpoint does not need the system's certificates, which take 20 ms; TLS to the endpoint or proxy does."""
+    monkeypatch.setenv("SSL_CERT_FILE", f"{self_signed(tmp_path)}.crt")
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    context = ssl_context_of(Endpoint(url=url, proxy=proxy))
+    assert context.cert_store_stats()["x509"] == trusted
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
 
 
 # -- plain values
@@ -230,7 +262,7 @@ def test_garbage_before_an_answer_is_no_http() -> None:
 
 
 def test_a_body_with_its_close_is_kept() -> None:
-    """uvloop tells of both before the reader runs. Told here by hand, to a protocol without a socket."""
+    """uvloop reports both before the reader runs. Here they are reported by hand, to a protocol without a socket."""
 
     async def main() -> tuple[list[bytes], str]:
         protocol = Protocol(asyncio.get_running_loop())
@@ -273,7 +305,6 @@ def test_an_early_answer_is_accepted(size: int, then_closes: bool) -> None:
 
     attempt = run(main())
     assert (attempt.http_status, attempt.body, attempt.error) == (413, b"too long", None)
-    assert attempt.latency_s < 3
 
 
 def test_our_close_does_not_complete_a_body() -> None:
@@ -307,7 +338,7 @@ def test_connections_never_outnumber_requests() -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_fast_server_gets_no_more_connections_than_it_needs(*, kept: bool) -> None:
+def test_a_fast_server_gets_few_connections(*, kept: bool) -> None:
     """From the first request on: while it is tested whether it keeps connections, the others wait for the result. A
     server that closes them gets a new one for each request, and none of them twice.
     """
@@ -391,7 +422,7 @@ def test_streams_left_open_are_bounded() -> None:
 
 
 def test_the_versions_are_in_the_docs() -> None:
-    page = (DOCS / "design.md").read_text()
+    page = (DOCS / "mechanisms.md").read_text()
     found = re.search(r"was tested with aiohttp ([0-9., and]+)", page)
     assert found is not None
     assert tuple(re.findall(r"\d+\.\d+\.\d+", found[1])) == internals.TESTED_WITH

@@ -98,6 +98,7 @@ def dotted(file: Path) -> str:
     return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
 
 
+@cache
 def edges() -> dict[str, set[str]]:
     """Package or module → those of ours that it imports; `__version__`, which is `__init__`'s, does not count."""
     graph: dict[str, set[str]] = {module: set() for module, _ in modules()}
@@ -110,21 +111,18 @@ def edges() -> dict[str, set[str]]:
     return graph
 
 
-EDGES = edges()
-
-
 def test_imports_go_to_lower_layers_only() -> None:
     level = {module: number for number, layer in enumerate(LAYERS) for module in layer}
-    assert set(level) == set(EDGES), "every package and module has a layer"
+    assert set(level) == set(edges()), "every package and module has a layer"
     wrong = {
-        (module, target) for module, targets in EDGES.items() for target in targets if level[target] >= level[module]
+        (module, target) for module, targets in edges().items() for target in targets if level[target] >= level[module]
     }
     assert wrong == set()
 
 
 @pytest.mark.parametrize("module", FORBIDDEN)
 def test_packages_keep_out_of_foreign_concerns(module: str) -> None:
-    assert EDGES[module] & FORBIDDEN[module] == set()
+    assert edges()[module] & FORBIDDEN[module] == set()
 
 
 def test_no_two_files_import_each_other() -> None:
@@ -143,8 +141,8 @@ def test_no_two_files_import_each_other() -> None:
 
 
 def test_the_simulator_is_independent_of_the_client() -> None:
-    assert EDGES["simulator"] <= {"errors"}
-    assert {module for module, targets in EDGES.items() if "simulator" in targets} == {"commands", "simulated"}
+    assert edges()["simulator"] <= {"errors"}
+    assert {module for module, targets in edges().items() if "simulator" in targets} == {"commands", "simulated"}
 
 
 @pytest.mark.parametrize("library", SOLE_IMPORTERS)
@@ -181,7 +179,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     assert shown.stdout == "[]\n"
 
 
-def test_only_jobs_that_want_them_load_a_server_or_opentelemetry() -> None:
+def test_servers_and_opentelemetry_load_on_demand() -> None:
     code = "import sys, batchrun.api; print('aiohttp.web' in sys.modules or 'opentelemetry' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"

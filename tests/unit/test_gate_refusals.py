@@ -15,6 +15,7 @@ from batchrun.limits.admission import Demand, Limit, Outcome
 from batchrun.limits.rate_search import RateSearch
 from batchrun.limits.rates import Rates
 from batchrun.limits.refusal_runs import RefusalRuns
+from batchrun.limits.request_spacing import RequestSpacing
 from batchrun.records import RowError, Verdict
 from tests import level
 from tests.moved_clock import START_S, run_on_moved_clock
@@ -25,11 +26,10 @@ from tests.unit.test_gate import new_gate, now_s
 pytestmark = pytest.mark.campaign
 
 SEEDS = level.amount(sample=1, full=5)
-
-
 NAME = operator.attrgetter("name")
 
 
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=NAME)
 def test_each_server_gets_nearly_what_it_can_take(scenario: Scenario) -> None:
     """Chance costs only its retries, a limit is used and kept, too many at once are not sent."""
@@ -50,6 +50,41 @@ def test_a_limit_falls_once_chance_keeps_falling() -> None:
         True,
     ]
     assert falls.before == 50.0
+
+
+@pytest.mark.parametrize("limit_per_s", [0.5, 1.0, 7.0, 50.0, 333.0])
+def test_the_spacing_of_requests_is_found(limit_per_s: float) -> None:
+    found, per_s, now_s, accepted_s = RequestSpacing(), 0.25, 0.0, -math.inf
+    sent = refused = in_a_try = 0
+    while found.is_searching and sent < 60:
+        taken = now_s - accepted_s >= 1 / limit_per_s - 1e-9
+        found.count(now_s, refused=not taken)
+        sent, refused, in_a_try = sent + 1, refused + (not taken), in_a_try + (not taken)
+        accepted_s = now_s if taken else accepted_s
+        if found.is_tried(per_s):
+            found.prove()
+            per_s, in_a_try = found.higher(per_s), 0
+            found.restart(now_s)
+        elif in_a_try >= 2 and (lower := found.lower(per_s)) is not None:
+            per_s, in_a_try = lower, 0
+            found.restart(now_s)
+        now_s += 1 / per_s
+    assert 0.9 * limit_per_s <= per_s <= 1.12 * limit_per_s
+    assert found.accepted_per_s <= limit_per_s + 1e-6
+    assert sent <= 40
+    assert refused <= 16
+    assert not found.is_contradicted
+
+
+def test_refusals_long_after_an_accepted_request_are_no_bucket() -> None:
+    found = RequestSpacing()
+    for turn in range(6):
+        found.count(turn / 5, refused=False)
+    found.prove()
+    for turn in range(3):
+        assert not found.is_contradicted
+        found.count(2.0 + turn, refused=True)
+    assert found.is_contradicted
 
 
 def test_lasting_refusals_blame_the_rate() -> None:

@@ -56,7 +56,7 @@ def for_rows(which: Callable[[int], bool], what: Meets) -> Endpoint:
 
 @dataclass(slots=True)
 class Night:
-    """What became of it. `failed` are rows settled without an answer."""
+    """How it went. `failed` are rows settled without an answer."""
 
     stop: Stop | None = None
     done: set[int] = field(default_factory=set)

@@ -59,7 +59,9 @@ def test_endpoints_take_turns_by_weight() -> None:
     assert run_on_moved_clock(shares()) == {0: 30, 1: 10}
 
 
-def test_a_blocked_endpoint_gets_no_more_than_its_share_afterwards() -> None:
+def test_an_unblocked_endpoint_gets_its_share() -> None:
+    """No more than that."""
+
     async def shares() -> Counter[int]:
         gates = gates_of(1, 1, most=4)
         held = [await gates.admit(SMALL) for _ in range(8)]

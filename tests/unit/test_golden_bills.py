@@ -22,5 +22,5 @@ def test_there_are_forty_shapes_of_ten_vendors() -> None:
 
 
 def test_the_page_has_the_table() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "pricing.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "golden_bills.md").read_text("utf-8")
     assert "\n".join(table()) in page

@@ -59,7 +59,7 @@ def test_progress_has_the_figures_of_its_line() -> None:
     assert json.loads(LogLines().progress(unpriced, NOW))["cost_usd"] is None, "unknown is not 0"
 
 
-def test_the_end_of_a_start_has_its_code_and_reason() -> None:
+def test_the_last_line_has_code_and_reason() -> None:
     ended = summary(state="stopped", exit_code=4, reason="the budget is used up")
     read = json.loads(LogLines().ended(ended, NOW))
     assert (read["event"], read["level"], read["exit_code"]) == ("ended", "warning", 4)
@@ -82,9 +82,8 @@ def test_the_end_of_a_start_has_its_code_and_reason() -> None:
         ("run a.toml --log-format", {}, False),
     ],
 )
-def test_the_format_is_known_before_the_command_line_is_read(
-    words: str, environ: dict[str, str], json_wanted: bool
-) -> None:
+def test_the_format_is_known_before_arguments(words: str, environ: dict[str, str], json_wanted: bool) -> None:
+    """Errors of the command line are written in it, too."""
     try:
         choose_format(words.split(), environ)
         assert is_json() == json_wanted

@@ -46,7 +46,7 @@ def test_origins_are_not_in_memory(tmp_path: Path) -> None:
     assert path.stat().st_size == 8 * ROWS
 
 
-def test_origins_of_rows_that_are_all_sent_take_no_disk(tmp_path: Path) -> None:
+def test_origins_of_sent_rows_take_no_disk(tmp_path: Path) -> None:
     with OriginsWriter(tmp_path / "origins.bin", 1 << 40):
         assert list(tmp_path.iterdir()) == []
 

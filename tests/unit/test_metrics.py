@@ -1,7 +1,6 @@
 """A run's figures as metrics: parsed back by Prometheus's own parser, named by its rules, bounded in number."""
 
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -15,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from batchrun.records import Status
 from batchrun.run_summary import BudgetUse, InForce, Live, Retrying, Summary, TotalsLine
 from batchrun.store.totals import LOST, SEVERAL
-from batchrun.telemetry.metrics import METRICS, STATES
+from batchrun.telemetry.metrics import METRICS
 from batchrun.telemetry.prometheus import render
-from batchrun.telemetry.samples import MOST_MODELS, OTHER, Snapshot
+from batchrun.telemetry.samples import MOST_MODELS, OTHER, STATES, Snapshot, samples_of
 from tests.run.test_progress import NOW, summary
 
 Samples = dict[str, dict[tuple[str, ...], float]]
@@ -93,7 +92,8 @@ def test_an_unknown_cost_is_absent_and_never_0() -> None:
     assert shown(FULL)["batchrun_cost_dollars_total"] == {("a",): 0.6}, "b has no known price"
 
 
-def test_the_end_of_a_run_adds_its_code_and_drops_the_rates() -> None:
+def test_an_ended_run_has_a_code() -> None:
+    """And no rates any more."""
     at_work = shown(FULL)
     assert not {"batchrun_exit_code", "batchrun_end_timestamp_seconds"} & at_work.keys()
     ended = shown(msgspec.structs.replace(FULL, state="stopped", exit_code=4, live=None), last_success_at=NOW)
@@ -104,7 +104,7 @@ def test_the_end_of_a_run_adds_its_code_and_drops_the_rates() -> None:
 
 
 @given(st.text(min_size=1, max_size=30), st.text(max_size=30))
-def test_any_name_of_a_job_or_model_is_read_back(job: str, model: str) -> None:
+def test_any_job_or_model_name_round_trips(job: str, model: str) -> None:
     samples = render(Snapshot(summary(job=job, totals=[line(model, "ok", rows=1)]), "/runs/x")).decode()
     assert len(re.findall(r"^batchrun_requests_total\{", samples, re.MULTILINE)) == 1, "one line a sample"
     (rows,) = [family for family in text_string_to_metric_families(samples) if family.name == "batchrun_requests"]
@@ -121,15 +121,11 @@ def test_many_models_make_a_bounded_number_of_samples() -> None:
     assert sum(map(len, samples.values())) < 600
 
 
-def samples_of(known: Summary) -> Iterator[tuple[str, dict[str, str]]]:
-    for metric in METRICS:
-        for labels, _ in metric.present(Snapshot(known, "/runs/x", NOW)):
-            yield metric.prometheus_name, labels
-
-
 def test_every_figure_has_a_sample_in_some_run() -> None:
     runs = FULL, msgspec.structs.replace(FULL, exit_code=0)
-    assert {name for run in runs for name, _ in samples_of(run)} == {metric.prometheus_name for metric in METRICS}
+    assert {name for run in runs for name in samples_of(Snapshot(run, "/runs/x", NOW))} == {
+        metric.name for metric in METRICS
+    }
 
 
 def test_names_follow_the_rules_of_prometheus() -> None:

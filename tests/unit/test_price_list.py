@@ -32,7 +32,7 @@ def test_the_list_is_that_of_the_pinned_package() -> None:
         if pin.startswith("genai-prices")
     ]
     assert pins == [f"genai-prices=={version('genai-prices')}"] * 2
-    assert newest.BUILT_IN.read_text() == convert.installed(), "build it anew: pip install -e ."
+    assert newest.BUILT_IN.read_text() == convert.installed(), "build it again: pip install -e ."
     assert f"genai-prices {version('genai-prices')}" == PRICES.source
     assert "MIT" in newest.BUILT_IN.with_name("LICENSE").read_text()
 
@@ -146,7 +146,7 @@ def names(provider: theirs.Provider) -> list[str]:
 
 @pytest.mark.campaign
 @pytest.mark.parametrize("provider", providers, ids=lambda provider: provider.id)
-def test_a_name_means_the_model_that_it_means_in_the_package(provider: theirs.Provider) -> None:
+def test_names_mean_the_models_of_the_package(provider: theirs.Provider) -> None:
     vendor = PRICES.vendor(provider.id)
     own = {id(theirs): ours for theirs, ours in zip(provider.models, vendor.models, strict=True)}
     assert vendor.address == provider.api_pattern
@@ -163,7 +163,7 @@ def test_a_name_means_the_model_that_it_means_in_the_package(provider: theirs.Pr
 
 
 @pytest.mark.campaign
-def test_a_model_has_the_maker_that_it_has_in_the_package() -> None:
+def test_models_have_the_makers_of_the_package() -> None:
     for name in {name.lower() for provider in providers for name in names(provider)}:
         makers = [each.id for each in providers if each.model_match is not None and each.model_match.is_match(name)]
         assert [vendor.id for vendor in PRICES.vendors if vendor.makes.fits(name)] == makers, name

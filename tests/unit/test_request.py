@@ -311,6 +311,7 @@ def test_deep_or_broken_requests_are_row_errors() -> None:
         ("{{ missing }}", "request.prompt: 'missing' is undefined"),
         ("{{ txet }}", "request.prompt: 'txet' is undefined; did you mean text?"),
         ("{{ text }}{{ empty }}", "request.prompt: column 'empty' is null; write {{ '' if empty is none else empty }}"),
+        ("{{ empty }}{{ none_too }}", "request.prompt: columns 'empty', 'none_too' are null; write {{ '' if empty is"),
         ("{{ struct.gone }}", "request.prompt: 'dict object' has no attribute 'gone'"),
         ("{{ struct.empty }}", "request.prompt: a value in the template is null, in column 'struct'"),
         ("{{ text / 2 }}", "request.prompt: TypeError"),
@@ -319,7 +320,7 @@ def test_deep_or_broken_requests_are_row_errors() -> None:
     ],
 )
 def test_missing_columns_and_nulls_are_never_sent(template: str, problem: str) -> None:
-    columns = {"text": "x", "empty": None, "zero": 0, "struct": {"empty": None}}
+    columns = {"text": "x", "empty": None, "none_too": None, "zero": 0, "struct": {"empty": None}}
     assert problem_of(a_job(prompt=template), columns).startswith(problem)
 
 
@@ -643,7 +644,7 @@ KNOWN_FIELDS = {
     ],
 )
 @given(TEXT)
-def test_a_body_from_a_frame_equals_one_built_for_its_row(request_fields: dict[str, Any], text: str) -> None:
+def test_a_framed_body_equals_one_built_alone(request_fields: dict[str, Any], text: str) -> None:
     """A job whose fields may come from columns has no frame; this row's column is null, so it asks the same."""
     columns = {"text": text, "none": None}
     by_row = a_job(**request_fields, from_columns={"top_p": "none"})

@@ -88,7 +88,8 @@ def test_the_budget_reserves_the_dearest_tier() -> None:
     assert job.service_tiers == ("flex", "priority")
 
 
-def test_rows_change_tiers_before_a_deadline_and_not_at_each_beat() -> None:
+def test_rows_change_tiers_before_a_deadline() -> None:
+    """And not at each beat."""
     tables = {"endpoint": {"url": "simulator"}, "request": {"service_tier": "flex"}, "tiers": {"fallback": "default"}}
     serving = Serving(from_tables(tables), "columns", lambda: 0.0)
     chosen = [serving.choose_tier(done_in_s, 100.0) for done_in_s in (70.0, 81.0, 79.0, 60.0, 49.0, 79.0, None)]
@@ -97,7 +98,7 @@ def test_rows_change_tiers_before_a_deadline_and_not_at_each_beat() -> None:
     assert Serving(from_tables(tables), "columns", lambda: 0.0).choose_tier(None, 1.0) is None
 
 
-def test_a_tier_of_the_jobs_own_prices_is_billed_at_them() -> None:
+def test_a_tier_is_billed_at_the_jobs_prices() -> None:
     table = _own(flex=("1", "5"))
     usage = Usage(1_000_000, 0, 1_000_000)
     assert [prices.cost(usage, table, tier) for tier in (None, "default", "flex", "odd")] == [2, 2, 1, 2]

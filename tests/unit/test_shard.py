@@ -83,7 +83,7 @@ BUDGET = {"max_cost_usd": Decimal("25.01"), "per_start_usd": Decimal("3.3333"), 
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_the_parts_of_every_limit_add_up_to_no_more_than_the_whole(count: int) -> None:
+def test_parts_of_limits_never_exceed_the_whole(count: int) -> None:
     job = job_over("in.jsonl", limits=LIMITS, budget={**BUDGET, "per_day_usd": 100, "per_month_usd": 1000})
     own = [shards.job_of(job, shard) for shard in all_of(count)]
     for name, whole in LIMITS.items():
@@ -113,9 +113,10 @@ def test_the_parts_of_every_limit_add_up_to_no_more_than_the_whole(count: int) -
     ],
 )
 @pytest.mark.parametrize("number", [0, 15])
-def test_a_limit_too_small_to_be_divided_is_refused_by_every_shard(
+def test_a_limit_too_small_to_divide_is_refused(
     table: str, settings: dict[str, object], says: str, number: int
 ) -> None:
+    """By every shard."""
     job = job_over("in.jsonl", **{table: settings})
     with pytest.raises(JobError) as error:
         shards.job_of(job, Shard(number, 16))
@@ -198,7 +199,8 @@ def test_more_shards_than_rows_leave_some_without(tmp_path: Path) -> None:
         assert [len(list(each.source.records())) for each in own] == sizes
 
 
-def test_an_id_that_repeats_anywhere_is_refused_by_every_shard(tmp_path: Path) -> None:
+def test_every_shard_refuses_a_repeated_id(tmp_path: Path) -> None:
+    """Wherever it repeats."""
     rows = texts(50)
     rows[40]["id"] = "r3"
     table = pa.Table.from_pylist(rows)
@@ -209,11 +211,16 @@ def test_an_id_that_repeats_anywhere_is_refused_by_every_shard(tmp_path: Path) -
         for shard in all_of(5):
             with pytest.raises(InputError, match="id: record 40 of the input, counted from 0, has the id of record 3;"):
                 shards.find(job, (file,), shard, tmp_path)
-            assert shards.find(job, (file,), shard, tmp_path, skip_invalid=True).span.records == 50
-        assert shards.find(job_over(file), (file,), Shard(0, 5), tmp_path).span.records == 50
+            part = shards.find(job, (file,), shard, tmp_path, skip_invalid=True)
+            assert part.span is not None
+            assert part.span.records == 50
+        part = shards.find(job_over(file), (file,), Shard(0, 5), tmp_path)
+        assert part.span is not None
+        assert part.span.records == 50
 
 
-def test_a_parquet_shard_reads_no_row_group_of_the_others(tmp_path: Path) -> None:
+def test_a_parquet_shard_reads_its_row_groups(tmp_path: Path) -> None:
+    """None of the other shards'."""
     path = tmp_path / "in.parquet"
     table = pa.Table.from_pylist(texts(1000))
     pq.write_table(table, path, row_group_size=100, use_dictionary=False)

@@ -54,7 +54,6 @@ def test_every_kind_of_fault_is_documented(kind: str) -> None:
         ({"faults": [{"kind": "status", "share": 2}]}, "share = 2"),
         ({"faults": [{"kind": "status", "status": 99}]}, "status = 99"),
         ({"faults": [{"kind": "status", "from_request": 0}]}, "from_request counts from 1"),
-        ({"faults": [{"kind": "reset", "pause_s": -1}]}, "pause_s = -1"),
         ({"limit_changes": [{"at_s": -1, "requests_per_minute": 5}]}, "at_s = -1"),
         ({"limit_changes": [{"at_s": 1}]}, "the one at 1 s changes nothing"),
         ({"limit_changes": [{"at_s": 1, "tokens_per_minute": 5}]}, "tokens_per_minute can't change"),

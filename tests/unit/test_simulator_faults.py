@@ -49,7 +49,7 @@ def test_the_first_rule_that_applies_is_met() -> None:
 
 
 def test_a_script_holds_from_one_request_to_another() -> None:
-    book = FaultBook((Fault(kind="status", from_request=3, to_request=4),), 0)
+    book = FaultBook((Fault(kind="status", from_request=3, times=2),), 0)
     assert [_meets(book, ordinal=ordinal) for ordinal in range(1, 6)] == [False, False, True, True, False]
 
 

@@ -362,7 +362,7 @@ def test_integer_keys_are_compared_as_numbers(tmp_path: Path) -> None:
         ({"lang": ["de", ">e"]}, "input.partitions.lang: mixes values and comparisons; a list has one kind"),
     ],
 )
-def test_a_filter_that_can_not_be_meant_is_one_line(tmp_path: Path, filters: dict[str, Any], line: str) -> None:
+def test_a_senseless_filter_is_one_line(tmp_path: Path, filters: dict[str, Any], line: str) -> None:
     for lang in ("de", "en"):
         write(tmp_path / f"lang={lang}" / "day=1" / "in.jsonl")
     with pytest.raises(InputError) as error:

@@ -51,7 +51,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("text", CASES)
-def test_an_error_of_a_store_is_one_line_that_helps(text: str) -> None:
+def test_a_stores_error_is_one_helpful_line(text: str) -> None:
     passes, line = CASES[text]
     error = OSError(text)
     assert failures.reason(error) == line

@@ -18,7 +18,8 @@ from batchrun.store.totals import (
     possibly_billed,
     with_possibly_billed,
 )
-from tests.endings import ENDINGS, MODEL, completion, discarded
+from tests.endings import MODEL, completion, discarded
+from tests.random_endings import ENDINGS
 
 DAY = "2026-11-18"
 """On which the endings of `completion` and `discarded` are."""
@@ -90,8 +91,6 @@ def test_each_invocation_has_lines_of_its_own() -> None:
 
 
 def test_only_possibly_billed_attempts_count_so() -> None:
-    assert possibly_billed(completion(0), 1) is None
-    assert possibly_billed(discarded(0), 1) is None
     lost = discarded(
         3, 2, maybe_billed=True, error_kind="timeout", possibly_billed_usd=Decimal("0.5"), possibly_billed_tokens=700
     )
@@ -136,7 +135,7 @@ def test_running_totals_count_every_attempt_once() -> None:
     timed_out = discarded(2, maybe_billed=True, error_kind="timeout", possibly_billed_tokens=700)
     doubts = [possibly_billed(timed_out, 1), PossiblyBilled(3, 1, "00", None, 50, "crash", 1)]
     spent = fold(Totals(), [answered, refused, timed_out], 1)
-    spent = with_possibly_billed(spent, [entry for entry in doubts if entry is not None])
+    spent = with_possibly_billed(spent, doubts)
     assert (spent.requests(), spent.tokens()) == (4, 12 + 700 + 50)
     assert sum(line.attempts for line in spent.lines()) == 4
     (lost,) = (line for line in spent.lines() if line.status == LOST)
