@@ -85,7 +85,8 @@ def estimate_in_words(summary: Summary) -> str | None:
         return whole  # a cost that is known only in part can't be compared
     so_far = f", ${expected_usd:,.6f} for the {done:,} done" if summary.pending else ""
     off = (summary.cost_usd / expected_usd - 1) * 100
-    return f"{whole}{so_far}; the cost is {abs(off):.0f} % {'above' if off >= 0 else 'below'} that"
+    far_off = f"{abs(off):.0f} % {'above' if off > 0 else 'below'} that"
+    return f"{whole}{so_far}; the cost is {far_off if round(off) else 'as estimated'}"
 
 
 def scaled(estimate: Estimate, rows: int) -> Estimate:

@@ -20,7 +20,7 @@ from batchrun.records import RowError, Verdict
 from tests import level
 from tests.moved_clock import START_S, run_on_moved_clock
 from tests.refusal_scenarios import HELD_OUT, SCENARIOS, Scenario, line, measure
-from tests.refusing_servers import Limited, Queueing, RefusingServer, play
+from tests.refusing_servers import Limited, Out, Queueing, RefusingServer, play
 from tests.unit.test_gate import new_gate, now_s
 
 pytestmark = pytest.mark.campaign
@@ -50,6 +50,25 @@ def test_a_limit_falls_once_chance_keeps_falling() -> None:
         True,
     ]
     assert falls.before == 50.0
+
+
+@pytest.mark.parametrize(
+    ("length_s", "late_s", "failed"),
+    [(5, 8.5, 36), (60, 50.5, 40), (600, 70, 49)],
+    ids=["5 s", "a minute", "ten minutes"],
+)
+def test_the_rate_is_back_soon_after_an_outage(length_s: float, late_s: float, failed: int) -> None:
+    """90 % of it, within a gap between two probes (1.5 × 4, 32 or 45 s) and 2.5 s for the climb. Half of what may be in
+    flight fails before the outage is known, and 4, 8 or 17 probes do.
+    """
+    server = Out(10.0, length_s)
+    played = run_on_moved_clock(
+        play(server, 1_500, 64, level.seeded("outage").randrange(10**6), requests_per_minute=3_000)
+    )
+    after_s = [at_s - server.ends_s for at_s in played.answered_s if at_s >= server.ends_s]
+    back_s = next(at_s for at_s, two_later in zip(after_s, after_s[89:], strict=False) if two_later - at_s <= 2)
+    assert back_s <= late_s
+    assert server.failed <= failed
 
 
 @pytest.mark.parametrize("limit_per_s", [0.5, 1.0, 7.0, 50.0, 333.0])
