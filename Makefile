@@ -107,7 +107,7 @@ bench: .venv/test valgrind
 	$(BIN)/python benchmarks/streams.py 64 5000000
 	$(BIN)/python benchmarks/wire.py
 
-bench-limits: .venv/test     # ONLY=told,shared: some scenarios; LONG=1: outages of ten minutes (docs/benchmarks.md)
+bench-limits: .venv/test     # ONLY=configured,shared: some scenarios; LONG=1: outages of ten minutes (docs/benchmarks.md)
 	$(BIN)/python benchmarks/limits.py $(if $(ONLY),--only $(ONLY)) $(if $(LONG),--long)
 
 ROWS ?= 10000000

@@ -11,7 +11,7 @@ import click
 
 from batchrun import __version__, streams
 from batchrun.commands import check, compare, merge, new, report, run, show, simulate, status, tune, verify
-from batchrun.errors import BatchrunError, ExitCode
+from batchrun.errors import BatchrunError, ExitCode, RunStoppedError
 from batchrun.terminal import choose_format, is_json
 from batchrun.terminal import error as error_line
 
@@ -58,7 +58,21 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("BATCHRUN_TRACEBACK"):
             raise
+        if (stopped := _interruption(error)) is not None:
+            _end("Stopped.", stopped)
         _end(*_unexpected(error))
+
+
+def _interruption(error: BaseException) -> ExitCode | None:
+    """The exit code of the signal from which this error follows: in an import, Python and libraries raise others."""
+    follows: BaseException | None = error
+    while follows is not None:
+        if isinstance(follows, RunStoppedError):
+            return follows.exit_code
+        if isinstance(follows, KeyboardInterrupt):
+            return ExitCode.SIGINT
+        follows = follows.__cause__ or follows.__context__
+    return None
 
 
 def _unexpected(error: Exception) -> tuple[str, ExitCode]:

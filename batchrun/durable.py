@@ -5,6 +5,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import resource
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,9 +32,25 @@ def next_step(error: OSError) -> str:
         return "make room and run the same command again"
     if error.errno == errno.EMFILE:
         return "raise the limit with ulimit -n and run the same command again"
+    if error.errno == errno.EFBIG:
+        return FILE_SIZE_STEP
     if error.errno == errno.ENFILE:
         return "the whole machine has too many files open; run the same command again when it has fewer"
     return "repair the disk or choose another directory with -o, then run again"
+
+
+FILE_SIZE_STEP = "raise the limit on file sizes with ulimit -f and run the same command again"
+
+
+def is_at_size_limit(*files: Path) -> bool:
+    """Whether one of the files is so near the process's limit on file sizes that a write may have met it.
+
+    For libraries that hide EFBIG, such as SQLite, whose writes are of 64 KiB at most.
+    """
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if most == resource.RLIM_INFINITY:
+        return False
+    return any(file.stat().st_size + 65_536 >= most for file in files if file.exists())
 
 
 def is_full(error: OSError) -> bool:
@@ -53,7 +70,7 @@ def lacking(error: BaseException) -> str | None:
     return None
 
 
-_LACKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS})
+_LACKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS})
 
 
 @contextlib.contextmanager

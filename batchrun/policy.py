@@ -11,7 +11,7 @@ from batchrun.records import Answer, Attempt, RowError, Verdict
 from batchrun.response import packed
 from batchrun.response.error_body import MAX_MESSAGE_CHARS
 from batchrun.response.refusal_subjects import Subject, speaks_of
-from batchrun.response.retry_after import retry_after_s
+from batchrun.response.retry_after import reset_s, retry_after_s
 
 
 class Fault(StrEnum):
@@ -108,11 +108,12 @@ _BLOCKED = _rule(Subject.CONTENT, verdict=Verdict.ROW, kind=CONTENT_POLICY)
 _BROKE = _rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="insufficient_quota")
 _TOO_FAST = _rule(Subject.PACE, verdict=Verdict.SLOW, kind="rate_limit")
 _TOO_LARGE = _rule(Subject.TOO_LARGE, verdict=Verdict.ROW, kind="bad_request")
+_USED_UP = _rule(Subject.QUOTA, verdict=Verdict.SLOW, kind=QUOTA)
 _WRONG_KEY = _rule(Subject.KEY, verdict=Verdict.PAUSE, kind="authentication")
 
 RULES: Mapping[int, tuple[Rule, ...]] = {
     # an error object with a code of the vendor's own: MiniMax, Baidu
-    200: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED),
+    200: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED, _USED_UP),
     # Anthropic's empty balance, AWS's throttling, Google's wrong key
     400: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED),
     403: (_rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="forbidden"), _BLOCKED, _TOO_FAST),
@@ -124,7 +125,7 @@ RULES: Mapping[int, tuple[Rule, ...]] = {
         _rule(Subject.WINDOW, verdict=Verdict.SLOW, kind="rate_limit"),
         _rule(Subject.WAIT, Subject.ACCOUNT, verdict=Verdict.SLOW, kind=QUOTA),
         _rule(Subject.ACCOUNT, verdict=Verdict.PAUSE, kind="insufficient_quota"),
-        _rule(Subject.QUOTA, verdict=Verdict.SLOW, kind=QUOTA),
+        _USED_UP,
     ),
     451: (_BLOCKED,),
     500: (_rule(Subject.UNABLE, verdict=Verdict.ROW, kind="not_supported"),),
@@ -232,6 +233,8 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
         wait_s = answer.error_wait_s
     verdict, kind = _by_body(status, _words(status, attempt, answer), wait_s) or _by_status(status)
     message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}".rstrip(": ")
+    if verdict is Verdict.SLOW and wait_s is None and status == 429:
+        wait_s = reset_s(attempt.headers, attempt.started_at + attempt.latency_s)
     if verdict is Verdict.SLOW and wait_s is not None and wait_s > retry.max_wait_s:
         verdict, message = Verdict.PAUSE, f"the server asks to wait {wait_s:.0f} s: {message}"
     # an answer had started before the error came, so its tokens may be billed

@@ -240,3 +240,12 @@ class Summary(msgspec.Struct, frozen=True):
     merged: list[MergedShard] = []
     live: Live | None = None
     last_answer_at: datetime | None = None
+
+    @property
+    def done(self) -> int:
+        """Rows with a completion."""
+        return self.rows - self.pending
+
+    def to_json(self) -> bytes:
+        """The content of summary.json."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2)

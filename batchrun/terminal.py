@@ -158,7 +158,7 @@ class Progress:
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
         left, right, bar = progress.around_bar(summary, columns)
         self._bar.bar_format = _escaped(left) + ("|{bar}| " if bar else " " * bool(left)) + _escaped(right)
-        self._bar.n = summary.rows - summary.pending
+        self._bar.n = summary.done
         self._bar.refresh()
 
 

@@ -1,7 +1,7 @@
 """How much of a rate limit a run uses, and what it does when the limit moves: real runs against a strict simulator.
 
     python benchmarks/limits.py                     # every scenario, one after the other; about 20 minutes
-    python benchmarks/limits.py --only told,shared  # some of them
+    python benchmarks/limits.py --only configured,shared  # some of them
     python benchmarks/limits.py --only outage-500 --long    # the outage lasts ten minutes
 
 Prints a Markdown row a scenario. The simulator enforces continuous buckets of two seconds' worth. Its answers take
@@ -54,7 +54,7 @@ max_tokens = 40
 path = "{out}"
 """
 
-TOLD = f"requests_per_minute = {RPM}\ntokens_per_minute = {TPM}"
+CONFIGURED = f"requests_per_minute = {RPM}\ntokens_per_minute = {TPM}"
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def mixed_tokens() -> Scenario:
     return Scenario(
         name="tokens",
         server=server(),
-        limits=TOLD,
+        limits=CONFIGURED,
         prompts=prompts,
         target="≥ 97 %, big ones in their turn",
         met=lambda served, ideal: ideal >= 97 and latest(served) <= 2,
@@ -216,7 +216,7 @@ def moved_limits(name: str, limits: str, **settings: object) -> Scenario:
 
 
 def shared_key() -> Scenario:
-    """A second client asks for half of the limit all the time."""
+    """A second client sends at half of the limit all the time."""
 
     def second(served: Served) -> float:
         """What share of its own pace the second client got while both were there, in percent."""
@@ -227,7 +227,7 @@ def shared_key() -> Scenario:
     return Scenario(
         name="shared",
         server=server(),
-        limits=TOLD,
+        limits=CONFIGURED,
         prompts=[60] * 2_250,
         target="≤ 3 % 429, both get ≥ 85 % of their half",
         met=lambda served, ideal: served.refused_percent <= 3 and ideal >= 85 and second(served) >= 85,
@@ -249,7 +249,7 @@ def outage(name: str, fault: Fault, length_s: float) -> Scenario:
     return Scenario(
         name=name,
         server=server(faults=(fault,)),
-        limits=TOLD,
+        limits=CONFIGURED,
         prompts=[60] * 2_000,
         target=f"< {fewer_than} requests in {length_s:g} s, all rows done",
         met=lambda served, ideal: sent(served) < fewer_than,
@@ -328,22 +328,22 @@ OVERLOADED = Fault(kind="status", status=503, code="overloaded", message="The se
 
 def scenarios(outage_s: float) -> list[Scenario]:
     return [
-        plain("told", TOLD, 99.5, 0.1),
-        plain("told-no-headers", TOLD, 98, 0.1, headers=False),
+        plain("configured", CONFIGURED, 99.5, 0.1),
+        plain("configured-no-headers", CONFIGURED, 98, 0.1, headers=False),
         plain("headers", "", 97, 0.5),
         plain("no-headers", "", 92, 2, headers=False),
         mixed_tokens(),
-        moved_limits("moved", TOLD),
+        moved_limits("moved", CONFIGURED),
         moved_limits("moved-no-headers", "", headers=False),
         shared_key(),
         by_chance("chance-0.5", 0.005, 90),
         by_chance("chance-1", 0.01, 90),
         by_chance("chance-5", 0.05, 90),
         by_chance("chance-20", 0.20, 80),
-        by_chance("chance-1-not-told", 0.01, 90, retry_after=None),
-        by_chance("chance-5-not-told", 0.05, 90, retry_after=None),
+        by_chance("chance-1-no-retry-after", 0.01, 90, retry_after=None),
+        by_chance("chance-5-no-retry-after", 0.05, 90, retry_after=None),
         by_chance("chance-5-for-10-s", 0.05, 90, until_s=15.0),
-        plain("told-chance-1", TOLD, 95, 3, faults=(CHANCE_OF_ONE,)),
+        plain("configured-chance-1", CONFIGURED, 95, 3, faults=(CHANCE_OF_ONE,)),
         plain("no-headers-chance-1", "", 95, 4, headers=False, faults=(CHANCE_OF_ONE,)),
         crowded(),
         queueing(),
@@ -369,7 +369,7 @@ def process(*command: str) -> Iterator[str]:
 
 @contextmanager
 def second_client(url: str, requests_per_minute: float) -> Iterator[None]:
-    """It asks until the block ends; at no pace, there is none."""
+    """It sends until the block ends; there is none at a rate of 0."""
     if not requests_per_minute:
         yield
         return

@@ -11,7 +11,7 @@ import sys
 
 import aiohttp
 
-NOT_TOLD_S = 0.3
+DEFAULT_WAIT_S = 0.3
 """The wait of a refused row without a Retry-After."""
 
 
@@ -27,7 +27,7 @@ async def main(url: str, rows: int, in_flight: int) -> None:
         headers = {"Authorization": "Bearer k", "Content-Type": "application/json"}
         async with session.post(f"{url}/chat/completions", data=body, headers=headers) as response:
             await response.read()
-            wait_s = float(response.headers.get("Retry-After", NOT_TOLD_S))
+            wait_s = float(response.headers.get("Retry-After", DEFAULT_WAIT_S))
         if response.status not in (200, 429):
             raise SystemExit(f"HTTP {response.status}")
         if response.status == 429:

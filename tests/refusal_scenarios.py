@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from tests.moved_clock import run_on_moved_clock
 from tests.refusing_servers import (
@@ -103,6 +104,21 @@ def limit(
         configured=configured,
         any_seed=any_seed,
     )
+
+
+def spaced(
+    name: str, rows: int, per_s: float, percent: float, refused: float, *, latency_s: float = 0.4, **more: Any
+) -> Scenario:
+    """A bucket of one request, as nginx's `limit_req` without `burst`, and no Retry-After unless it is given."""
+    server = functools.partial(Limited, per_s, latency_s=latency_s, burst_s=0.0, **{"retry_after_s": None, **more})
+    allowed, ideal_s = 64 if per_s < 100 else 256, (rows - 1) / per_s + latency_s
+    return limit(f"evenly spaced, {name}", server, rows, allowed, ideal_s, percent, refused)
+
+
+def window(name: str, quota: int, window_s: float, rows: int, percent: float, refused: float, **more: Any) -> Scenario:
+    server = functools.partial(Windowed, quota, window_s, **more)
+    allowed, ideal_s = 64 if quota < 100 else 256, (rows / quota - 1) * window_s + 0.2
+    return limit(f"window, {name}", server, rows, allowed, ideal_s, percent, refused)
 
 
 def chance(
@@ -242,7 +258,24 @@ CROWDS = [
 QUEUES = [
     Scenario(name="queue, 16 at a time", server=lambda: Queueing(16), rows=3_000, allowed=64, ideal_s=37.5, percent=97)
 ]
-SCENARIOS = LIMITS + CHANCE + RUNS + LIMITED_RUNS + TOKENS + CROWDS + QUEUES
+SPACED = [
+    spaced("1 a second", 900, 1, 95, 6),
+    spaced("2 a second, Retry-After", 900, 2, 95, 4.5, retry_after_s=1.0),
+    spaced("10 a second, 503", 2_400, 10, 95, 2.5, http_status=503),
+    spaced("10 a second, answers of 5 s", 2_400, 10, 90, 2.5, latency_s=5.0),
+    spaced("30 a second, across a network", 3_600, 30, 85, 3, network_s=0.003),
+    spaced("50 a second", 6_000, 50, 94, 1.5),
+    spaced("50 a second, Retry-After", 6_000, 50, 94, 1.5, retry_after_s=1.0),
+    spaced("200 a second, 503", 12_000, 200, 86, 1, http_status=503),
+]
+WINDOWS = [
+    window("50 in a second", 50, 1.0, 3_000, 80, 3),
+    window("10 in a second", 10, 1.0, 1_800, 87, 4),
+    window("200 in a second, Retry-After", 200, 1.0, 12_000, 65, 1.5, retry_after_s=1.0),
+    window("50 in a second, says when it ends", 50, 1.0, 3_000, 80, 3, says_end=True),
+    window("100 in 2 s", 100, 2.0, 3_000, 75, 3),
+]
+SCENARIOS = LIMITS + SPACED + WINDOWS + CHANCE + RUNS + LIMITED_RUNS + TOKENS + CROWDS + QUEUES
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ class Reply:
     takes_s: float
     retry_after_s: float | None = None
     by_chance: bool = False
+    http_status: int = 429
+    """Of a refusal."""
 
 
 class RefusingServer(Protocol):
@@ -47,9 +49,10 @@ def spread(latency_s: float, sigma: float, rng: random.Random) -> float:
 
 @dataclass
 class Limited:
-    """A bucket of `per_s` with two seconds' worth saved up; `chance` refuses a share of everything whatever the pace.
+    """A bucket of `per_s` with two seconds' worth saved up, at least one request; `chance` refuses a share of all
+    whatever the pace.
 
-    `changes` are (seconds since the start, name of a field, its new value).
+    `changes` are (seconds since the start, name of a field, its new value). A request arrives up to `network_s` late.
     """
 
     per_s: float = math.inf
@@ -59,22 +62,27 @@ class Limited:
     refusal_s: float = REFUSAL_S
     changes: tuple[tuple[float, str, float], ...] = ()
     burst_s: float = 2.0
+    http_status: int = 429
+    network_s: float = 0.0
     _level: float = field(default=math.inf, init=False)
     _at_s: float = field(default=0.0, init=False)
 
     def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        if self.network_s:
+            now_s = max(self._at_s, now_s + self.network_s * rng.random())
         while self.changes and now_s >= self.changes[0][0]:
             (_, name, value), *rest = self.changes
             self.changes = tuple(rest)
             setattr(self, name, value)
         if self.per_s < math.inf:
-            self._level = min(self.per_s * self.burst_s, self._level + (now_s - self._at_s) * self.per_s)
+            full = max(1.0, self.per_s * self.burst_s)
+            self._level = min(full, self._level + (now_s - self._at_s) * self.per_s)
         else:
             self._level = math.inf
         self._at_s = now_s
-        chance, empty = rng.random() < self.chance, self._level < 1
+        chance, empty = rng.random() < self.chance, self._level < 1 - 1e-9
         if chance or empty:
-            return Reply(False, self.refusal_s, self.retry_after_s, by_chance=not empty)
+            return Reply(False, self.refusal_s, self.retry_after_s, by_chance=not empty, http_status=self.http_status)
         self._level -= 1
         return Reply(True, spread(self.latency_s, 0.25, rng))
 
@@ -167,6 +175,27 @@ class BlackedOut:
         if now_s % self.every_s < self.dark_s:
             return Reply(False, REFUSAL_S, self.retry_after_s, by_chance=True)
         return self._limit.reply_to(now_s, in_flight, rng)
+
+
+@dataclass
+class Out:
+    """Fails with `http_status` for `length_s` from `begins_s` on (counted in `failed`), and answers all else."""
+
+    begins_s: float
+    length_s: float
+    http_status: int = 500
+    latency_s: float = 0.4
+    failed: int = field(default=0, init=False)
+
+    @property
+    def ends_s(self) -> float:
+        return self.begins_s + self.length_s
+
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        if self.begins_s <= now_s < self.ends_s:
+            self.failed += 1
+            return Reply(False, REFUSAL_S, by_chance=True, http_status=self.http_status)
+        return Reply(True, spread(self.latency_s, 0.25, rng))
 
 
 @dataclass
@@ -336,8 +365,10 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
                 waiting.done()
             else:
                 message = server.refusal() if isinstance(server, TokenLimited) else "refused"
-                error = RowError("rate_limit", 429, None, message)
-                gate.observe(slot, Outcome(row, Verdict.SLOW, error, reply.retry_after_s))
+                kind = {429: "rate_limit", 503: "overloaded"}.get(reply.http_status, "server_error")
+                verdict = Verdict.FREE if kind == "server_error" else Verdict.SLOW
+                error = RowError(kind, reply.http_status, None, message)
+                gate.observe(slot, Outcome(row, verdict, error, reply.retry_after_s))
                 played.refused += 1
                 played.refused_for_cause += not reply.by_chance
                 wait_s = RETRY_S if reply.retry_after_s is None else reply.retry_after_s

@@ -32,7 +32,7 @@ def check(
     skip_invalid: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Check everything that a run would refuse: job, destination, every record and its request. Sends nothing."""
+    """Check a job, its input and its destination as a run would. Sends nothing."""
     from batchrun import preflight
     from batchrun.commands.job_input import read_input, read_job, require_budget
     from batchrun.report.wording import plural

@@ -16,7 +16,7 @@ from batchrun.terminal import harmless
 @click.option("-n", "examples", type=click.IntRange(0), default=20, show_default=True, help="Changed rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object instead of lines.")
 def compare(before: Path, after: Path, by: str | None, examples: int, as_json: bool) -> None:
-    """Two runs over the same questions, row by row: what changed, and what it cost."""
+    """Compare two runs over the same questions, row by row. Shows what changed, and what it cost."""
     import msgspec
 
     from batchrun.report import compare as comparing

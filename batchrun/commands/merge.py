@@ -19,7 +19,7 @@ from batchrun.terminal import harmless
     help="Where the merged run goes; default: the name that the shards share.",
 )
 def merge(paths: tuple[Path, ...], target: Path | None) -> None:
-    """Join the shards of one run, all complete, into one run directory. Sends nothing, changes no shard."""
+    """Join the complete shards of a run into one run directory. Sends nothing, changes no shard."""
     from batchrun.errors import JobError
     from batchrun.merge import merged
     from batchrun.merge.shards import read

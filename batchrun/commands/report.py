@@ -82,7 +82,7 @@ def report(
     target: Path | None,
     picture: Path | None,
 ) -> None:
-    """The bill over run directories and completions files, or URLs of them."""
+    """The bill over many runs. PATH: a run directory, a folder of them, a completions file, or a URL."""
     import msgspec
 
     from batchrun.errors import JobError

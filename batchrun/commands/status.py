@@ -16,7 +16,7 @@ from batchrun.terminal import harmless
 @click.option("--json", "as_json", is_flag=True, help="A JSON array with an object for each run.")
 @click.option("--exit-code", is_flag=True, help="Exit 4 if a run is unfinished and no process works on it.")
 def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
-    """Where a run stands, also while it works; or many runs, a line each, unfinished ones first."""
+    """Where a run stands, or many runs, a line each. Unfinished ones come first."""
     from datetime import UTC, datetime
 
     from batchrun.report import run_list, status
@@ -39,7 +39,7 @@ def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
 @OUT
 @click.option("--every", "every_s", type=click.FloatRange(0.1, 3600), default=1.0, metavar="SECONDS", show_default=True)
 def watch(out: Path, every_s: float) -> None:
-    """Follow a running run: throughput, limits, cost, ETA, how rows end. Exits with the run's exit code."""
+    """Follow a run at work: rows, limits, cost, ETA. Exits with the run's exit code."""
     import os
     import time
 

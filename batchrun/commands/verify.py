@@ -16,7 +16,8 @@ from batchrun.terminal import harmless
 @click.option("--salvage", is_flag=True, help="Copy what is intact into OUT.salvaged.")
 @click.option("--rebuild", is_flag=True, help="First write partitions or JSON lines again from the run's parts.")
 def verify(out: Path, salvage: bool, rebuild: bool) -> None:
-    """Check every record and digest of a run that no process works on. Changes no file, sends nothing."""
+    """Check every record and digest of a run. Changes no file, sends nothing."""
+    from batchrun.integrity import findings as found
     from batchrun.integrity import rebuild as rebuilding
     from batchrun.integrity import salvage as salvaging
     from batchrun.integrity import verify as verifying
@@ -28,7 +29,7 @@ def verify(out: Path, salvage: bool, rebuild: bool) -> None:
         findings, salvaged = salvaging.salvage(RunDirectory(out))
     else:
         findings, salvaged = verifying.verify(RunDirectory(out)), None
-    for line in (*verifying.in_words(findings), *(salvaging.in_words(salvaged) if salvaged else ())):
+    for line in (*found.in_words(findings), *(salvaging.in_words(salvaged) if salvaged else ())):
         say(harmless(line))
     sys.exit(ExitCode.DAMAGED if findings.damages else ExitCode.COMPLETE)
 
@@ -37,7 +38,7 @@ def verify(out: Path, salvage: bool, rebuild: bool) -> None:
 @OUT
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="A file instead, outside of OUT.")
 def export(out: Path, target: Path | None) -> None:
-    """Write the rows that a stopped run has so far, the others as pending. Changes nothing else, sends nothing."""
+    """Write the rows that a stopped run has so far. The others are pending. Changes nothing else, sends nothing."""
     from batchrun.integrity import export as exporting
     from batchrun.store.rundir import RunDirectory
 

@@ -178,7 +178,7 @@ def _published(
     record = RunRecord(known.run_id, known.job, job.fingerprint(), known.digests, summary.rows_in_output, mine.writer)
     found = summaries.read(directory)
     places = {name: str(folder.url.child(Path(path).name)) for name, path in found.files.items()}
-    content = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(found, files=places)), indent=2)
+    content = msgspec.structs.replace(found, files=places).to_json()
     with contextlib.closing(RunLog(directory.log)) as log:
         try:
             kept = kept_parts(folder, known.run_id) if job.output.keep_parts_remote else {}

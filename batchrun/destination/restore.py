@@ -10,17 +10,16 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun import prices
 from batchrun.destination.replica import COPY, INPUT, OWNER, PART
 from batchrun.durable import digest
 from batchrun.errors import StorageError
 from batchrun.job.job import Job
-from batchrun.prices import PriceTable
 from batchrun.records import PossiblyBilled
 from batchrun.report.wording import plural
 from batchrun.storage.claim import Writer
 from batchrun.storage.folder import RemoteFolder
 from batchrun.storage.publish import RUNS
+from batchrun.store import price_tables
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
@@ -104,11 +103,7 @@ def _doubts(
     """The rows that the lost machine may have sent, and whose outcome is not known here."""
     entries = checkpoint.manifest_entries()
     manifest = Manifest.decode(entries)
-    tables = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
-    usd = [
-        prices.upper_bound(*most, tables.get(model), *job.service_tiers) for model, most in manifest.max_request.items()
-    ]
-    most_usd = None if None in usd else max(filter(None, usd), default=Decimal(0))
+    most_usd = price_tables.most_usd(manifest, price_tables.decode(entries), *job.service_tiers)
     most_tokens = max(map(sum, manifest.max_request.values()), default=0)
     bounds = most_usd, most_tokens  # of any one request
     invocation = checkpoint.last_invocation()

@@ -218,8 +218,14 @@ class Backlog:
 
     def ended(self, pending: Pending, verdict: Verdict) -> None:
         """An attempt of the row has ended with this verdict."""
-        row = pending.request.row
-        kind, is_new = self._mixed.pop(row, None), pending.successes is None
+        row, is_new = pending.request.row, pending.successes is None
+        if verdict is OK and not self._mixed:  # nearly all attempts
+            self._doubted = 0
+            if is_new and row > self._last_failed:
+                self._failed_first = self._place = 0
+                self._reach = FIRST_REACH
+            return
+        kind = self._mixed.pop(row, None)
         if verdict is OK or verdict is Verdict.ROW:
             if kind is not None:
                 self._answered = kind

@@ -168,7 +168,7 @@ class Heartbeat:
         most = capacity.most_rows(limits, left_s, capacity.size_of(summary.totals), today)
         if most is None:
             return
-        share = min(1.0, (summary.rows - summary.pending + most.rows) / summary.rows)
+        share = min(1.0, (summary.done + most.rows) / summary.rows)
         if self._concern.rises(share, float("inf")):
             bound = "about" if most.by_mean else "no more than"
             self._warn_behind(f"at {most.pace} {bound}", math.ceil(share * 100), str(most.limit), self._deadline)

@@ -17,20 +17,12 @@ class LastRows:
         self._gate = gate
         self._retry = retry
         self._answered_before = answered_before
-        self._untried = 0  # rows in flight or at the gate that are on their first attempt in this process
+        self.untried = 0  # rows in flight or at the gate that are on their first attempt in this process
         self._recovered = 0  # rows that were answered after a failure
         self._failing = 0.0  # the share of first attempts that fail
         self._refusing = 0.0  # the share of first attempts that get a 429
         self._recovering = 0.0  # the share of recent answers that are of rows which had failed
         self._answers = 0
-
-    def started(self) -> None:
-        """A row was handed out for its first attempt in this process."""
-        self._untried += 1
-
-    def tried(self) -> None:
-        """Such a row has had its first attempt, or goes back without one."""
-        self._untried -= 1
 
     def answered(self, history: History) -> None:
         """A row was answered at its last attempt."""
@@ -58,11 +50,11 @@ class LastRows:
         """
         if not (self._answered_before or self._gate.successes or self._backlog.alone):
             return False
-        if not self._untried and self._backlog.drained:
+        if not self.untried and self._backlog.drained:
             return True
         # A few untried rows may be left too, once nothing was answered for long enough: what was tried of them failed,
         # and while the circuit probes with one row a minute the others would take hours.
-        left = self._untried + self._backlog.untried
+        left = self.untried + self._backlog.untried
         if not self._backlog.exhausted or left > attempt_caps.MOST_LEFT:
             return False
         return self._gate.unanswered_s > attempt_caps.patience_s(attempt_caps.END_S, left, self._retry)

@@ -210,7 +210,7 @@ class RunStatus:
     def write(self, summary: Summary) -> None:
         """Replaces summary.json."""
         try:
-            replace_bytes(self._directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+            replace_bytes(self._directory.summary, summary.to_json())
         except DiskError as error:  # not raised: a heartbeat must never cost an answer
             self.log.write("summary not written", why=str(error))
         if self._views is not None:

@@ -110,10 +110,11 @@ class Workers:
 
     async def work(self) -> None:
         """Sends rows until none is left or the gate closes."""
+        turns = self.gate.turns
         while True:
-            probes = False if self.gate.turns.are_open else await self.gate.turns.take()
+            probes = await turns.take() if turns.circuit.in_doubt else False
             if (pending := await self._next(probes=probes)) is None:
-                self.gate.turns.end()
+                turns.end()
                 return
             key = NO_KEY if self.serving.shares_no_prefix else await self._cache_key(pending, probes=probes)
             if key is None:
@@ -130,7 +131,7 @@ class Workers:
                 self._unpark(key)
                 continue
             if probes:
-                self.gate.turns.end()
+                turns.end()
             if request.pictures:
                 await self._attempt_with_pictures(pending, slot, key)
             else:
@@ -161,13 +162,13 @@ class Workers:
         if pending is None and self.backlog.left_to_wait and self._endings.long_wait is not None:
             self.gate.close(self._endings.long_wait)
         if pending is not None and pending.successes is None:
-            self._last_rows.started()
+            self._last_rows.untried += 1
         return pending
 
     def _put_back(self, pending: Pending) -> None:
         """The row was not sent and is pending again."""
         if pending.successes is None:
-            self._last_rows.tried()
+            self._last_rows.untried -= 1
         self.backlog.put_back(pending)
 
     async def _cache_key(self, pending: Pending, *, probes: bool) -> Key | None:
@@ -257,7 +258,7 @@ class Workers:
         """The verdict on the attempt. What it used teaches estimates, overruns and rates."""
         gate, anomalies, learned, request = self.gate, self.anomalies, self.learned, pending.request
         if pending.successes is None:
-            self._last_rows.tried()
+            self._last_rows.untried -= 1
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
         if answer.finish_reason != "stop":
             anomalies.note_finish_reason(answer.finish_reason)

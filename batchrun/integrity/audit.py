@@ -12,18 +12,16 @@ import msgspec
 from batchrun.errors import CheckpointError
 from batchrun.integrity import readable_groups
 from batchrun.integrity.db_records import SALVAGED, DbRecords
-from batchrun.prices import PriceTable
 from batchrun.records import Status
 from batchrun.report.summary import Moment, summarise
 from batchrun.run_summary import Summary, TotalsLine
 from batchrun.store import db_tables, result
 from batchrun.store.ledger import SINCE
 from batchrun.store.manifest import Manifest
+from batchrun.store.price_tables import Tables
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked, files
 from batchrun.tables.rows import USAGE_COLUMNS
-
-Prices = dict[str, PriceTable | None]
 
 RATE_STEP = 0.1
 """Rates are rounded to this, and `elapsed_s` to a thousandth, so a rate computed from them is no more exact."""
@@ -121,7 +119,7 @@ def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
     return BillElsewhere(place.name, rows, Decimal(usd))
 
 
-def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifest, prices: Prices) -> str | None:
+def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifest, prices: Tables) -> str | None:
     """What is wrong with summary.json. The figures of an incomplete run may be seconds old and are not checked.
 
     `updated_at`, `last_answer_at`, `requests_per_minute`, `limits`, `tuned`, `deadline`, `command` and, to its
@@ -134,7 +132,7 @@ def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifes
         summary = msgspec.json.decode(content, type=Summary)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         return f"can't be read: {error}"
-    if msgspec.json.format(msgspec.json.encode(summary), indent=2) != content:
+    if summary.to_json() != content:
         return "was changed since it was written"
     if summary.run_id not in ("", manifest.run_id):
         return f"is of run {summary.run_id}, this is {manifest.run_id}"

@@ -108,7 +108,7 @@ def _require_place(to: Path, directory: RunDirectory, known: Manifest) -> None:
 def _complete(
     directory: RunDirectory, known: Manifest, summary: Summary, written: FinishedResult, to: Path | None
 ) -> Exported:
-    rows = summary.rows - summary.pending
+    rows = summary.done
     if to is None:
         return Exported(result_files.shown(directory), rows, 0, complete=True, written=False)
     parts = [(directory.path / file.name, file.digest, file.rows) for file in written.kept or written.files]
@@ -132,7 +132,7 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, su
     except InputError as error:  # it has changed since the run began: rows that were not read yet lack their columns
         relative = any(not (is_url(file.path) or Path(file.path).is_absolute()) for file in known.files)
         problem = f"{error}" + ("; run this where the run was started" if relative else "")
-    types = None if known.types is None else ColumnTypes.from_json(known.types)
+    types = known.column_types
     schema = _schema(directory, checkpoint, known, source, types)
     batches = Chunks(directory, checkpoint, Layout.of(known, source, schema, summary.rows)).so_far()
     if problem is not None:

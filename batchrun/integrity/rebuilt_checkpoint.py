@@ -12,7 +12,7 @@ import pyarrow as pa
 from batchrun.errors import CheckpointError
 from batchrun.integrity.db_records import SALVAGED, DbRecords
 from batchrun.run_summary import LineKey, Summary, TotalsLine
-from batchrun.store import db_tables, in_flight, spill, variants
+from batchrun.store import db_tables, in_flight, price_tables, spill, variants
 from batchrun.store.checkpoint import FORMAT
 from batchrun.store.commits import SPILL
 from batchrun.store.database import Database, Record
@@ -25,7 +25,13 @@ from batchrun.store.spill import Frame
 from batchrun.store.totals import DISCARDED, FIGURES, LOST, UNSTATED, plus
 from batchrun.tables import booked
 
-_KEPT_ENTRIES = (Manifest.ENTRY, "prices", variants.ENTRY, SINCE, UNSTATED)  # and not that the run is finished
+_KEPT_ENTRIES = (
+    Manifest.ENTRY,
+    price_tables.ENTRY,
+    variants.ENTRY,
+    SINCE,
+    UNSTATED,
+)  # and not that the run is finished
 
 
 class Account:

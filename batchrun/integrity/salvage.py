@@ -18,29 +18,27 @@ from typing import NamedTuple
 import msgspec
 import pyarrow as pa
 
-from batchrun import prices
 from batchrun.durable import disk_errors, fsync, replacing
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity import readable_groups, rebuilt_checkpoint
 from batchrun.integrity.db_records import DbRecords
+from batchrun.integrity.findings import Findings
 from batchrun.integrity.rebuilt_checkpoint import Account
 from batchrun.integrity.sound_rows import NO_END, SoundRows
-from batchrun.integrity.verify import Findings, inspected
+from batchrun.integrity.verify import inspected
 from batchrun.job.job import SIMULATOR, Job
 from batchrun.job.settings import Endpoint, Output
-from batchrun.prices import PriceTable
 from batchrun.report.wording import plural
 from batchrun.request.builder import RequestBuilder
 from batchrun.source import START, Source, TableSource, Window, file_at, open_source
 from batchrun.startup import adopt
-from batchrun.store import in_flight, stored_window, variants
+from batchrun.store import in_flight, price_tables, stored_window, variants
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import StoredWindow
 from batchrun.tables import files
 from batchrun.tables.arrow_types import JSON
-from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, output_schema, own_schema
 
 NAME = "salvaged.parquet"
@@ -150,7 +148,7 @@ class Salvage:
         self._manifest = manifest
         self._source = source
         self._new = new
-        self._types = None if manifest is None or manifest.types is None else ColumnTypes.from_json(manifest.types)
+        self._types = None if manifest is None else manifest.column_types
         self._settings = Output() if manifest is None else manifest.output
         self._schema, self._prefix = self._columns()
         self._own = own_schema(self._prefix).names
@@ -305,11 +303,7 @@ class Salvage:
     def _write_lost(self, lost: list[tuple[int, int, bool]]) -> None:
         bound: Decimal | None = None  # the most that one row can cost; None if a price is unknown
         if self._manifest is not None:
-            known = msgspec.json.decode(self._known.manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
-            requests = self._manifest.max_request.items()
-            bounds = [prices.upper_bound(*tokens, known.get(model)) for model, tokens in requests]
-            if None not in bounds:
-                bound = max((each or Decimal(0) for each in bounds), default=None)
+            bound = price_tables.most_usd(self._manifest, price_tables.decode(self._known.manifest))
         with replacing(self._new.path / LOST) as temporary:
             temporary.touch(mode=0o600)
             with temporary.open("w", newline="", encoding="utf-8") as file:

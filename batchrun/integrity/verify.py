@@ -5,7 +5,7 @@ The database's records have CRCs; parts, stored inputs and results have digests;
 
 import contextlib
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
@@ -15,51 +15,24 @@ import msgspec
 from batchrun.durable import digest, disk_errors
 from batchrun.errors import CheckpointError, DiskError, InputError
 from batchrun.integrity import audit, db_records, readable_groups
-from batchrun.integrity.audit import Prices, RowSums
+from batchrun.integrity.audit import RowSums
 from batchrun.integrity.db_records import DbRecords
+from batchrun.integrity.findings import SALVAGE, Damage, Findings, Span, merged
 from batchrun.report.wording import plural
-from batchrun.store import in_flight, result, result_folder, spill, variants
+from batchrun.store import in_flight, price_tables, result, result_folder, spill, variants
 from batchrun.store.at_rest import wal_of
 from batchrun.store.commits import SPILL
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
+from batchrun.store.price_tables import Tables
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import files
 from batchrun.tables.rows import own_schema
 
-Span = tuple[int, int]
-"""Rows: the first, and one past the last."""
-
-MAX_SPANS = 10
-"""Spans of rows named for each damage; lost.csv of a salvaged run has them all."""
-
-SALVAGE = "keep a copy of the directory; --salvage copies what is intact into a new one"
 RESUME = "run the same command again: it resumes all the same"
 EXPORT_AGAIN = "remove it; `batchrun export` writes it again"
 REBUILD = "`batchrun verify DIR --rebuild` writes the result again from the run's parts"
 REWRITE = "remove it and run the same command again, which rewrites it"
-
-
-class Damage(msgspec.Struct, frozen=True):
-    """What is wrong with one file, which rows it affects at most, and what to do."""
-
-    file: str
-    what: str
-    rows: tuple[Span, ...] = ()
-    then: str = SALVAGE
-
-
-class Findings(msgspec.Struct, frozen=True):
-    """What is intact, in words, and what is damaged.
-
-    `bill_usd` is the known cost of the whole run, `cost_usd` the part of it that no intact row accounts for. None: no
-    one can tell, because answers were replaced or have no known price.
-    """
-
-    sound: tuple[str, ...]
-    damages: tuple[Damage, ...]
-    bill_usd: str
-    cost_usd: str | None
 
 
 def verify(directory: RunDirectory) -> Findings:
@@ -129,7 +102,7 @@ class Inspection:
         try:
             manifest = Manifest.decode(self.known.manifest)
             variants.decode(self.known.manifest)
-            prices = msgspec.json.decode(self.known.manifest.get("prices", "{}"), type=Prices)
+            prices = price_tables.decode(self.known.manifest)
         except (CheckpointError, msgspec.DecodeError) as error:
             self._damaged(self.directory.checkpoint, f"its manifest can't be read: {error}")
             return
@@ -232,7 +205,7 @@ class Inspection:
         else:
             self.sound.append(f"{path.relative_to(self.directory.path)}: {plural(len(found), 'row')}")
 
-    def _counted_twice(self, manifest: Manifest, prices: Prices) -> None:
+    def _counted_twice(self, manifest: Manifest, prices: Tables) -> None:
         all_read = self.known.whole and not any(damage.rows for damage in self.damages)
         result_damaged = any(damage.file == self.directory.completions.name for damage in self.damages)
         if all_read:
@@ -336,34 +309,3 @@ class Inspection:
         if found is None and [file.path for file in manifest.files] != [str(path)]:
             return
         self._report(path, None if (found,) == manifest.digests else "is not the input of this run", "as it was read")
-
-
-def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The same rows in as few spans as possible, in order."""
-    found: list[Span] = []
-    for first, end in sorted(spans):
-        if found and first <= found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
-        else:
-            found.append((first, end))
-    return tuple(found)
-
-
-def in_words(findings: Findings) -> Iterator[str]:
-    """A line for each intact thing; for each damage what, which rows, and what to do; the sum last."""
-    for line in findings.sound:
-        yield f"intact   {line}"
-    for damage in findings.damages:
-        yield f"damaged  {damage.file}: {damage.what}"
-        if damage.rows:
-            spans = [f"{first:,}" if end == first + 1 else f"{first:,} to {end - 1:,}" for first, end in damage.rows]
-            more = f" and {len(spans) - MAX_SPANS:,} more spans" if len(spans) > MAX_SPANS else ""
-            yield f"         rows {', '.join(spans[:MAX_SPANS])}{more}"
-        yield f"         {damage.then}"
-    if not findings.damages:
-        yield "nothing is damaged"
-        return
-    cost = "an unknown part" if findings.cost_usd is None else f"${findings.cost_usd}"
-    rows = sum(end - first for first, end in merged(span for damage in findings.damages for span in damage.rows))
-    lost = f"{plural(rows, 'row')} and {cost} of ${findings.bill_usd}"
-    yield f"{plural(len(findings.damages), 'damage')}: {lost} can't be read"

@@ -40,6 +40,8 @@ def problems(job: Job) -> Iterator[str]:
         for problem in _endpoint_problems(endpoint):
             yield f"endpoint[{place}]{problem.removeprefix('endpoint')}" if several else problem
     yield from _pool_problems(job) if several else _single_problems(job.endpoint)
+    if job.name.startswith("/") or not {"", ".", ".."}.isdisjoint(job.name.split("/")):
+        yield f"name: is a folder in output.path ({{job}}), so it can't have empty parts, '.' or '..' (is {job.name!r})"
     if request.prompt is not None and request.messages is not None:
         yield "request.prompt: conflicts with request.messages; keep one of them"
     if request.system is not None and isinstance(request.messages, list):

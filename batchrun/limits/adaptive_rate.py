@@ -39,6 +39,7 @@ class AdaptiveRate:
 
     __slots__ = (
         "_bucket",
+        "_burst",
         "_inherited",
         "_least",
         "_lowered_s",
@@ -81,6 +82,7 @@ class AdaptiveRate:
         self._on_change = on_change
         self._bucket: Bucket | None = None
         self._room: float | None = None
+        self._burst = math.inf
         self._lowered_s = self._raised_s = now_s
         self._older = self._newer = (now_s, 0.0)  # (moment, what had been taken by then)
         self._note_from_s = now_s + IN_TRANSIT_S
@@ -134,6 +136,10 @@ class AdaptiveRate:
         self.learned = per_minute
         self._inherited = False
         self._apply_lowest(why, now_s)
+
+    def limit_burst(self, amount: float) -> None:
+        """No more than this is sent at once, from the next change of the rate on: the server's bucket holds no more."""
+        self._burst = amount
 
     def stand_at(self, level: float, now_s: float) -> None:
         """Sets the bucket's level."""
@@ -205,7 +211,7 @@ class AdaptiveRate:
         capacity = self.per_minute / 60 * burst_s
         if self._room is not None:
             capacity = min(capacity, self._room)
-        capacity = max(self._least, capacity)
+        capacity = max(self._least, min(capacity, self._burst))
         if self._bucket is None:
             self._bucket = Bucket(self.per_minute, now_s, least=self._least)
         self._bucket.change(self.per_minute, capacity, now_s)

@@ -35,9 +35,9 @@ FIRST_ANSWER_S = 60.0
 answers may be billed."""
 
 BACKOFF_BASE_S = 1.0
-BACKOFF_CAP_S = 60.0
-"""Probes after 1, 2, 4 … 60 s: 10 in a five-minute outage, and at least one every minute and a half. (Growing by 60 %
-instead, the end is noticed sooner, but a minute's outage met 20 requests.)"""
+BACKOFF_CAP_S = 45.0
+"""Probes after 1, 2, 4 … 45 s: 11 in a five-minute outage, and at least one every 68 s. (With 60 s, the end of ten
+minutes was noticed up to 75 s late. Growing by 60 % instead, it is noticed sooner, but a minute met 20 requests.)"""
 
 PATIENT_COOLINGS = 3
 """After a storm of 429 among answers, this many more coolings of a second before they double: a bucket refills
@@ -71,7 +71,8 @@ class _Suspicion(msgspec.Struct, frozen=True):
 
 
 class Circuit:
-    """The state machine: `phase` is the current state, `successes` counts this process's good answers.
+    """The state machine: `phase` is the current state, `successes` counts this process's good answers, `out` the
+    attempts in flight.
 
     A failed attempt may count against its row only if `successes` has grown since the row was first sent: then the
     endpoint was working, so an outage uses up no row's attempts.
@@ -100,7 +101,7 @@ class Circuit:
         self._sent = 0  # attempts admitted so far: the order of the next one
         self._episode = 0  # the first order of this episode
         self._trouble = 0  # the first order after the last cooling began; attempts before it are its stragglers
-        self._out = 0  # attempts out, stragglers not counted
+        self.out = 0  # attempts out, stragglers not counted
         self._probe_out = False
         self._extended = False
         self._coolings = 0
@@ -130,7 +131,7 @@ class Circuit:
     def binding(self, now_s: float) -> Binding | None:
         """What blocks the next attempt; None if `admit` may be called. A cooling that is over becomes probing."""
         if self.phase is OPEN:
-            return None if self._out < self.in_flight.allowed else self._room(now_s)
+            return None if self.out < self.in_flight.allowed else self._room(now_s)
         match self.phase:
             case Cooling(until_s=until_s, because=because) if now_s < until_s:
                 return Binding(Limit.COOLING, until_s, because)
@@ -144,15 +145,15 @@ class Circuit:
         return Binding(Limit.PROBING) if self._probe_out else None
 
     def _room(self, now_s: float) -> Binding | None:
-        ready_s = self.in_flight.ready_s(self._out, now_s)
+        ready_s = self.in_flight.ready_s(self.out, now_s)
         if ready_s == now_s:
             return None
         return IN_FLIGHT if ready_s is None else Binding(Limit.IN_FLIGHT, ready_s)
 
     def admit(self, now_s: float) -> int:
         """Counts one more attempt in flight; returns its order, to be passed back with its outcome."""
-        self._out += 1
-        self.in_flight.sent(self._out, now_s)
+        self.out += 1
+        self.in_flight.sent(self.out, now_s)
         self._probe_out = True
         self._sent += 1
         return self._sent - 1
@@ -160,7 +161,7 @@ class Circuit:
     def withdraw(self, order: int) -> None:
         """An admitted attempt is no longer in flight: it ended, or was never sent."""
         if order >= self._trouble:
-            self._out -= 1
+            self.out -= 1
         if order >= self._episode:
             self._probe_out = False
 
@@ -178,7 +179,7 @@ class Circuit:
         self._first_failures = None
         self._coolings = 0
         self._episode = self._trouble = self._sent
-        self._out = 0
+        self.out = 0
         self.phase, before = OPEN, self.phase
         self._on_change(before, self.phase)
         self._probe(why)
@@ -276,7 +277,7 @@ class Circuit:
         if order < self._trouble:
             return
         if self._first_failures is None:
-            self.in_flight.answered(self._out, now_s)
+            self.in_flight.answered(self.out, now_s)
         if self.phase is not OPEN and not self._suspicions and isinstance(self.phase, Probing):
             self._coolings = 0
             self._enter(OPEN)
@@ -351,7 +352,7 @@ class Circuit:
         self._episode = self._sent
         self._trouble = self._episode
         self._unanswered.forget()
-        self._out = 0
+        self.out = 0
         self._extended = False
         self._enter(Cooling(until_s, why, because, probe))
 

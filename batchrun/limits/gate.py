@@ -1,6 +1,7 @@
 """Admits each attempt when rates, budget, requests in flight and the endpoint's circuit all allow it."""
 
 import asyncio
+import math
 import re
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from decimal import Decimal
@@ -27,6 +28,9 @@ from batchrun.run_summary import InForce
 BUDGET = Binding(Limit.BUDGET)
 NO_SLOT = Binding(Limit.IN_FLIGHT)
 """All slots are taken: only a commit helps, as no other block does."""
+
+SEARCHING_S = 0.05
+"""While a limit is searched from far below, an accepted attempt may raise the rate before the next one is due."""
 
 HEADERS_EVERY_S = 0.01
 """How often rate limit headers are read: often enough to know a limit's level, and cheap in a busy run."""
@@ -374,9 +378,10 @@ class Gate:
         Raises as `admit` does.
         """
         circuit, now_s = self._circuit, self._loop.time()
-        blocker = circuit.binding(now_s) if circuit.phase is OPEN else self._blocked_by_circuit(probes, now_s)
-        if blocker is not None:
-            return blocker
+        if circuit.phase is not OPEN or circuit.out >= circuit.in_flight.allowed:
+            blocker = circuit.binding(now_s) if circuit.phase is OPEN else self._blocked_by_circuit(probes, now_s)
+            if blocker is not None:
+                return blocker
         if len(self._free) <= self._slots - circuit.in_flight.most:  # all, or all but those beyond a lower limit
             return NO_SLOT
         if self._overruns is not None:
@@ -385,6 +390,8 @@ class Gate:
             return blocker
         self._refusals.rise(now_s)
         if (blocker := self._rates.blocked_by(demand, now_s)) is not None:
+            if self._refusals.is_searching:
+                return Binding(blocker.limit, min(blocker.until_s or math.inf, now_s + SEARCHING_S))
             return blocker
         return self._take(demand, now_s)
 

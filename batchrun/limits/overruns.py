@@ -88,12 +88,16 @@ class Overruns:
 
     def learn(self, request: Request, usage: Usage) -> bool:
         """Learns from an answer's usage; True if the entry must be saved."""
-        known = self._largest.get(request.model)
-        prompt_tokens, output_tokens = usage.prompt_tokens, usage.billed_output_tokens
-        in_bounds = prompt_tokens <= request.max_prompt_tokens and output_tokens <= request.max_output_tokens
-        if known is KEPT and in_bounds and request.model in self._answered:
-            return False  # the usual case
-        before = known or KEPT
+        known, prompt_tokens = self._largest.get(request.model), usage.prompt_tokens
+        if (
+            known is KEPT  # the usual case: no overrun before, and none now
+            and prompt_tokens <= request.max_prompt_tokens
+            and usage.completion_tokens <= request.max_output_tokens
+            and usage.total_tokens - prompt_tokens <= request.max_output_tokens
+            and request.model in self._answered
+        ):
+            return False
+        before, output_tokens = known or KEPT, usage.billed_output_tokens
         seen = Overrun(
             max(before.prompt_tokens, prompt_tokens - request.max_prompt_tokens),
             max(before.output_tokens, output_tokens - request.max_output_tokens),

@@ -23,11 +23,13 @@ class InDoubt(Exception):
 class ProbeTurns:
     """Any worker may choose a row while the circuit is open; in doubt only one, until its row has ended.
 
+    While `circuit` is not in doubt, no turn is needed.
+
     A probe chosen earlier would say nothing: out of a hundred bad rows in sequence, the workers would hold the first.
     """
 
     def __init__(self, circuit: Breaker, loop: asyncio.AbstractEventLoop) -> None:
-        self._circuit = circuit
+        self.circuit = circuit
         self._loop = loop
         self._waiters = Waiters()
         self._chosen = False
@@ -35,20 +37,15 @@ class ProbeTurns:
     @property
     def blocked_by(self) -> Binding | None:
         """What keeps a worker from choosing a row; None if it may."""
-        if not self._circuit.in_doubt:
+        if not self.circuit.in_doubt:
             return None
-        return Binding(Limit.PROBING) if self._chosen else self._circuit.binding(self._loop.time())
-
-    @property
-    def are_open(self) -> bool:
-        """True while any worker may choose a row at once."""
-        return not self._circuit.in_doubt
+        return Binding(Limit.PROBING) if self._chosen else self.circuit.binding(self._loop.time())
 
     async def take(self) -> bool:
         """Waits until the caller may choose a row; True if that row is the probe."""
         while (blocked_by := self.blocked_by) is not None:
             await self._waiters.wait(None if blocked_by.until_s is None else blocked_by.until_s - self._loop.time())
-        if not self._circuit.in_doubt:
+        if not self.circuit.in_doubt:
             return False
         self._chosen = True
         return True

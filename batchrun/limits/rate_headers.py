@@ -15,6 +15,10 @@ MAX_PER_MINUTE = 1e12
 MAX_RESET_S = 66.0
 """A limit per minute refills within about a minute: a longer reset belongs to a day or a month."""
 
+LONGER_WINDOWS_S = (3_600.0, 86_400.0)
+WINDOW_ERROR = 0.02
+"""Resets are rounded to a few digits."""
+
 _DURATION = re.compile(
     r"(?:(\d{1,6}(?:\.\d{1,9})?)d)?(?:(\d{1,6}(?:\.\d{1,9})?)h)?(?:(\d{1,6}(?:\.\d{1,9})?)m(?!s))?"
     r"(?:(\d{1,9}(?:\.\d{1,9})?)s)?(?:(\d{1,9}(?:\.\d{1,9})?)ms)?(?:\d{1,9}(?:\.\d{1,9})?[uµ]s)?"
@@ -43,9 +47,17 @@ def read_limit(headers: Mapping[str, str], what: str) -> StatedLimit | None:
     if remaining is not None and remaining > per_minute:
         remaining = None
     reset_s = duration_s(headers.get(f"x-ratelimit-reset-{what}"))
-    if reset_s is not None and reset_s > MAX_RESET_S:
+    if reset_s is not None and (reset_s > MAX_RESET_S or _is_of_a_longer_window(per_minute, remaining, reset_s)):
         return None
     return StatedLimit(per_minute, remaining, reset_s)
+
+
+def _is_of_a_longer_window(limit: float, remaining: float | None, reset_s: float) -> bool:
+    """True if what was used comes back as slowly as a limit per hour or day does (Groq: `14400`, `14399`, `6s`)."""
+    if remaining is None or remaining >= limit:
+        return False
+    window_s = reset_s * limit / (limit - remaining)
+    return any(abs(window_s - longer_s) <= WINDOW_ERROR * longer_s for longer_s in LONGER_WINDOWS_S)
 
 
 def duration_s(text: str | None) -> float | None:

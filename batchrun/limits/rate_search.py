@@ -15,6 +15,7 @@ from batchrun.limits.adaptive_rate import AdaptiveRate
 from batchrun.limits.admission import Limit
 from batchrun.limits.evidence import RefusedShare
 from batchrun.limits.known_limit import KnownLimit
+from batchrun.limits.request_spacing import FIRST_PER_S, RequestSpacing
 from batchrun.limits.throughput import LEAST_SPAN_S, WINDOW_S, Throughput
 
 BELOW_MEASURED = 0.98
@@ -23,6 +24,10 @@ BELOW_MEASURED = 0.98
 BELOW_BURST = 0.5
 """The share of a rate that includes a burst of unknown size: too low is corrected in seconds, too high costs refusals
 until it can be measured."""
+
+MOST_SPACED = 3
+"""A bucket of one request accepts the first request, and one more of each round until its refusals show a limit: three
+rounds of eight have more refusals than that takes."""
 
 BELOW_REFUSED = 0.7
 """The share of a rate at which nearly everything was refused before anything could be measured."""
@@ -56,18 +61,22 @@ a doubled limit is in use within half a minute, and an unchanged one costs one r
 DOUBLED = 1.0
 """If the rate did not cause the refusals, it doubles each second until they return."""
 
+SPACED_BAR = 1.5
 EXPECTED_BAR = 0.5
 BELIEVED_BAR = 2.0
 FALL = 4.0
-"""How many times the usual evidence lowers the rate. Once a climb has emptied the bucket of a limit that was measured
+"""How many times the usual evidence lowers the rate. Where only evenly spaced requests are accepted, two refusals do:
+every second one is refused slightly above the limit. Once a climb has emptied the bucket of a limit that was measured
 twice, one refusal does. At or below that limit it takes twice as much (with one in a hundred refused by chance, three
 in a hundred are common). At a rate far above what was measured it takes more, because a false alarm costs as much."""
 
 WORTH = 0.0125
 MOST_REST = 100
+MOST_REST_S = 120.0
 MET = 0.05
 """If a climb ends at the limit already known, it cost its refusals for nothing: the next climb waits until they are
-1.25 % of what was sent, for 100 requests at most. Below ten a second that is longer than the steps take anyway."""
+1.25 % of what was sent, for 100 requests at most. Below ten a second that is longer than the steps take anyway. Where
+only evenly spaced requests are accepted, each climb is refused, so it waits for up to two minutes."""
 
 USED = 0.8
 """The rate is raised only while this share of it is used: otherwise the absence of refusals proves nothing."""
@@ -125,6 +134,7 @@ class RateSearch:
         self._before_chain: float | None = None
         self._known = KnownLimit()
         self._burst: tuple[float, float] | None = None  # the first refusal came after so long, and so much accepted
+        self._spacing: RequestSpacing | None = None  # if the server's bucket holds one request only
         self._rest = 0.0  # requests before the next climb
         self._climbs_from = 0  # of those counted, how many came before this one
 
@@ -136,6 +146,8 @@ class RateSearch:
 
     def needed(self, at_s: float) -> float:
         """How many times the usual evidence it takes to lower the rate."""
+        if self._spacing is not None:
+            return SPACED_BAR
         known = self._known
         if self.raised and known.is_exceeded(self.per_s) and known.is_empty(at_s, self._delivered.total, self._amount):
             return EXPECTED_BAR
@@ -146,9 +158,16 @@ class RateSearch:
         """True if refusals can only be random: no rate was learned, or it is just below a measured limit."""
         return self.per_s is None or not (self.raised or self._rough or self._paused)
 
+    @property
+    def is_searching(self) -> bool:
+        """True while each accepted attempt may raise the rate."""
+        return self._spacing is not None and self._spacing.is_searching
+
     def count(self, at_s: float, amount: float, *, refused: bool) -> None:
         """An attempt sent at `at_s` was accepted or refused. To be called in the order of sending."""
         self._counted += 1
+        if self._spacing is not None:
+            self._spacing.count(at_s, refused=refused)
         if refused:
             self._refused += 1
             self._amount = amount
@@ -174,6 +193,8 @@ class RateSearch:
         `lone`: a single refusal whose headers show an empty bucket. `keep`: refusals come in runs here, so the rate
         stays at least at what was accepted lately.
         """
+        if self._spacing is not None and self._fall_back(self._spacing, at_s, now_s):
+            return
         rate, rough = self._measured(at_s), False
         before, share = self.per_s, self._share
         self._cut = None
@@ -193,6 +214,10 @@ class RateSearch:
                 rate = max(rate, BURST_OFF * (self.lately(at_s) or 0.0))
         elif self._delivered.total:
             rate, rough = BELOW_BURST * self._delivered.in_last_second(at_s), True
+            if self._mark is None and self._delivered.at_first <= self._amount >= self._delivered.total / MOST_SPACED:
+                self._spacing = RequestSpacing()
+                self._rate.limit_burst(1.0)
+                rate = FIRST_PER_S
         self._remember(before)
         if rate is not None:
             if keep and (kept := BELOW_MEASURED * self._delivered.sustained()) > rate:
@@ -203,6 +228,8 @@ class RateSearch:
 
     def exceeded(self, at_s: float, now_s: float, ordinary: float = 0.0, *, by_chance: bool = True) -> Step:
         """More than the `ordinary` share was refused at this rate. `by_chance`: that may have been chance."""
+        if self._spacing is not None:
+            return Step.LOWERED if self._fall_back(self._spacing, at_s, now_s, ordinary) else Step.TOO_EARLY
         rate = self.shown(at_s)
         before, share = self.per_s, self._share
         assert before is not None
@@ -223,8 +250,33 @@ class RateSearch:
         self._paused = False
         return Step.LOWERED
 
+    def _fall_back(self, spacing: RequestSpacing, at_s: float, now_s: float, ordinary: float = 0.0) -> bool:
+        """Falls back to a rate that was accepted; False if none is known yet."""
+        before = self.per_s
+        assert before is not None
+        rate = spacing.lower(before)
+        if rate is None:
+            return False
+        self._remember(before)
+        self._cut = None
+        self._known = KnownLimit()
+        if not spacing.is_searching:
+            self._known.per_s = rate
+            refused = self._refused - ordinary * self._counted
+            self._rest = min(refused / WORTH, max(MOST_REST, MOST_REST_S * rate / self._amount))
+        self._lower(rate, now_s, rough=spacing.is_searching, why=f"refused; {rate * 60:.0f} a minute were accepted")
+        self._set_mark(at_s)
+        self._paused = False
+        return True
+
     def is_chance(self, at_s: float, now_s: float, ordinary: RefusedShare) -> bool:
         """True if a lower rate did not lower the refused share: that share counts as ordinary from now on."""
+        if self._spacing is not None and self._spacing.is_contradicted:
+            ordinary.set(float(self._spacing.share), LEAST_SURE)
+            self._spacing = None
+            self._rate.limit_burst(math.inf)
+            self.restore(None, now_s, "rates far below accepted ones are refused")
+            return True
         cut, share, rate = self._cut, self._share, self.per_s
         if cut is None or rate is None or self._counted < LEAST_COUNT:
             return False
@@ -263,6 +315,17 @@ class RateSearch:
         rate = self.per_s
         if rate is None:
             return False
+        spacing = self._spacing
+        if spacing is not None and spacing.is_searching:
+            if not spacing.is_tried(rate):
+                return False
+            spacing.prove()
+            self.raised = True
+            self._set(spacing.higher(rate), now_s, "nothing refused since")
+            self._rough = spacing.is_searching
+            self._raised_s, self._raised_total = now_s, self._rate.taken
+            spacing.restart(now_s)
+            return True
         requests_per_s = rate * self._rate.requests / self._delivered.total if self._delivered.total else rate
         if self._rough:
             every_s = min(MAX_EVERY_S, max(ROUGH_EVERY_S, ROUGH_EVERY / requests_per_s))
@@ -291,6 +354,9 @@ class RateSearch:
         elif not self._rough:
             self.confirmed = rate * 60
         self.raised = True
+        if spacing is not None:
+            spacing.prove()
+            spacing.restart(now_s)
         self._set(rate * (1 + self._step), now_s, "nothing refused since")
         if self._step < DOUBLED:
             self._step = min(MAX_STEP, (ROUGH_FASTER if self._rough else FASTER) * self._step)
@@ -309,6 +375,9 @@ class RateSearch:
 
     def reopened(self, now_s: float) -> None:
         """The pause is over. What the server's bucket refilled meanwhile is left as a margin."""
+        if self._spacing is not None:
+            self._rate.stand_at(min(self._rate.level(now_s), self._amount), now_s)
+            return
         self._raised_s, self._raised_total = now_s, self._rate.taken
         self._rate.stand_at(0.0, now_s)
 
@@ -317,6 +386,7 @@ class RateSearch:
         self.confirmed = self._cut = self._mark = None
         self._known = KnownLimit()
         self._rough = self._paused = self.raised = False
+        self._spacing = None
 
     @property
     def _known_per_s(self) -> float | None:
@@ -383,11 +453,13 @@ class RateSearch:
 
     def _lower(self, per_s: float, now_s: float, *, rough: bool, why: str) -> None:
         before = self.per_s
-        if before is not None:
+        if before is not None and self._spacing is None:
             per_s = min(per_s, BELOW_MEASURED * before)
         self._rough, self.raised = rough, False
         self._step = ROUGH_STEP if rough else STEP
         self._raised_s, self._raised_total = now_s, self._rate.taken
+        if self._spacing is not None:
+            self._spacing.restart(now_s)
         self._set(max(per_s, LEAST_PER_S), now_s, why)
         self._rate.stand_at(min(0.0, self._rate.level(now_s)), now_s)
 

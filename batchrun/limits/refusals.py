@@ -40,6 +40,9 @@ EXCESS_ABOVE = 0.04
 """At a learned rate, three refusals in a hundred are an excess if none is ordinary: a false alarm costs 2 %. Above a
 limit that was measured they are expected, and one is enough."""
 
+MOST = 0.99
+"""A share of one would have no logarithm."""
+
 TRIAL_ORDINARY, TRIAL_ABOVE = 0.05, 0.1
 NONE_TAKEN = 3
 """After a storm, this many refusals with nothing accepted are the next storm."""
@@ -134,6 +137,11 @@ class Refusals:
         share = float(self.share)
         return f"{share:.1%} refused by chance" if self.share.is_known and share >= WORTH_A_WORD else None
 
+    @property
+    def is_searching(self) -> bool:
+        """True while each accepted attempt may raise a rate."""
+        return self._requests.is_searching or self._tokens.is_searching
+
     def sent(self, now_s: float, tokens: int) -> None:
         """Adds an attempt. To be called for every one, in order."""
         self._log.sent(now_s, self.out, tokens)
@@ -170,6 +178,8 @@ class Refusals:
     def rise(self, now_s: float) -> None:
         """Tries higher learned rates when it is time."""
         if self._trial is None and not self._may_add_up:  # in quiet times nothing is learned
+            if self.is_searching:
+                self._judge(now_s)
             share = float(self.share)
             for search in self.searches.values():
                 if search.rise(now_s, share) and (seen := search.share_below(share)) is not None:
@@ -249,7 +259,7 @@ class Refusals:
             search = self.searches[self._limit]
             above = search.excess(at_s)
             much = ordinary + max(EXCESS_ABOVE, above)
-            excess = self._excess.step(ordinary, much, refused=refused, times=search.needed(at_s))
+            excess = self._excess.step(ordinary, min(MOST, much), refused=refused, times=search.needed(at_s))
         return self._is_storm or excess
 
     @property

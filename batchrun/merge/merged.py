@@ -24,7 +24,6 @@ from batchrun.integrity.db_records import SALVAGED
 from batchrun.merge.merged_manifest import merged_manifest
 from batchrun.merge.renumbering import Renumbering, renumbered
 from batchrun.merge.shards import CompleteShard
-from batchrun.prices import PriceTable
 from batchrun.records import ResultFile, Status
 from batchrun.report.summary import Moment, failures, summarise
 from batchrun.report.summary import files as summary_files
@@ -32,12 +31,13 @@ from batchrun.report.summary import read as read_summary
 from batchrun.request import image_digests
 from batchrun.run_summary import Summary, TotalsLine
 from batchrun.source import JsonlSource
-from batchrun.store import db_tables, result, shared_dataset, variants
+from batchrun.store import db_tables, price_tables, result, shared_dataset, variants
 from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
 from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.database import Database, Record
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
+from batchrun.store.price_tables import Tables
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.totals import UNSTATED, Unstated
 from batchrun.tables import files
@@ -146,7 +146,7 @@ class Writer:
         there = summary_files(self._to).items()  # where they will be
         places = {name: str(self._target.path / Path(path).relative_to(self._to.path)) for name, path in there}
         summary = msgspec.structs.replace(summary, files=places)
-        durable.replace_bytes(self._to.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+        durable.replace_bytes(self._to.summary, summary.to_json())
         return summary
 
     def _pairs(self) -> "Iterator[tuple[CompleteShard, Renumbering]]":
@@ -227,8 +227,7 @@ class Writer:
         }
 
     def _entries(self) -> dict[str, str]:
-        entries = self._manifest.encode() | variants.encode(self._variants)
-        entries["prices"] = msgspec.json.encode(self._prices).decode()
+        entries = self._manifest.encode() | variants.encode(self._variants) | price_tables.encode(self._prices)
         known = [shard.known.manifest for shard in self._shards]
         unstated = [msgspec.json.decode(each.get(UNSTATED, "{}"), type=Unstated) for each in known]
         usd, tokens = sum((each.usd for each in unstated), Decimal(0)), sum(each.tokens for each in unstated)
@@ -239,7 +238,7 @@ class Writer:
         return entries
 
     @property
-    def _prices(self) -> dict[str, PriceTable | None]:
+    def _prices(self) -> Tables:
         return {model: table for shard in reversed(self._shards) for model, table in shard.prices.items()}
 
     def _summary(self, checkpoint: Checkpoint) -> Summary:

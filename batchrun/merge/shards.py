@@ -12,14 +12,14 @@ import msgspec
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, RunLockedError
 from batchrun.integrity.db_records import DbRecords
 from batchrun.integrity.verify import inspected
-from batchrun.prices import PriceTable
 from batchrun.records import FinishedResult
 from batchrun.report.summary import read as read_summary
 from batchrun.report.wording import are, plural
 from batchrun.run_summary import Summary
 from batchrun.startup.resume import SHAPE
-from batchrun.store import result, variants
+from batchrun.store import price_tables, result, variants
 from batchrun.store.manifest import InputShare, Manifest
+from batchrun.store.price_tables import Tables
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.variants import Variant, differences
 
@@ -50,7 +50,7 @@ class CompleteShard(msgspec.Struct, frozen=True):
     manifest: Manifest
     share: InputShare
     variants: tuple[Variant, ...]
-    prices: dict[str, PriceTable | None]
+    prices: Tables
     summary: Summary
     result: FinishedResult
 
@@ -116,7 +116,7 @@ def _read_one(place: Path) -> tuple[CompleteShard | None, InputShare | None, lis
         manifest,
         share,
         variants.decode(known.manifest),
-        msgspec.json.decode(known.manifest.get("prices", "{}"), type=dict[str, PriceTable | None]),
+        price_tables.decode(known.manifest),
         read_summary(directory),
         result.finished(known.manifest),
     )

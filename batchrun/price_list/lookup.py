@@ -115,11 +115,11 @@ def find(vendor: Vendor, name: str) -> Model | None:
     prices by tier, which are the other vendor's own.
     """
     name = name.lower()
-    for spelled in dict.fromkeys((name, _COMPACT_DATE.sub(_with_dashes, name))) if name else ():
-        if (found := vendor.find(spelled)) is not None:
+    for spelling in dict.fromkeys((name, _COMPACT_DATE.sub(_with_dashes, name))) if name else ():
+        if (found := vendor.find(spelling)) is not None:
             return found
         for other in vendor.also_sells:
-            if (found := newest.price_list().vendor(other).find(spelled)) is not None:
+            if (found := newest.price_list().vendor(other).find(spelling)) is not None:
                 return msgspec.structs.replace(found, tiers=())
     return None
 

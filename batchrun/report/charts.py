@@ -44,7 +44,7 @@ def _drawn(chart: Chart, width: int, height: int, shape: str) -> str:
         raise JobError(MISSING) from error
     make = {"stacked": pygal.StackedBar, "bars": pygal.Bar, "lines": pygal.Line}[chart.kind]
     labels = _short(chart.labels)
-    every = max(1, -(-len(labels) // (16 if shape == "wide" else 7)))
+    every = max(1, -(-len(labels) // (16 if shape == "wide" else 7)))  # labels of days, side by side
     longest = max((len(label) for label in labels), default=0)
     crowded = longest * LETTER_PX * -(-len(labels) // every) > 0.85 * width
     drawing = make(
@@ -65,8 +65,7 @@ def _drawn(chart: Chart, width: int, height: int, shape: str) -> str:
     drawing.x_labels = [label if place % every == 0 else "" for place, label in enumerate(labels)]
     for name, values in chart.series:
         drawing.add(name, list(values))
-    tree = drawing.render_tree()
-    return _stripped(tree, chart, shape)
+    return _stripped(drawing.render_tree(), chart, shape)
 
 
 def _short(labels: Sequence[str]) -> list[str]:

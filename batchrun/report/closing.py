@@ -36,16 +36,19 @@ def in_words(
     `command` is the command line that ran, from which the next one is made. `settings` are the paths that the job sets
     in `[request]`: no setting changes what the rows bring themselves. `endpoint` says where the API key comes from.
     """
+    again = "run the same command again to resume"
+    if "--new" in command and summary.command is not None:  # typed again, it would start another run
+        command, again = shlex.split(summary.command), f"resume with {summary.command}"
     for label, text in (
         *_account(summary, requests_per_minute),
         *_failed(summary, max_failures, failing, command, settings),
-        *_stopped(summary, command, settings, endpoint),
+        *_stopped(summary, command, again, settings, endpoint),
     ):
         yield f"{label:<{LABEL_WIDTH}}{text}"
 
 
 def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tuple[str, str]]:
-    done = summary.rows - summary.pending
+    done = summary.done
     counts = ", ".join(f"{n:,} {status}" for status, n in summary.by_status.items()) or "none"
     aside = f"; {plural(summary.rejected, 'input record')} set aside in rejects.jsonl" if summary.rejected else ""
     yield "rows", f"{done:,} of {summary.rows:,} done: {counts}{aside}"
@@ -128,11 +131,11 @@ def _failed(
     if summary.example_error is not None and summary.by_status.get(Status.ERROR):
         yield "", f"for example: {summary.example_error}"
         if (fix := fix_for(summary.example_error, settings)) is not None:
-            yield from _fixed(fix, command, retry=True)
+            yield from _fixed(fix, command, "", retry=True)
 
 
 def _stopped(
-    summary: Summary, command: Sequence[str], settings: Collection[str] | None, endpoint: Endpoint | None
+    summary: Summary, command: Sequence[str], again: str, settings: Collection[str] | None, endpoint: Endpoint | None
 ) -> Iterator[tuple[str, str]]:
     """Why the run is not complete, and how to resume it."""
     if summary.complete:
@@ -143,15 +146,15 @@ def _stopped(
     if fix is None and summary.example_error is not None and summary.example_error in reason:
         fix = fix_for(summary.example_error, settings)
     if fix is not None:
-        yield from _fixed(fix, command, retry=False)
+        yield from _fixed(fix, command, again, retry=False)
     else:
         left = f"{plural(summary.pending, 'row')} {are(summary.pending)} left"
-        yield "next", f"{left}; run the same command again to resume"
+        yield "next", f"{left}; {again}"
     if summary.by_status and "partial" not in summary.files and "usage" in summary.files:
         yield "rows so far", f"batchrun export {shlex.quote(str(Path(summary.files['usage']).parent))}"
 
 
-def _fixed(fix: Fix, command: Sequence[str], *, retry: bool) -> Iterator[tuple[str, str]]:
+def _fixed(fix: Fix, command: Sequence[str], again: str, *, retry: bool) -> Iterator[tuple[str, str]]:
     """The setting that fixes what the server rejects, and the command that tries it."""
     yield "fix", f"{fix.setting}: {fix.what}"
     if fix.flags and command:
@@ -159,7 +162,7 @@ def _fixed(fix: Fix, command: Sequence[str], *, retry: bool) -> Iterator[tuple[s
     elif fix.flags:
         yield "next", f"the same with {shlex.join(command_with((), fix, retry=retry))}"
     elif fix.same_command:
-        yield "next", "then run the same command again to resume"
+        yield "next", f"then {again}"
     else:
         flag = "--retry-failed" if retry else "--accept-changes"
         yield "next", f"change it, then run the same command with {flag}"

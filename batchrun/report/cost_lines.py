@@ -76,7 +76,7 @@ def estimate_in_words(summary: Summary) -> str | None:
     """What the run was estimated to cost before its first request, compared with what the same rows did cost."""
     if (estimate := summary.estimate) is None:
         return None
-    done, rows = summary.rows - summary.pending, plural(estimate.rows, "row")
+    done, rows = summary.done, plural(estimate.rows, "row")
     if estimate.expected_usd is None:
         return f"{estimate.prompt_tokens:,} tokens in and {estimate.completion_tokens:,} out for {rows}"
     whole = f"${estimate.expected_usd:,.6f} for {rows}"
@@ -85,7 +85,8 @@ def estimate_in_words(summary: Summary) -> str | None:
         return whole  # a cost that is known only in part can't be compared
     so_far = f", ${expected_usd:,.6f} for the {done:,} done" if summary.pending else ""
     off = (summary.cost_usd / expected_usd - 1) * 100
-    return f"{whole}{so_far}; the cost is {abs(off):.0f} % {'above' if off >= 0 else 'below'} that"
+    far_off = f"{abs(off):.0f} % {'above' if off > 0 else 'below'} that"
+    return f"{whole}{so_far}; the cost is {far_off if round(off) else 'as estimated'}"
 
 
 def scaled(estimate: Estimate, rows: int) -> Estimate:

@@ -19,7 +19,7 @@ MOST_ETA = len("ETA Thu 06:00")
 
 def line(summary: Summary) -> str:
     """One line for a log, in full words."""
-    done = summary.rows - summary.pending
+    done = summary.done
     share = f" ({done / summary.rows:.0%})" if summary.rows else ""
     retried = ""
     if summary.retrying is not None:
@@ -47,7 +47,7 @@ def around_bar(summary: Summary, columns: int) -> tuple[str, str, bool]:
     width of the terminal; the last column stays free.
     """
     name = summary.job if len(summary.job) <= MOST_NAME else summary.job[: MOST_NAME - 1] + "…"
-    share = f"{(summary.rows - summary.pending) / summary.rows if summary.rows else 1:.0%}"
+    share = f"{summary.done / summary.rows if summary.rows else 1:.0%}"
     full, short = " ".join(_figures(summary, "{:,.0f}".format)), " ".join(_figures(summary, short_number))
     for left, right, bar in (
         (f"{name} {share:>4}", full, 2 * LEAST_BAR),
@@ -61,7 +61,7 @@ def around_bar(summary: Summary, columns: int) -> tuple[str, str, bool]:
 
 
 def _figures(summary: Summary, number: Callable[[float], str], *, tight: bool = False) -> Iterator[str]:
-    yield f"{number(summary.rows - summary.pending)}/{number(summary.rows)}"
+    yield f"{number(summary.done)}/{number(summary.rows)}"
     yield f"{number(failures(summary))} failed"
     if summary.retrying is not None:
         yield f"{number(summary.retrying.rows)} retried"

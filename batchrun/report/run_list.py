@@ -133,7 +133,7 @@ def _run(path: Path, now: datetime) -> ListedRun:
         working=found.working,
         complete=summary.complete,
         rows=summary.rows,
-        done=summary.rows - summary.pending,
+        done=summary.done,
         failed=failures(summary),
         pending=summary.pending,
         by_status=summary.by_status,

@@ -5,10 +5,9 @@ from datetime import UTC, datetime
 import msgspec
 
 from batchrun.errors import CheckpointError
-from batchrun.prices import PriceTable
 from batchrun.report.summary import Moment, read, summarise
 from batchrun.run_summary import Summary
-from batchrun.store import at_rest
+from batchrun.store import at_rest, price_tables
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -61,7 +60,7 @@ def from_checkpoint(directory: RunDirectory, checkpoint: Checkpoint, written: Su
     if Manifest.ENTRY not in entries and written is not None:
         return written  # killed while the input was checked: nothing was sent
     known = Manifest.decode(entries)
-    prices = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
+    prices = price_tables.decode(entries)
     rows = known.rows
     if written is not None and written.run_id == known.run_id:
         opened = max((chunk.end_row - known.first_row for chunk in checkpoint.chunks()), default=0)

@@ -18,7 +18,7 @@ def lines(directory: RunDirectory, found: RunState) -> Iterator[str]:
     summary = found.summary
     state = "died; run the same command again to resume" if found.died else summary.state
     yield f"{summary.job}  {state}" + (f" (pid {summary.pid} on {summary.host})" if found.working else "")
-    done = summary.rows - summary.pending
+    done = summary.done
     counts = ", ".join(f"{rows:,} {status}" for status, rows in summary.by_status.items())
     if summary.rows:
         yield f"rows    {done:,} of {summary.rows:,} done, {summary.pending:,} pending" + (counts and f": {counts}")

@@ -16,7 +16,7 @@ def frame(summary: Summary, lines: list[str], columns: int, rows: int, harmless:
     shown = [*lines, ""]
     if summary.rows:
         room = max(4, min(60, columns - 24))  # a name and a number stand beside the bar
-        shown.append(_bar("done", summary.rows - summary.pending, summary.rows, room))
+        shown.append(_bar("done", summary.done, summary.rows, room))
         shown += [_bar(str(status), count, summary.rows, room) for status, count in summary.by_status.items()]
         reasons = {} if summary.retrying is None else summary.retrying.reasons
         shown += [_bar(f"retry {reason}", count, summary.rows, room) for reason, count in reasons.items()]

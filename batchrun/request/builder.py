@@ -35,6 +35,8 @@ MAX_EXPECTED = 64
 
 Body = dict[str, Any]
 
+_KEY = hashlib.blake2b(digest_size=16)
+
 _SERVED_BY = frozenset({"service_tier", "prompt_cache_key"})
 """Fields that change how a request is served, and what it costs, but not what is asked."""
 
@@ -95,7 +97,25 @@ class RequestBuilder:
         Raises:
             InputError: the row makes no valid request; the message says why, without the place.
         """
-        return self._made(row, None, image_parts.without)[0] if self._frame is None else self._filled(row, self._frame)
+        if (frame := self._frame) is None:
+            return self._made(row, None, image_parts.without)[0]
+        try:
+            body, question = frame.filled(row.columns)
+        except UnicodeEncodeError as error:
+            raise _half_a_character(error) from error
+        key = _KEY.copy()  # without its parameters read again
+        key.update(question)
+        key.update(self._endpoint_name)
+        return Request(
+            row.row,
+            key.digest(),
+            body[:-1] + self._stream if self._stream else body,
+            frame.model,
+            len(body),
+            self._max_output or 0,
+            expected=self._expected,
+            choices=self._choices or 1,
+        )
 
     def identify(self, row: Row, read: Callable[[Source], Image]) -> tuple[Request, bytes]:
         """The request as `build` gives it, but with its key, and the digest of its pictures as `read` finds them.
@@ -121,25 +141,6 @@ class RequestBuilder:
             return None
         system = [] if request.system is None else [("system", request.system)]
         return Frame(request.model, [*system, ("user", request.prompt)], self._parameters, _SERVED_BY)
-
-    def _filled(self, row: Row, frame: Frame) -> Request:
-        """The request of a row whose body differs from others in its texts alone."""
-        try:
-            body, question = frame.filled(row.columns)
-        except UnicodeEncodeError as error:
-            raise _half_a_character(error) from error
-        key = hashlib.blake2b(question, digest_size=16)
-        key.update(self._endpoint_name)
-        return Request(
-            row.row,
-            key.digest(),
-            body[:-1] + self._stream if self._stream else body,
-            frame.model,
-            len(body),
-            self._max_output or 0,
-            expected=self._expected,
-            choices=self._choices or 1,
-        )
 
     def _made(
         self,
@@ -190,7 +191,8 @@ class RequestBuilder:
     def _key(self, body: Body) -> bytes:
         if not _SERVED_BY.isdisjoint(body):
             body = {name: value for name, value in body.items() if name not in _SERVED_BY}
-        key = hashlib.blake2b(image_parts.canonical(body), digest_size=16)
+        key = _KEY.copy()
+        key.update(image_parts.canonical(body))
         key.update(self._endpoint_name)
         return key.digest()
 

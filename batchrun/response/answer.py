@@ -220,10 +220,10 @@ def has_token(data: bytes) -> bool:
     deltas = (
         [messages.delta(choice) for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
     )
-    return any(delta.get(name) for delta in deltas if delta is not None for name in _SPOKEN)
+    return any(delta.get(name) for delta in deltas if delta is not None for name in _DELTA_PARTS)
 
 
-_SPOKEN = ("content", "function_call", "tool_calls", "reasoning_content", "reasoning", "refusal")
+_DELTA_PARTS = ("content", "function_call", "tool_calls", "reasoning_content", "reasoning", "refusal")
 """What servers call the parts of a delta (practice)."""
 
 
@@ -236,18 +236,18 @@ def is_done(data: bytes) -> bool:
 
 
 def _from_events(pieces: Iterable[bytes], choices: int) -> Answer:
-    """A stream folded into the completion it spells. Without `[DONE]` it is whole only if every choice that was asked
+    """The completion that a stream's events add up to. Without `[DONE]` it is whole only if every choice that was asked
     for, and any other that began, has its finish_reason.
     """
-    spelled = _Spelled()
+    streamed = _StreamedAnswer()
     done = False
     for event in chain.from_iterable(_separated(event) for event in sse.events(pieces)):
         if done := event.data.strip() == _DONE:
             break
-        spelled.take(event)
-        if done := spelled.ended:
+        streamed.take(event)
+        if done := streamed.ended:
             break
-    return spelled.answer(done=done, choices=choices)
+    return streamed.answer(done=done, choices=choices)
 
 
 def _separated(event: sse.Event) -> Iterable[sse.Event]:
@@ -265,13 +265,13 @@ def _separated(event: sse.Event) -> Iterable[sse.Event]:
 _FIELD = b"data:"
 
 
-_WORDLESS = "the stream ended with an error"
+_NO_MESSAGE = "the stream ended with an error"
 
 _LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata")
 """Of these the last event that has one counts; of `usage` and `error` the last that says something."""
 
 
-class _Spelled:
+class _StreamedAnswer:
     """What the events of a stream add up to."""
 
     def __init__(self) -> None:
@@ -287,9 +287,9 @@ class _Spelled:
         decoded, lenient = _decode_piece(event.data)
         if event.name == b"error":  # whatever it holds says what went wrong
             if not isinstance(decoded, dict):
-                decoded = {"error": event.data.decode("utf-8", "replace") or _WORDLESS}
+                decoded = {"error": event.data.decode("utf-8", "replace") or _NO_MESSAGE}
             elif not decoded.get("error"):
-                decoded = {"error": decoded or _WORDLESS}
+                decoded = {"error": decoded or _NO_MESSAGE}
         if not isinstance(decoded, dict):
             if event.whole:  # else it was cut, which is no oddity of its own
                 self._flagged |= lenient
@@ -301,7 +301,7 @@ class _Spelled:
             self.ended = decoded["type"] in responses_object.ENDS
             decoded = responses_object.as_chunk(decoded)
             message = decoded.get("choices", [{}])[0].get("message")
-            if message is not None and any(message.get(name) for name in _SPOKEN):
+            if message is not None and any(message.get(name) for name in _DELTA_PARTS):
                 self._messages.pop(0, None)  # the last event holds the whole message: it replaces the deltas
         for name in _LAST_COUNTS:
             if (value := decoded.get(name)) is not None:

@@ -7,7 +7,7 @@ an answer would look like none.
 import re
 import zlib
 
-ASKED_FOR = "gzip, deflate"
+ACCEPTED = "gzip, deflate"
 
 _GZIP = 16 + zlib.MAX_WBITS  # 16 means a gzip header instead of zlib's (zlib.h, inflateInit2)
 _GZIP_FIRST = 0x1F

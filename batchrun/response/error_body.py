@@ -61,7 +61,7 @@ _WAIT = Pattern(
 class Failure(msgspec.Struct, frozen=True):
     """What the body says went wrong. `words` is what it says besides message and code: types, states, reasons.
 
-    `status` is the HTTP status that the body itself names, `wait_s` the seconds that it asks to wait.
+    `status` is the HTTP status that the body itself names, `wait_s` the seconds to wait that it names.
     """
 
     message: str
@@ -106,27 +106,27 @@ def _of_error(error: Any, body: Mapping[str, Any]) -> Failure:
     return _failure(text, _code(error) if isinstance(error, dict) else None, {})
 
 
-def _inside(said: Mapping[str, Any], depth: int) -> Failure | None:
+def _inside(fields: Mapping[str, Any], depth: int) -> Failure | None:
     """The failure that an object or one inside it reports."""
     if depth > MAX_DEPTH:
         return None
-    code = _code(said)
+    code = _code(fields)
     if code is not None and code.lower() in _FINE:
         return None
-    if (message := _first_text(said, _MESSAGE)) is not None:
-        detail, title = said.get("detail"), said.get("title")
+    if (message := _first_text(fields, _MESSAGE)) is not None:
+        detail, title = fields.get("detail"), fields.get("title")
         if isinstance(title, str) and isinstance(detail, str) and message == detail:
             message = f"{title}: {detail}"
-        return _failure(message, code, said)
+        return _failure(message, code, fields)
     for name in _INSIDE:
-        inner = said.get(name)
+        inner = fields.get(name)
         found: Failure | None = None
         if isinstance(inner, dict):
             found = _inside(inner, depth + 1)
         elif isinstance(inner, list):
             found = _of_list(inner, depth + 1)
         elif isinstance(inner, str) and inner and name in ("error", "err", "Error"):
-            found = _failure(inner, code, said)
+            found = _failure(inner, code, fields)
         if found is not None:
             return found if found.code is not None else msgspec.structs.replace(found, code=code)
     return None
@@ -153,41 +153,41 @@ def _of_list(items: list[Any], depth: int) -> Failure | None:
     return msgspec.structs.replace(known[0], message=message)
 
 
-def _failure(message: str, code: str | None, said: Mapping[str, Any]) -> Failure:
-    param = said.get("param")
+def _failure(message: str, code: str | None, fields: Mapping[str, Any]) -> Failure:
+    param = fields.get("param")
     if isinstance(param, str) and param and param not in message:
         message = f"{message} (param: {param})"
     message = message[:MAX_MESSAGE_CHARS]
     known = {message, code}
-    words = [word for word in _words(said, 0) if word not in known][:MAX_WORDS]
+    words = [word for word in _words(fields, 0) if word not in known][:MAX_WORDS]
     return Failure(
         message=message,
         code=code,
         words=" ".join(words) or None,
-        status=_status(said, code),
-        wait_s=_wait_s(said, message),
+        status=_status(fields, code),
+        wait_s=_wait_s(fields, message),
     )
 
 
-def _first_text(said: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    return next((value for name in names if isinstance(value := said.get(name), str) and value), None)
+def _first_text(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((value for name in names if isinstance(value := fields.get(name), str) and value), None)
 
 
-def _code(said: Mapping[str, Any]) -> str | None:
+def _code(fields: Mapping[str, Any]) -> str | None:
     for name in (*_CODE, *_SYMBOL):
-        value = said.get(name)
+        value = fields.get(name)
         if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
             return str(value).rpartition("#")[2][:MAX_CODE_CHARS]  # AWS: com.amazonaws.x#ThrottlingException
     return None
 
 
-def _status(said: Mapping[str, Any], code: str | None) -> int | None:
+def _status(fields: Mapping[str, Any], code: str | None) -> int | None:
     """The HTTP status that the object names; the vendor's own codes begin with it (40201 is a 402)."""
-    for value in (*(said.get(name) for name in _STATUS), code):
+    for value in (*(fields.get(name) for name in _STATUS), code):
         text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
         if text.isascii() and text.isdigit() and len(text) == 3 and 400 <= int(text) < 600:
             return int(text)
-    vendors = "error_code" in said and "code" in said
+    vendors = "error_code" in fields and "code" in fields
     if vendors and code is not None and re.fullmatch(r"[45]\d{4}", code):
         return int(code[:3])
     return None
@@ -208,10 +208,10 @@ def _words(value: Any, depth: int) -> Iterator[str]:
             yield from _words(item, depth + 1)
 
 
-def _wait_s(said: Mapping[str, Any], message: str) -> float | None:
+def _wait_s(fields: Mapping[str, Any], message: str) -> float | None:
     """Seconds to wait: a field, one of the `metadata`, Google's RetryInfo among the `details`, or words."""
-    details = said.get("details")
-    for each in (said, said.get("metadata"), *(details if isinstance(details, list) else ())):
+    details = fields.get("details")
+    for each in (fields, fields.get("metadata"), *(details if isinstance(details, list) else ())):
         for name, scale in _WAITS if isinstance(each, dict) else ():
             value = each.get(name)
             if isinstance(value, dict):

@@ -32,7 +32,7 @@ class Meaning(StrEnum):
     """Unknown, or missing."""
 
 
-UNSAID = frozenset({None, "", "null", "none", "None"})
+NO_REASON = frozenset({None, "", "null", "none", "None"})
 """What servers send where they give no reason; Qwen's say "null"."""
 
 
@@ -112,7 +112,7 @@ _DENIED = Pattern(r"(^|_)(no|not|non|un|without)(_|$)")
 
 @lru_cache(maxsize=256)
 def meaning_of(reason: str | None) -> Meaning:
-    """What it means: by the table, else by the parts of the word; OTHER where nothing is said or no part is known.
+    """What it means: by the table, else by the parts of the word; OTHER where none of them is known.
 
     Of a compound such as `content_filter: RECITATION` (Gemini's compatible endpoint) the last known part counts.
     """
@@ -127,7 +127,7 @@ def meaning_of(reason: str | None) -> Meaning:
 
 def is_known(reason: str | None) -> bool:
     """False where its meaning is no more than a guess by its parts, or none."""
-    return reason in UNSAID or _in_table(reason) is not None
+    return reason in NO_REASON or _in_table(reason) is not None
 
 
 @lru_cache(maxsize=256)

@@ -88,7 +88,7 @@ _PASSED_AS = {"function": "arguments", "custom": "input"}
 
 
 class _Called(msgspec.Struct):
-    """What is called, as a stream's deltas spell it: a name, and the pieces of what is passed."""
+    """What a stream's deltas call: a name, and the pieces of what is passed."""
 
     name: str = ""
     passed: list[str] = []
@@ -104,7 +104,7 @@ class _Called(msgspec.Struct):
 
 
 class _ToolCall(msgspec.Struct):
-    """One call of a tool as a stream's deltas spell it: what is sent once, and the pieces of its arguments."""
+    """One call of a tool in a stream's deltas: the fields that are sent once, and the pieces of its arguments."""
 
     once: dict[str, Any] = {}
     called: dict[str, _Called] = {}

@@ -17,7 +17,7 @@ LEVEL = 3  # a third of the time of zlib's default, for a third more bytes (meas
 # zlib takes 4 × the window and 512 × 2^MEMORY_LEVEL bytes (zconf.h): 256 KB by default
 WINDOW_BITS = 13
 MEMORY_LEVEL = 6  # with that window: 64 KB for each stream that is being read
-PIECE_BYTES = 65_536
+PIECE_BYTES = 65_536  # of a stored stream, unpacked at a time: bounds what reading one takes
 
 
 class Packer:

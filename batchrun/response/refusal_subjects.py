@@ -60,7 +60,10 @@ _PATTERNS: Mapping[Subject, Pattern] = {
         r"|(check|upgrade) your plan|purchase|\u5145\u503c",
         _I,
     ),
-    Subject.QUOTA: Pattern(r"quota(?!increase)|allowance|per[ _-]?(day|month)\b|(daily|monthly)\b.{0,20}\blimit", _I),
+    # MiniMax 2056 ("usage limit exceeded": a plan's five hours)
+    Subject.QUOTA: Pattern(
+        r"quota(?!increase)|allowance|usage[ _-]limit|per[ _-]?(day|month)\b|(daily|monthly)\b.{0,20}\blimit", _I
+    ),
     # OpenAI, Azure, Groq (TPM, RPM), Cohere ("20 API calls / minute"), Google ("PerMinute", with 400 AWS throttling),
     # Mistral ("Requests rate limit exceeded"), Zhipu 1302 and 1305 (concurrency), DashScope ("Throttling.RateQuota")
     Subject.PACE: Pattern(

@@ -52,7 +52,7 @@ def as_completion(response: Body) -> Body:
 def as_chunk(event: Body) -> Body:
     """An event of a stream as the chunk of a chat completion's stream; empty for one that adds nothing.
 
-    The event that ends a stream holds the whole answer, as `message`: it counts instead of what the deltas spelled.
+    The event that ends a stream holds the whole answer, as `message`: it counts instead of the deltas.
     """
     kind, delta = event.get("type"), event.get("delta")
     match kind:

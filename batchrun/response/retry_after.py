@@ -1,12 +1,28 @@
-"""How long an answer asks to wait: the forms of Retry-After, and durations in words. PURE. RFC 9110, section 10.2.3."""
+"""How long a server wants the client to wait: Retry-After (RFC 9110, section 10.2.3), and durations in words. PURE."""
 
 import email.utils
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 
 LEAST_EPOCH_S = 1.5e9
 """A larger number of seconds is no wait but a moment, in seconds since 1970 or, a thousand times as large, in ms."""
+
+MOST_RESET_S = 86_400.0
+
+RESETS = (
+    ("x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"),
+    ("x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"),
+    ("anthropic-ratelimit-requests-remaining", "anthropic-ratelimit-requests-reset"),
+    ("anthropic-ratelimit-tokens-remaining", "anthropic-ratelimit-tokens-reset"),
+    ("anthropic-ratelimit-input-tokens-remaining", "anthropic-ratelimit-input-tokens-reset"),
+    ("anthropic-ratelimit-output-tokens-remaining", "anthropic-ratelimit-output-tokens-reset"),
+    ("x-ratelimit-remaining", "x-ratelimit-reset-after"),
+    ("x-ratelimit-remaining", "x-ratelimit-reset"),
+    ("x-rate-limit-remaining", "x-rate-limit-reset"),
+    ("ratelimit-remaining", "ratelimit-reset"),
+)
+"""What is left of a limit, and when it resets (docs/servers.md has who sends which)."""
 
 _DURATION = re.compile(
     r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>ms|milliseconds?|s|sec(?:ond)?s?|m|min(?:ute)?s?|h|hours?)"
@@ -15,13 +31,13 @@ _UNIT_S = {"ms": 0.001, "mi": 60.0, "m": 60.0, "s": 1.0, "h": 3600.0}
 
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that the server asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as an HTTP date; and what
-    servers send besides: `10s`, `1m30s`, seconds or milliseconds since 1970, an ISO date.
+    """Seconds that the server asks to wait: `retry-after-ms`, `x-ms-retry-after-ms`, or `Retry-After` in seconds or as
+    an HTTP date; and what servers send besides: `10s`, `1m30s`, seconds or milliseconds since 1970, an ISO date.
 
     None where absent or meaningless (negative, no number, a moment in the past). A moment is compared with the
     server's own `Date` where it sends one, so a skewed clock does no harm.
     """
-    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+    for name, scale in (("retry-after-ms", 0.001), ("x-ms-retry-after-ms", 0.001), ("retry-after", 1.0)):
         text = headers.get(name, "").strip()
         seconds = _number(text)
         if seconds is None and name == "retry-after" and _DURATION.match(text):
@@ -29,16 +45,60 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
         if seconds is not None and seconds * scale < LEAST_EPOCH_S:
             return seconds * scale
 
-    text = headers.get("retry-after", "").strip()
-    if (then := _number(text)) is not None:  # since 1970, in seconds or milliseconds
-        then = then if then < LEAST_EPOCH_S * 1000 else then / 1000
-    elif (then := _timestamp(datetime.fromisoformat, text)) is None:
-        then = _timestamp(email.utils.parsedate_to_datetime, text)
+    then = _moment(headers.get("retry-after", "").strip())
     if then is None:
         return None
-    sent = _timestamp(email.utils.parsedate_to_datetime, headers.get("date", ""))
-    wait_s = then - (sent or now)
+    wait_s = then - (_timestamp(email.utils.parsedate_to_datetime, headers.get("date", "")) or now)
     return wait_s if wait_s > 0 else None
+
+
+def reset_s(headers: Mapping[str, str], now: float) -> float | None:
+    """Seconds until the limit that a 429 met holds again, by its rate limit headers; None where they don't say.
+
+    The latest reset of the limits that are used up; without a `remaining` no one knows which one it is, and the
+    earliest counts. A reset that is more than a day away is ignored: no limit lasts longer, and some units are unknown.
+    """
+    used_up, unknown = [], []
+    now = _timestamp(email.utils.parsedate_to_datetime, headers.get("date", "")) or now
+    for remaining, reset in _stated(headers):
+        seconds = _reset_in_s(reset, now)
+        if seconds is None or not 0 < seconds <= MOST_RESET_S:
+            continue
+        if (left := _number(remaining)) is None:
+            unknown.append(seconds)
+        elif left < 1:
+            used_up.append(seconds)
+    return max(used_up) if used_up else min(unknown, default=None)
+
+
+def _stated(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """What each limit has left and when it resets, as texts."""
+    for remaining, reset in RESETS:
+        if text := headers.get(reset, "").strip():
+            yield headers.get(remaining, "").strip(), text
+    # draft-ietf-httpapi-ratelimit-headers: `"default";r=0;t=30` since its version 8, `remaining=0, reset=30` in its 7th
+    stated = headers.get("ratelimit", "")[:500]
+    if "reset=" in stated:
+        yield _parameter(stated, "remaining"), _parameter(stated, "reset")
+    else:
+        for policy in stated.split(","):
+            yield _parameter(policy, "r"), _parameter(policy, "t")
+
+
+def _parameter(text: str, name: str) -> str:
+    found = re.search(rf"(?:^|[;,\s]){name}=(\d{{1,15}})", text)
+    return found[1] if found else ""
+
+
+def _reset_in_s(text: str, now: float) -> float | None:
+    """From seconds, `6m0s`, a moment in seconds or milliseconds since 1970, an ISO date or an HTTP date."""
+    number = _number(text)
+    if number is None and _DURATION.match(text):
+        return duration_s(text)
+    if number is not None and number < LEAST_EPOCH_S:
+        return number
+    then = _moment(text)
+    return None if then is None else then - now
 
 
 def duration_s(text: str) -> float | None:
@@ -57,6 +117,15 @@ def duration_s(text: str) -> float | None:
 
 def _number(text: str) -> float | None:
     return float(text) if re.fullmatch(r"\d{1,18}(\.\d{1,9})?", text) else None
+
+
+def _moment(text: str) -> float | None:
+    """Seconds since 1970, from such a number (or milliseconds), an ISO date or an HTTP date."""
+    if (number := _number(text)) is not None:
+        return number if number < LEAST_EPOCH_S * 1000 else number / 1000
+    if (then := _timestamp(datetime.fromisoformat, text)) is not None:
+        return then
+    return _timestamp(email.utils.parsedate_to_datetime, text)
 
 
 def _timestamp(parse: Callable[[str], datetime], text: str) -> float | None:

@@ -13,11 +13,11 @@ PACK_BYTES = 16_384
 
 
 class Stream:
-    """The bytes of one stream. `size` counts them; `speaks`: a first token has come; `done`: the last event, too."""
+    """The bytes of one stream. `size` counts them; `has_token`: a first token has come; `done`: the last event, too."""
 
     def __init__(self, cleaner: Cleaner) -> None:
         self.size = 0
-        self.speaks = False
+        self.has_token = False
         self.done = False
         self._decoder = sse.Decoder()
         self._cleaner = cleaner
@@ -33,7 +33,7 @@ class Stream:
         if self._gathered_bytes >= PACK_BYTES:
             self._pack()
         for event in self._decoder.feed(piece):
-            self.speaks = self.speaks or has_token(event.data)
+            self.has_token = self.has_token or has_token(event.data)
             self.done = self.done or is_done(event.data)
 
     def stored(self) -> bytes:

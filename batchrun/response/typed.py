@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from batchrun.records import Answer, Usage
-from batchrun.response.usage import MAX_COUNT, MAX_UNSAID
+from batchrun.response.usage import MAX_COUNT, MAX_UNSTATED
 
 MAX_CREATED = 253_402_300_799
 """The end of year 9999: what is later fits into no timestamp."""
@@ -86,7 +86,7 @@ def read(body: bytes) -> Answer | None:
     reasoning = None if details is None else details.reasoning_tokens
     if not (prompt or completion) or (cached and (cached > prompt or total == prompt + completion + cached)):
         return None
-    if (reasoning is not None and reasoning > completion) or total - prompt - completion > MAX_UNSAID:
+    if (reasoning is not None and reasoning > completion) or total - prompt - completion > MAX_UNSTATED:
         return None
 
     choice = found.choices[0]

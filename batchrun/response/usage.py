@@ -13,7 +13,7 @@ from batchrun.records import Usage
 MAX_COUNT = 10**9
 """Tokens. No request has a billion; a larger count is an error of the server's that no bill should be made of."""
 
-MAX_UNSAID = 65_536
+MAX_UNSTATED = 65_536
 """Tokens that a total may have beyond prompt and completion where nothing states them. Gemini's compatible endpoint
 hides its thinking there, and answers with no more (ai.google.dev, "Models": output token limit). A larger total adds up
 several requests, and is not believed."""
@@ -148,7 +148,7 @@ def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, A
     """
     if not earlier:
         return later
-    both = earlier | {name: value for name, value in later.items() if name not in earlier or _tells(value)}
+    both = earlier | {name: value for name, value in later.items() if name not in earlier or _is_more_than_zero(value)}
     name = next((path[0] for path in _COMPLETION if count(later.get(path[0]))), None)
     if name is None or _first(later, _PROMPT) != 0 or not (prompt := _first(earlier, _PROMPT)):
         return both
@@ -160,9 +160,11 @@ def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, A
     return {**{key: value for key, value in both.items() if (key,) not in _TOTAL}, name: whole, "total_tokens": total}
 
 
-def _tells(value: Any) -> bool:
+def _is_more_than_zero(value: Any) -> bool:
     """False for null, zero, and an object of nothing else."""
-    return any(_tells(each) for each in value.values()) if isinstance(value, dict) else value not in (None, 0, "0")
+    if isinstance(value, dict):
+        return any(map(_is_more_than_zero, value.values()))
+    return value not in (None, 0, "0")
 
 
 def in_choice(choice: Any) -> dict[str, Any] | None:
@@ -304,7 +306,7 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
 
 def _plausible(total: int, stated: int, reasoning: int | None) -> int:
     """The total, or what is stated apart from it where it is too large for one answer."""
-    return stated if total - stated > max(MAX_UNSAID, reasoning or 0) else total
+    return stated if total - stated > max(MAX_UNSTATED, reasoning or 0) else total
 
 
 def _cache_is_beside(usage: Mapping[str, Any], prompt: int, cache: int, excess: int, reasoning: int) -> bool:
@@ -332,7 +334,12 @@ def _at(value: Any, path: Path) -> Any:
 
 
 def _counts(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> Iterator[int]:
-    return (number for path in paths if (number := count(_at(usage, path))) is not None)
+    for path in paths:
+        value = usage.get(path[0])
+        if value is None:
+            continue  # most names are of other vendors
+        if (number := count(_at(value, path[1:]))) is not None:
+            yield number
 
 
 def _first(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> int | None:

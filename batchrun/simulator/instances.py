@@ -14,7 +14,7 @@ _TRIES = 8  # draws at one place before it counts as impossible
 _SHALLOW = 4  # below this depth optional things are left out, so that recursive schemas come to an end
 _DEEPEST = 40  # far below Python's own limit on recursion, of which a level here takes several frames
 _MOST_NODES = 5_000  # bounds the work a hostile or huge schema may cause
-_LONGEST_TEXT = 100_000
+_LONGEST_TEXT = 100_000  # characters; bounds the same
 _LARGEST = 2**53  # beyond it JSON numbers are not exact everywhere (RFC 8259, section 6)
 
 _TEXT = (

@@ -14,13 +14,10 @@ import msgspec
 from msgspec import UNSET
 
 from batchrun.simulator.limits import Bucket
+from batchrun.simulator.tokens import BYTES_PER_TOKEN, CACHE_FROM_TOKENS, CACHE_STEP_TOKENS
 from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat, TextPart
 
-# this and the next: see the address above
-FROM_TOKENS = 1_024
-STEP_TOKENS = 128
-_ROUTING_TOKENS = 256
-_BYTES_PER_TOKEN = 4  # as tokens.py counts
+_ROUTING_TOKENS = 256  # this and the next: see the address above
 _REQUESTS_PER_MINUTE = 15
 _MACHINES = 500  # so many that a machine chosen by chance is rarely warm, as behind a large provider
 
@@ -59,7 +56,7 @@ class PromptCache:
         for index in range(len(prompt.prefixes) - 1, -1, -1):
             if self._kept_until_s.get((machine, prompt.prefixes[index]), 0.0) > now_s:
                 self.keep(msgspec.structs.replace(prompt, prefixes=prompt.prefixes[: index + 1]), machine, now_s)
-                return FROM_TOKENS + index * STEP_TOKENS
+                return CACHE_FROM_TOKENS + index * CACHE_STEP_TOKENS
         return 0
 
     def keep(self, prompt: Prompt, machine: int, now_s: float) -> None:
@@ -86,11 +83,11 @@ def prompt_of(request: ChatRequest) -> Prompt:
                 parts.append(part.encode())
     text = b"".join(parts)
 
-    digest = blake2b(text[: _ROUTING_TOKENS * _BYTES_PER_TOKEN], digest_size=16)
+    digest = blake2b(text[: _ROUTING_TOKENS * BYTES_PER_TOKEN], digest_size=16)
     digest.update(b"" if request.prompt_cache_key is UNSET else str(request.prompt_cache_key).encode())
     chain, prefixes = blake2b(request.model.encode(), digest_size=16), list[bytes]()
-    for end in range(FROM_TOKENS, len(text) // _BYTES_PER_TOKEN + 1, STEP_TOKENS):
-        start = 0 if end == FROM_TOKENS else end - STEP_TOKENS
-        chain.update(text[start * _BYTES_PER_TOKEN : end * _BYTES_PER_TOKEN])
+    for end in range(CACHE_FROM_TOKENS, len(text) // BYTES_PER_TOKEN + 1, CACHE_STEP_TOKENS):
+        start = 0 if end == CACHE_FROM_TOKENS else end - CACHE_STEP_TOKENS
+        chain.update(text[start * BYTES_PER_TOKEN : end * BYTES_PER_TOKEN])
         prefixes.append(chain.copy().digest())
     return Prompt(digest.digest(), tuple(prefixes))

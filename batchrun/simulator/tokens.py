@@ -8,10 +8,10 @@ from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat
 BYTES_PER_TOKEN = 4  # English prose under the usual vocabularies
 _MESSAGE_TOKENS = 4  # the frame around each message
 _REPLY_TOKENS = 3  # the start of the reply
-_IMAGE_TOKENS = {"low": 85, "high": 765, "auto": 765}
+_IMAGE_TOKENS = {"low": 85, "high": 765, "auto": 765}  # one size stands for all
 # What OpenAI documents of prompt caching: prefixes from 1,024 tokens on, in steps of 128.
-_CACHE_FROM_TOKENS = 1_024
-_CACHE_STEP_TOKENS = 128
+CACHE_FROM_TOKENS = 1_024
+CACHE_STEP_TOKENS = 128
 
 
 def text_tokens(text: str) -> int:
@@ -35,7 +35,7 @@ def cached_tokens(request: ChatRequest) -> int:
     if first.role not in ("system", "developer"):
         return 0
     count = _message_tokens(first)
-    return count - count % _CACHE_STEP_TOKENS if count >= _CACHE_FROM_TOKENS else 0
+    return count - count % CACHE_STEP_TOKENS if count >= CACHE_FROM_TOKENS else 0
 
 
 def _message_tokens(message: Message) -> int:

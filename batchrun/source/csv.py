@@ -27,8 +27,8 @@ BLOCK_BYTES = (1 << 20, 8 << 20)
 Arrow reads more than 30 blocks ahead (measured: 45 MB in all for blocks of 1 MB, 300 MB for 8 MB).
 """
 
-BATCH_ROWS = 1024
-HEADER_BYTES = 1 << 16
+BATCH_ROWS = 1024  # as for Parquet
+HEADER_BYTES = 1 << 16  # what is read to find the delimiter: the longest header that is looked at
 
 
 def schema_of(path: InputFile) -> pa.Schema:

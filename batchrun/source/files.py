@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from batchrun.errors import InputError
-from batchrun.source import partitions
+from batchrun.source import partitions, unsupported
 from batchrun.source.content import Format, format_of, reading
 from batchrun.source.partitions import Filters
 from batchrun.storage import objects, urls
@@ -28,9 +28,12 @@ def find_files(path: str, filters: Filters = _ALL, access: Access = Access()) ->
 
     Raises:
         InputError: nothing matches; a filter names an unknown key; a file is unreadable, not a regular file, or in
-            another format than the first.
+            another format than the first; the folder is one of a table format (Delta, Iceberg, Hudi).
     """
     files = tuple(sorted(_remote_matches(path, access) if urls.is_url(path) else _matches(path), key=str))
+    if not urls.is_url(path) and not Path(path).is_file():
+        for folder in sorted({file.parent for file in files if isinstance(file, Path)} or {Path(path)}):
+            unsupported.refuse_table(folder)
     if not files:
         raise InputError(
             f"{path}: no input file there{_folders_in(path)}; name a JSONL or Parquet file, CSV, a directory, or a glob"

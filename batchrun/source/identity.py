@@ -12,7 +12,7 @@ from batchrun.errors import InputError
 from batchrun.source.content import reading
 from batchrun.storage.objects import InputFile, RemoteFile
 
-COPY_BYTES = 1 << 20
+COPY_BYTES = 1 << 20  # any size does that makes few reads and needs little memory
 
 
 class FileIdentity(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from batchrun.errors import InputError
 from batchrun.source import parquet, unify
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20  # as JSON lines are read
 BATCH_ROWS = 1 << 14  # a polars table may come as one batch
 
 

@@ -84,7 +84,7 @@ class JsonlSource:
         """
         lines: list[bytes] = []
         size, end = 0, start
-        prefixes = [msgspec.json.encode(keys)[:-1] if keys else b"" for keys in self._keys]
+        prefixes = [msgspec.json.encode(keys)[:-1] if keys else b"" for keys in self._keys]  # such as `{"k":1`
         for line in self._lines(start):
             if line.ordinal not in skip:
                 if line.text is None:
@@ -93,7 +93,11 @@ class JsonlSource:
                     window, lines, size = _window(lines, end), [], 0
                     yield window  # its lines have been released
                     del window
-                text = _with_keys(prefixes[line.file], line.text) if prefixes[line.file] else line.text
+                text = line.text
+                if keys := prefixes[line.file]:
+                    # The folders' keys come first: the decoder keeps the last value, which is the line's own.
+                    members = text.strip()[1:]
+                    text = keys + (b"" if members.lstrip().startswith(b"}") else b",") + members
                 lines.append(text)
                 size += len(text)
             end = line.after()
@@ -137,15 +141,6 @@ class JsonlSource:
                     yield _Line(index, number, ordinal, text, offset)
                     ordinal += 1
             offset = number = 0
-
-
-def _with_keys(keys: bytes, line: bytes) -> bytes:
-    """The object in `line` with the folders' `keys` first, which are bytes such as `{"k":1`.
-
-    A key that the line has itself comes later, and the decoder keeps the last value.
-    """
-    members = line.strip()[1:]
-    return keys + (b"" if members.lstrip().startswith(b"}") else b",") + members
 
 
 def _window(lines: list[bytes], end: Position) -> Window:

@@ -15,7 +15,7 @@ from batchrun.source.content import reading
 from batchrun.storage.objects import InputFile, RemoteFile
 
 BATCH_ROWS = 1024  # larger is no faster (measured); 1,024 copies of a 40 KB text from a dictionary are 40 MB
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 1 << 20  # by the average row of its group: fewer of long rows are in memory at once
 TAIL_BYTES = 8  # at the end: the length of the footer in four bytes, then "PAR1"
 PAGE_BUFFER_BYTES = 1 << 18  # without it, a whole column chunk is read at once: 1 GB for a 1 GB row group (measured)
 REMOTE_BUFFER_BYTES = 4 << 20  # a column's bytes that one request brings; a request takes tens of milliseconds

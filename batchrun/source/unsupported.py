@@ -115,6 +115,40 @@ def refuse(head: bytes, path: Path, packed: str | None = None) -> None:
     raise InputError(f"{path} {what}; {hint}")
 
 
+_DELTA = (
+    "python -c 'import sys, deltalake, pyarrow.parquet as p; "
+    "p.write_table(deltalake.DeltaTable(sys.argv[1]).to_pyarrow_table(), sys.argv[2])' {file} {new}  (needs deltalake)"
+)
+_ICEBERG = (
+    "python -c 'import sys, pyiceberg.table as t, pyarrow.parquet as p; "
+    "p.write_table(t.StaticTable.from_metadata(sys.argv[1]).scan().to_arrow(), sys.argv[2])' {file} {new}"
+    "  (needs pyiceberg)"
+)
+
+
+def refuse_table(folder: Path) -> None:
+    """Reject the folder of a table format: rows that the table has replaced or deleted are still in its data files.
+
+    `folder`: where data files are; above it may be folders named `key=value`.
+
+    Raises:
+        InputError: names the table and the command that writes its present rows.
+    """
+    while "=" in folder.name:
+        folder = folder.parent
+    why = "whose files may hold rows that the table no longer has"
+    if (folder / "_delta_log").is_dir():
+        raise InputError(f"{folder} is a Delta table, {why}; convert it with: {_filled(_DELTA, folder, '.parquet')}")
+    if (folder / ".hoodie").is_dir():
+        raise InputError(f"{folder} is a Hudi table, {why}; export its present rows as Parquet")
+    versions = [*folder.glob("metadata/*.metadata.json"), *folder.parent.glob("metadata/*.metadata.json")]
+    if versions and (folder.name == "data" or (folder / "metadata").is_dir()):
+        newest = max(versions, key=lambda version: version.stat().st_mtime_ns)
+        table = newest.parent.parent
+        command = _filled(_ICEBERG, newest, ".parquet", beside=table)
+        raise InputError(f"{table} is an Iceberg table, {why}; convert it with: {command}")
+
+
 def unpack_hint(tool: str, path: Path) -> str:
     """What to do with a compressed file whose content is not text."""
     return "unpack it first: " + _filled(f"{tool} -dc {{file}} > {{new}}", path, None)
@@ -146,11 +180,11 @@ def _conversion_of(head: bytes, path: Path) -> _Conversion | None:
     return None
 
 
-def _filled(command: str, path: Path, ending: str | None) -> str:
+def _filled(command: str, path: Path, ending: str | None, beside: Path | None = None) -> str:
     """The command with the file names quoted for a shell. The new file's name is free, beside the old one's."""
-    base = path
+    base = beside or path
     if ending is None:
-        base = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+        base = base.with_suffix("") if base.suffix.lower() in _COMPRESSED else base
         ending = base.suffix
     stem = str(base.with_suffix(""))
     names = (f"{stem}{'.converted' if n else ''}{n if n > 1 else ''}{ending}" for n in count())

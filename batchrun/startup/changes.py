@@ -28,7 +28,6 @@ from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked, files
 from batchrun.tables.arrow_types import Column
-from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table
 
 
@@ -193,7 +192,7 @@ def lay_out(
     Windows behind the last answer are left to be opened in their turn. A `limit` opens no row that needn't be: behind
     it and the last answer.
     """
-    types = None if manifest.types is None else ColumnTypes.from_json(manifest.types)
+    types = manifest.column_types
     generation = 1 + max((chunk.generation for chunk in answers.chunks), default=0)
     left = sum(old != NONE for old in matches)
     chunks: list[Chunk] = []

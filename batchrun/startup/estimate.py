@@ -84,7 +84,7 @@ def estimate(
 def run_in_words(summary: Summary, changes: Changes | None) -> Iterator[str]:
     """What a run has so far: rows kept, failed and pending, and what changed."""
     failed = failures(summary)
-    kept = summary.rows - summary.pending
+    kept = summary.done
     spent = headline_usd(summary, ",.4f")
     yield f"run          {kept:,} of {plural(summary.rows, 'row')} done, {spent} spent"
     if failed:

@@ -72,6 +72,16 @@ class Survey(msgspec.Struct, frozen=True):
     mistakes: "tuple[tuple[Problem, int], ...]" = ()
 
 
+class _Sizes(msgspec.Struct):
+    """One model's requests: their number, and their upper bounds added up and at most."""
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    max_prompt_tokens: int = 0
+    max_output_tokens: int = 0
+
+
 class _Tally:
     """Counts while the survey runs."""
 
@@ -80,24 +90,25 @@ class _Tally:
         self.unusable, self.repeated = array("Q"), array("Q")
         self.first_problems: list[Problem] = []
         self.mistakes: dict[str, tuple[Problem, int]] = {}
-        self.models: dict[str, int] = {}
-        self.max_request: dict[str, tuple[int, int]] = {}
-        self.max_tokens: dict[str, tuple[int, int]] = {}
+        self._sizes: dict[str, _Sizes] = {}
         self.answer_schemas: set[str | None] = set()
         self._expected: Expected = ANYTHING
         self._keep = keep
 
     def accept(self, request: Request) -> None:
-        model, prompt, output = request.model, request.max_prompt_tokens, request.max_output_tokens
+        prompt, output = request.max_prompt_tokens, request.max_output_tokens
         self.rows += 1
         self.body_bytes += len(request.body)
         self.image_tokens += request.image_tokens
-        self.models[model] = self.models.get(model, 0) + 1
-        most_prompt, most_output = self.max_request.get(model, (-1, -1))
-        if prompt > most_prompt or output > most_output:
-            self.max_request[model] = (max(prompt, most_prompt), max(output, most_output))
-        prompts, outputs = self.max_tokens.get(model, (0, 0))
-        self.max_tokens[model] = (prompts + prompt, outputs + output)
+        if (sizes := self._sizes.get(request.model)) is None:
+            sizes = self._sizes[request.model] = _Sizes()
+        sizes.rows += 1
+        sizes.prompt_tokens += prompt
+        sizes.output_tokens += output
+        if prompt > sizes.max_prompt_tokens:
+            sizes.max_prompt_tokens = prompt
+        if output > sizes.max_output_tokens:
+            sizes.max_output_tokens = output
         if request.expected is self._expected:
             return
         self._expected = request.expected
@@ -110,9 +121,19 @@ class _Tally:
         self.rows -= 1
         self.body_bytes -= len(request.body)
         self.image_tokens -= request.image_tokens
-        self.models[request.model] -= 1
-        if not self.models[request.model]:
-            del self.models[request.model]
+        self._sizes[request.model].rows -= 1
+
+    def models(self) -> dict[str, int]:
+        """The requests of each model that is left."""
+        return {model: sizes.rows for model, sizes in self._sizes.items() if sizes.rows}
+
+    def max_request(self) -> dict[str, tuple[int, int]]:
+        """The largest (prompt tokens, output tokens) of a request, by model."""
+        return {model: (sizes.max_prompt_tokens, sizes.max_output_tokens) for model, sizes in self._sizes.items()}
+
+    def max_tokens(self) -> dict[str, tuple[int, int]]:
+        """The same of all requests together."""
+        return {model: (sizes.prompt_tokens, sizes.output_tokens) for model, sizes in self._sizes.items()}
 
     def reject(self, problem: Problem, ordinals: "array[int]") -> None:
         ordinals.append(problem.ordinal)
@@ -178,10 +199,10 @@ def survey(
         rejected=array("Q", heapq.merge(tally.unusable, tally.repeated)),
         first_problems=tuple(tally.first_problems),
         mistakes=tuple(tally.mistakes.values()),
-        models=tally.models,
+        models=tally.models(),
         body_bytes=tally.body_bytes,
-        max_request=tally.max_request,
-        max_tokens=tally.max_tokens,
+        max_request=tally.max_request(),
+        max_tokens=tally.max_tokens(),
         types=types,
         answer_schema=tally.answer_schemas.pop() if len(tally.answer_schemas) == 1 else None,
         image_tokens=tally.image_tokens,

@@ -123,7 +123,7 @@ def columns_in_words(source: Source, found: Survey) -> str | None:
 
 
 def schema_of(source: Source, known: Manifest) -> pa.Schema:
-    types = ColumnTypes() if known.types is None else ColumnTypes.from_json(known.types)
+    types = known.column_types or ColumnTypes()
     return output_schema(
         source.schema if isinstance(source, TableSource) else types.schema(),
         known.output,

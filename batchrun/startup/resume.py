@@ -14,7 +14,6 @@ from batchrun.errors import ANOTHER, CheckpointError, JobError
 from batchrun.job.job import Job
 from batchrun.limits import daily
 from batchrun.price_list import lookup
-from batchrun.prices import PriceTable
 from batchrun.row_status import failing
 from batchrun.source import Source, fingerprint
 from batchrun.startup import adopt, input_pass, preconditions, previous_run, stdin_copy, unsent_rows
@@ -22,10 +21,11 @@ from batchrun.startup import shard as shards
 from batchrun.startup.answer_match import Questions
 from batchrun.startup.estimate import estimate
 from batchrun.startup.run_options import RunOptions, Start
-from batchrun.store import origins, variants
+from batchrun.store import origins, price_tables, variants
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.manifest import InputShare, Manifest
 from batchrun.store.origins import Origins
+from batchrun.store.price_tables import Tables
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.variants import Variant
 
@@ -47,7 +47,7 @@ class Plan(msgspec.Struct, frozen=True):
     resumed: bool
     source: Source
     schema: pa.Schema
-    prices: dict[str, PriceTable | None]
+    prices: Tables
     origins: Origins | None = None
 
 
@@ -92,7 +92,7 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
     expected = estimate(found, job, plan.prices, to_send, None, daily.left_s(now), before)
     expected = msgspec.structs.replace(expected, rows=found.rows)  # those that are not sent cost nothing
     plan = msgspec.structs.replace(plan, manifest=msgspec.structs.replace(new, estimate=expected), origins=made)
-    entries = {**plan.manifest.encode(), "prices": _encode(plan.prices), **variants.encode(ways)}
+    entries = {**plan.manifest.encode(), **price_tables.encode(plan.prices), **variants.encode(ways)}
     checkpoint.write_manifest({**entries, origins.ENTRY: unsent_rows.encoded(made)})
     return plan
 
@@ -120,11 +120,11 @@ def _resume(start: Start, entries: dict[str, str], today: str) -> Plan:
         made = unsent_rows.stored_or_found(start, known, source)
     finally:  # other rows that were not accepted must not stay in the place of the run's own
         stdin_copy.settle(directory, Manifest.decode(checkpoint.manifest_entries()))
-    prices_known = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
+    prices_known = price_tables.decode(entries)
     limit = None if options.limit is None else max(options.limit, start.opened_rows(known))
     plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
     if plan.prices != prices_known:
-        checkpoint.write_manifest({"prices": _encode(plan.prices)})
+        checkpoint.write_manifest(price_tables.encode(plan.prices))
     return msgspec.structs.replace(plan, origins=made)
 
 
@@ -134,7 +134,7 @@ def _plan(
     ways: tuple[Variant, ...],
     variant: int,
     source: Source,
-    known: dict[str, PriceTable | None],
+    known: Tables,
     limit: int | None,
     today: str,
     *,
@@ -150,7 +150,3 @@ def _plan(
     rows = manifest.rows if limit is None else min(limit, manifest.rows)
     schema = input_pass.schema_of(source, manifest)
     return Plan(manifest, rows, ways, variant, resumed, source, schema, tables)
-
-
-def _encode(value: object) -> str:
-    return msgspec.json.encode(value).decode()

@@ -4,7 +4,7 @@ import functools
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, Self, cast
 
@@ -60,7 +60,7 @@ class Layout(msgspec.Struct, frozen=True):
             source,
             manifest.files,
             frozenset(manifest.rejected),
-            None if manifest.types is None else ColumnTypes.from_json(manifest.types),
+            manifest.column_types,
             schema,
             manifest.output,
             manifest.answer_column,
@@ -140,7 +140,7 @@ class Chunks:
                 self.seal(reopened)  # the process died between the last row's commit and the seal
         if not keep_settled:
             with self._sealed_one:
-                self._sealed_one.wait_for(lambda: self._failed or self._full_chunks() <= MOST_FULL)
+                self._sealed_one.wait_for(self._may_open)
         self._check_unchanged()
         window_read = self._next_window()
         if window_read is None:
@@ -151,6 +151,12 @@ class Chunks:
         if not opened.left:
             self.seal(opened)
         return opened
+
+    def _may_open(self) -> bool:
+        """False while too many chunks only wait to be sealed."""
+        # not `values()`: the thread that seals chunks may change the dictionary meanwhile
+        opened = [each for ref in self._open_chunks.valuerefs() if (each := ref()) is not None]
+        return self._failed or sum(not each.left for each in opened) - len(self._waiting) <= MOST_FULL
 
     def _mirror_opened(self, chunk: Chunk) -> None:
         if self._mirror is not None:
@@ -175,12 +181,6 @@ class Chunks:
             with self._sealed_one:
                 self._sealed_one.notify_all()
 
-    def _full_chunks(self) -> int:
-        """How many chunks only wait to be sealed."""
-        # not `values()`: the thread that seals chunks may change the dictionary meanwhile
-        opened = [each for ref in self._open_chunks.valuerefs() if (each := ref()) is not None]
-        return sum(not each.left for each in opened) - len(self._waiting)
-
     def _seal(self, open_chunk: OpenChunk) -> None:
         chunk = open_chunk.chunk
         generation = chunk.generation + 1
@@ -189,22 +189,26 @@ class Chunks:
         batches = self._batches(open_chunk, carried)
         part_digest = files.write_part(part, self._schema, batches, self._settings, chunk.rows)
         sealed = msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest, open=0)
-        self._checkpoint.seal_chunk(sealed, carried, keep=self._still_wanted(chunk), drop=self._wanted_last(open_chunk))
+        first, end = chunk.first_row, chunk.end_row
+        keep = [  # rows whose answer a row of a later chunk takes that is not sealed yet
+            row
+            for row, last in self._carry.last_copies(first, end).items()
+            if last >= end and (last >= self._next_row or self._chunk_of(last).open)
+        ]
+        taken = self._carried_rows(open_chunk, first, end).values()
+        before = {each.original for each in taken if each.of_this_run and each.original < first}
+        drop = [row for row in before if self._carry.last_copies(row, row + 1).get(row, -1) < end]  # no later one does
+        self._checkpoint.seal_chunk(sealed, carried, keep=keep, drop=drop)
         self.sealed[chunk.chunk] = self._on_record[chunk.chunk] = sealed
         self._open_chunks.pop(chunk.chunk, None)
         if carried and self._on_carried is not None:
-            self._on_carried(self._rows_in(part, carried))
+            name, rows = f"{self._settings.prefix}row", pa.array(sorted(carried), pa.int64())
+            self._on_carried(batch.filter(pc.is_in(batch.column(name), rows)) for batch in files.batches_of(part))
         self._input_of(chunk.chunk).unlink(missing_ok=True)
         if chunk.generation:
             self._directory.part_of(chunk.chunk, chunk.generation).unlink(missing_ok=True)
         if self._mirror is not None:
             self._mirror.sealed(sealed, self._directory, self._checkpoint)
-
-    def _rows_in(self, part: Path, rows: Container[int]) -> Iterator[pa.RecordBatch]:
-        name = f"{self._settings.prefix}row"
-        for batch in files.batches_of(part):
-            numbers = cast(list[int], batch.column(name).to_pylist())
-            yield batch.filter(pa.array([row in rows for row in numbers], pa.bool_()))
 
     # ── rows that take the answer of an equal one ─────────────────────────────────────────────────────────────────────
 
@@ -217,7 +221,9 @@ class Chunks:
         full.waits_for = {row for row in full.waits_for if self._chunk_of(row).open}
         full.waits_for -= self._checkpoint.rows_among(list(full.waits_for))
         for number in {self._chunk_of(row).chunk for row in full.waits_for}:
-            full.waits_for -= self._settled_in_base(self._on_record[number])
+            chunk = self._on_record[number]
+            if (base := self._base(chunk)) is not None:
+                full.waits_for -= set(base.rows) - self._checkpoint.reopened(chunk).keys()
         return not full.waits_for
 
     def _carried_rows(self, open_chunk: OpenChunk, first_row: int, end_row: int) -> dict[int, Taken]:
@@ -230,10 +236,6 @@ class Chunks:
         }
         found |= {row: each for row, each in open_chunk.copied_again.items() if row in rows}
         return dict(sorted(found.items()))
-
-    def _settled_in_base(self, chunk: Chunk) -> set[int]:
-        base = self._base(chunk)
-        return set() if base is None else set(base.rows) - self._checkpoint.reopened(chunk).keys()
 
     def _own_answers(self, rows: Sequence[int]) -> pa.Table:
         """The records of settled rows of this run, in this order: from the database, else from their parts."""
@@ -252,21 +254,6 @@ class Chunks:
 
     def _read_part(self, chunk: int, generation: int, digest: str) -> BasePart:
         return BasePart(self._directory.part_of(chunk, generation), digest, self._settings.prefix)
-
-    def _still_wanted(self, chunk: Chunk) -> list[int]:
-        """The rows of the chunk whose answer a row of a later chunk takes that is not sealed yet."""
-        wanted = self._carry.last_copies(chunk.first_row, chunk.end_row)
-        return [row for row, last in wanted.items() if last >= chunk.end_row and not self._is_sealed(last)]
-
-    def _wanted_last(self, open_chunk: OpenChunk) -> list[int]:
-        """The rows before the chunk whose answer no later one takes."""
-        first, end = open_chunk.chunk.first_row, open_chunk.chunk.end_row
-        taken = self._carried_rows(open_chunk, first, end).values()
-        before = {each.original for each in taken if each.of_this_run and each.original < first}
-        return [row for row in before if self._carry.last_copies(row, row + 1).get(row, -1) < end]
-
-    def _is_sealed(self, row: int) -> bool:
-        return row < self._next_row and not self._chunk_of(row).open
 
     def _chunk_of(self, row: int) -> Chunk:
         return self._on_record[bisect_right(self._on_record, row, key=lambda chunk: chunk.first_row) - 1]
@@ -343,7 +330,7 @@ class Chunks:
         self._position = window.end
         self._next += 1
         self._next_row = chunk.end_row
-        stored = StoredWindow(path, chunk.input_digest, chunk.first_row)
+        stored = StoredWindow(path, None, chunk.first_row)
         carried = self._carry.window(chunk.first_row, chunk.end_row)
         opened = self._open_chunks[chunk.chunk] = OpenChunk(chunk, stored, carried=carried)
         return opened
@@ -427,24 +414,17 @@ class Chunks:
             if chunk.open:
                 yield from self._batches(self._reopen(chunk), with_pending=True)
             else:
-                yield from files.sealed_batches(self._part_of(chunk), chunk.part_digest or "", chunk.rows)
+                part, digest = self._directory.part_of(chunk.chunk, chunk.generation), chunk.part_digest or ""
+                if self._settings.layout == "parts":  # a process killed at the end may have moved it to the result
+                    part = result_folder.place_of(part, chunk.chunk, digest, self._directory)
+                yield from files.sealed_batches(part, digest, chunk.rows)
         while (unread := self._next_window()) is not None:
-            yield from self._unread(unread)
-            self._position, self._next_row = unread.end, self._next_row + unread.rows
-
-    def _unread(self, window: Window) -> Iterator[pa.RecordBatch]:
-        row = self._next_row
-        for batch in window.table.to_batches(max_chunksize=BATCH_ROWS):
-            own = pending.beside(OWN_COLUMNS.empty_table(), row, row + batch.num_rows)
-            yield joined(typed([batch], self._types), own, self._schema, self._parsed)
-            row += batch.num_rows
-
-    def _part_of(self, chunk: Chunk) -> Path:
-        """The path of a sealed chunk. A process that was killed at the end may have moved it to the result already."""
-        part = self._directory.part_of(chunk.chunk, chunk.generation)
-        if self._settings.layout != "parts":
-            return part
-        return result_folder.place_of(part, chunk.chunk, chunk.part_digest or "", self._directory)
+            row = self._next_row
+            for batch in unread.table.to_batches(max_chunksize=BATCH_ROWS):
+                own = pending.beside(OWN_COLUMNS.empty_table(), row, row + batch.num_rows)
+                yield joined(typed([batch], self._types), own, self._schema, self._parsed)
+                row += batch.num_rows
+            self._position, self._next_row = unread.end, row
 
 
 def _by_size(

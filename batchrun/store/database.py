@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import msgspec
 
-from batchrun.durable import fsync
+from batchrun.durable import FILE_SIZE_STEP, fsync, is_at_size_limit
 from batchrun.errors import ANOTHER, BatchrunError, CheckpointError, DiskError, RunLockedError
 from batchrun.store.wal import commits_dropped
 
@@ -260,6 +260,8 @@ def _as_ours(path: Path, error: sqlite3.Error | UnicodeDecodeError | OSError) ->
             return DiskError(f"{path}: the disk is full; make room and run the same command again")
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return RunLockedError(f"{path}: another program has it open; close that one and run again")
+        case sqlite3.SQLITE_IOERR if is_at_size_limit(path, path.with_name(f"{path.name}-wal")):
+            return DiskError(f"{path}: the largest file that this process may write; {FILE_SIZE_STEP}")
         case _ if code in _REFUSALS:
             return DiskError(f"{path}: the disk refused a write ({error}); fix that and run the same command again")
         case _:

@@ -11,6 +11,7 @@ from batchrun.job.settings import Output
 from batchrun.run_summary import Estimate, MergedShard, Shard
 from batchrun.source import FileIdentity, Span
 from batchrun.tables.arrow_types import Column, column_of
+from batchrun.tables.json_columns import ColumnTypes
 
 
 class InputShare(msgspec.Struct, frozen=True):
@@ -88,6 +89,11 @@ class Manifest(msgspec.Struct, frozen=True):
     def encode(self) -> dict[str, str]:
         """The manifest as a checkpoint entry."""
         return {self.ENTRY: msgspec.json.encode(self).decode()}
+
+    @property
+    def column_types(self) -> ColumnTypes | None:
+        """The types of the input's columns if it is JSON lines."""
+        return None if self.types is None else ColumnTypes.from_json(self.types)
 
     @property
     def answer_column(self) -> Column:

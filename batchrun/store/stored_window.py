@@ -76,12 +76,18 @@ class StoredBatch:
 class StoredWindow:
     """An open chunk's input from row `first_row` on, mapped into memory."""
 
-    def __init__(self, path: Path, expected_digest: str, first_row: int) -> None:
-        with disk_errors(path):
-            found = digest(path) if path.exists() else None
-        if found != expected_digest:
-            what = "missing" if found is None else "damaged"
-            raise CheckpointError(f"{path}: the input of an open chunk is {what}")
+    def __init__(self, path: Path, expected_digest: str | None, first_row: int) -> None:
+        """`expected_digest` None: this process has just written it.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        if expected_digest is not None:
+            with disk_errors(path):
+                found = digest(path) if path.exists() else None
+            if found != expected_digest:
+                what = "missing" if found is None else "damaged"
+                raise CheckpointError(f"{path}: the input of an open chunk is {what}")
         self._path = path
         self._first_row = first_row
         self._mapped: pa.RecordBatchFileReader | None = None

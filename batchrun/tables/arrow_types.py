@@ -30,7 +30,7 @@ MAX_PLACES = 1_000
 double with every level.
 """
 
-MAX_DEPTH = 16
+MAX_DEPTH = 16  # bounds the recursion: what is deeper is JSON text
 
 INT64 = range(-(2**63), 2**63)
 
@@ -168,8 +168,7 @@ def _resolved(root: Schema, reference: str) -> Any:
 def _is_null(schema: Any) -> bool:
     if not isinstance(schema, dict):
         return False
-    said = schema.get("type"), schema.get("enum"), schema.get("const", ...)
-    return said[0] in ("null", ["null"]) or said[1] == [None] or said[2] is None
+    return schema.get("type") in ("null", ["null"]) or schema.get("enum") == [None] or schema.get("const", ...) is None
 
 
 def _of_values(values: Any) -> Column:

@@ -1,6 +1,6 @@
 """Rows that take their answer without a request: an earlier answer's columns under a new row. PURE
 
-What speaks of the answer is carried over; what speaks of a request is empty, since there was none: no attempts, no
+Columns of the answer are carried over; columns of a request are empty, since there was none: no attempts, no
 latency, no tokens, no cost. What the answer cost when it was paid for stands beside, in `reused_cost_usd`.
 """
 

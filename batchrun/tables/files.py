@@ -24,7 +24,7 @@ from batchrun.tables.rows import USAGE_COLUMNS
 
 BATCH_ROWS = 1000
 ROW_GROUP_BYTES = 4_000_000  # what one reader must hold, and what we do, about twice, while writing
-ROW_GROUP_ROWS = 65_536
+ROW_GROUP_ROWS = 65_536  # of rows that are so short that the bytes above would hold more
 
 Compression = Literal["zstd", "snappy", "gzip", "none"]
 

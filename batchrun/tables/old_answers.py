@@ -20,9 +20,9 @@ from batchrun.source import hive
 from batchrun.tables.rows import NOT_IN_PARSED, OWN_COLUMNS
 
 KEY = "request_key"
-KEYS_AT_ONCE = 262_144
-KEYS_A_BATCH = 32_768
-BATCH_ROWS = 1_000
+KEYS_AT_ONCE = 262_144  # 4 MB of keys
+KEYS_A_BATCH = 32_768  # where only keys and statuses are read
+BATCH_ROWS = 1_000  # where whole answers are read
 
 _ANSWERS = ("content", "function_call", "tool_calls")
 """Where an answer stands. A file that has no `status` has an answer where one of these is not null."""
@@ -117,7 +117,6 @@ class OldAnswers:
         return self._as_ours(table.take(pa.array([place[row] for row in rows], pa.int64())))
 
     def close(self) -> None:
-        """The file is let go."""
         self._file.close()
 
     def _at(self, row: int) -> pa.RecordBatch:

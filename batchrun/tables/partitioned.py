@@ -22,7 +22,7 @@ from batchrun.source.hive import NULL
 from batchrun.tables.files import Compression, ParquetFile, part_in, require_rows
 from batchrun.tables.rows import OWN_COLUMNS
 
-BLOCK_BYTES = 8_000_000
+BLOCK_BYTES = 8_000_000  # what is held in memory, and sorted by partition, at a time
 LONGEST_NAME = 255
 """Bytes of a folder's name, as Linux file systems allow."""
 

@@ -51,7 +51,7 @@ class LogLines:
             "files": summary.files,
         }
         level = "info" if not summary.exit_code else "warning"
-        done = f"{summary.rows - summary.pending:,} of {plural(summary.rows, 'row')} done"
+        done = f"{summary.done:,} of {plural(summary.rows, 'row')} done"
         message = summary.reason or f"{summary.state}: {done}, {failures(summary):,} failed, {headline_usd(summary)}"
         return self._line(at, level, ENDED, message, {**end, **figures(summary)})
 
@@ -72,7 +72,7 @@ def figures(summary: Summary) -> dict[str, object]:
     live, totals = summary.live, summary.totals
     return {
         "rows": summary.rows,
-        "done": summary.rows - summary.pending,
+        "done": summary.done,
         "pending": summary.pending,
         "failed": failures(summary),
         "retrying": 0 if summary.retrying is None else summary.retrying.rows,

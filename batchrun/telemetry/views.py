@@ -78,10 +78,9 @@ class Views:
         self._last = summary
         if summary.complete:  # the result may still go to an object store: `end` says how that ended
             summary = msgspec.structs.replace(summary, state="writing", exit_code=None)
-        if self._file is not None:
-            self._file.show(self._snapshot(summary))
-        if self.otel is not None:
-            self.otel.show(self._snapshot(summary))
+        for view in (self._file, self.otel):
+            if view is not None:
+                view.show(self._snapshot(summary))
 
     def end(self, exit_code: int, reason: str | None, summary: Summary | None) -> None:
         """The start has ended, with this summary if the run has one."""

@@ -67,7 +67,7 @@ class Deadlines(msgspec.Struct, frozen=True):
         age_s = now - exchange.sent_at
         if exchange.stream is None:
             return f"no whole answer within {self.whole_s:g} s" if age_s > self.whole_s else None
-        patience_s = self.idle_s if exchange.stream.speaks else self.whole_s
+        patience_s = self.idle_s if exchange.stream.has_token else self.whole_s
         if now - exchange.heard_at > patience_s:
             return f"a stream that was silent for {patience_s:g} s"
         return f"a stream without its end after {self.stream_s:g} s" if age_s > self.stream_s else None

@@ -75,7 +75,7 @@ class Receiver:
             if len(piece) > room:
                 return self._too_large()
             exchange.heard_at = time.monotonic()
-            if stream.speaks and exchange.first_token_at is None:
+            if stream.has_token and exchange.first_token_at is None:
                 exchange.first_token_at = exchange.heard_at
         return None
 

@@ -38,7 +38,7 @@ def open_session(
     headers = {
         "Content-Type": "application/json",
         "Accept": "application/json, text/event-stream",
-        "Accept-Encoding": encoding.ASKED_FOR,
+        "Accept-Encoding": encoding.ACCEPTED,
         "User-Agent": f"batchrun/{__version__}",
         **credentials.headers,
     }

@@ -21,7 +21,7 @@ from batchrun.job.job import all_settings
 from batchrun.job.load import from_tables, load
 from batchrun.job.settings import Retry
 from batchrun.limits.admission import Limit
-from batchrun.policy import BY_STATUS, FAULT_VERDICTS, judge
+from batchrun.policy import BY_STATUS, FAULT_VERDICTS, RULES, judge
 from batchrun.records import Attempt, PossiblyBilled, Status, Verdict
 from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
@@ -178,6 +178,10 @@ def test_every_metric_is_listed_with_its_meaning() -> None:
 
 def test_every_key_of_the_report_is_listed() -> None:
     assert tuple(bare(row[0]) for row in rows("docs/cost.md", "`--by`")) == KEYS
+    by, form = (next(each for each in cli.commands["report"].params if each.name == name) for name in ("by", "form"))
+    assert [key for key in KEYS if not re.search(rf"\b{key}\b", getattr(by, "help", ""))] == []
+    formats = text_of("docs/cost.md").partition("- **Formats.**")[2].partition("\n- ")[0]
+    assert [name for name in getattr(form.type, "choices", "") if f"`{name}`" not in formats] == []
 
 
 def test_every_bill_figure_has_its_formula() -> None:
@@ -219,6 +223,12 @@ def test_the_table_of_statuses_is_the_policys_own() -> None:
 def test_the_table_of_faults_is_the_policys_own() -> None:
     stated = [(bare(kind), bare(verdict)) for kind, verdict, *_ in rows("docs/failures.md", "`error.kind`", "verdict")]
     assert sorted(stated) == sorted((str(fault), str(verdict)) for fault, verdict in FAULT_VERDICTS.items())
+
+
+def test_every_kind_of_error_is_listed() -> None:
+    listed = text_of("docs/output.md").partition("\n`error.kind` is ")[2].partition("\n\n")[0]
+    of_refusals = {kind for _, kind in BY_STATUS.values()} | {rule.kind for rules in RULES.values() for rule in rules}
+    assert {kind for kind in of_refusals if f"`{kind}`" not in listed} == set()
 
 
 def test_every_package_has_its_line_in_the_design() -> None:
@@ -341,6 +351,18 @@ def test_every_command_and_option_named_exists(page: Path) -> None:
             assert set(OPTION.findall(arguments.partition("  ")[0])) <= options[name] | {"--help", "-h"}, line
         if line.startswith("--"):
             assert line.split()[0].partition("=")[0] in set().union(*options.values(), {"--help", "--version"}), line
+
+
+def test_the_help_shows_each_command_in_a_whole_sentence() -> None:
+    """click cuts a first sentence that does not fit beside the command's name in 80 columns."""
+    width = 80 - 6 - max(map(len, cli.commands))
+    cut = [name for name, command in cli.commands.items() if command.get_short_help_str(width).endswith("...")]
+    assert cut == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids_of)
+def test_no_page_has_both_sides_of_a_merge(page: Path) -> None:
+    assert re.findall(r"^(?:<{7}|={7}|>{7})(?: .*)?$", page.read_text("utf-8"), re.MULTILINE) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)

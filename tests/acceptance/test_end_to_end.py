@@ -567,7 +567,7 @@ def test_a_full_disk_pauses_the_run(tmp_path: Path) -> None:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
         ended = finish(start("run", job, "-o", tmp_path / "out", preexec_fn=small_files))
         assert ended.exit_code == 5, ended.stderr + ended.stdout
-        assert "run" in ended.stderr
+        assert "raise the limit on file sizes with ulimit -f and run the same command again" in ended.stderr
         done = settled(tmp_path / "out")
         ended = batchrun("run", job, "-o", tmp_path / "out")
         assert ended.exit_code == 0, ended.stderr

@@ -361,6 +361,7 @@ def test_an_estimate_uses_the_newest_runs_means(tmp_path: Path) -> None:
         for date in ("2026-11-25", "2026-11-26"):
             ended = batchrun("run", job, "--date", date)
             assert ended.exit_code == 0, ended.stderr
+        assert "; the cost is as estimated\n" in ended.stdout
         last = read_summary(tmp_path / "runs" / "job" / "2026-11-26")
         assert "of the newest run, " in last["estimate"]["basis"]
         assert "2026-11-25" in last["estimate"]["basis"]

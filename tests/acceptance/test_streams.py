@@ -198,3 +198,40 @@ def test_a_simulator_with_closed_streams_serves_and_ends(tmp_path: Path) -> None
         _, stderr = process.communicate()
     assert process.returncode in (0, 130)
     assert "Assertion" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "returncode", "said"),
+    [
+        ("click", ["--help"], -signal.SIGINT, ""),
+        ("asyncio", ["run", "job.toml"], ExitCode.SIGINT, "Stopped.\n"),
+    ],
+    ids=["before the command line is loaded", "while a command is loaded"],
+)
+def test_an_interrupt_while_modules_load_is_no_error(
+    tmp_path: Path, module: str, arguments: list[str], returncode: int, said: str
+) -> None:
+    """Python turns some interrupts of an import into other errors."""
+    Place(tmp_path, "http://127.0.0.1:9/v1")
+    code = """
+import os, signal, sys
+module = sys.argv.pop(1)
+class Interrupts:
+    def find_spec(self, name, path, target=None):
+        if name == module:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException as interrupt:
+                raise RuntimeError("half loaded") from interrupt
+sys.meta_path.insert(0, Interrupts())
+from batchrun.__main__ import main
+main()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code, module, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )
+    assert (ended.returncode, ended.stderr) == (returncode, said)

@@ -19,8 +19,9 @@ import pytest
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
 from batchrun.integrity import damaged_db, db_records, readable_groups
+from batchrun.integrity.findings import Findings, in_words
 from batchrun.integrity.salvage import LOST, NAME, salvage
-from batchrun.integrity.verify import Findings, in_words, verify
+from batchrun.integrity.verify import verify
 from batchrun.run_summary import Summary
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
 from batchrun.store import db_tables, in_flight, spill

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
@@ -134,6 +134,22 @@ def test_a_thousand_sparse_results_are_one_commit(tmp_path: Path) -> None:
         assert checkpoint.completions(0, MAX_GROUP) == endings
         assert checkpoint.totals.possibly_billed_count == MAX_GROUP
     assert commits == [1, MAX_GROUP]
+
+
+def test_what_ends_in_one_turn_of_the_event_loop_shares_a_commit(tmp_path: Path) -> None:
+    commits: list[list[int]] = []
+    later: list[Callable[[], None]] = []
+    with opened(tmp_path / "checkpoint.db") as checkpoint:
+        checkpoint.listen(lambda endings: commits.append([each.row for each in endings]), unexpected, later.append)
+        while not checkpoint._commits._idle:
+            time.sleep(0.001)
+        for row in range(3):
+            checkpoint.put(completion(row))
+            time.sleep(0.01)  # a thread that was woken by now has committed the first row alone
+        (wake,) = later
+        wake()
+        assert checkpoint.flushed()
+    assert commits == [[0, 1, 2]]
 
 
 def test_any_number_of_totals_fits_one_commit(tmp_path: Path) -> None:

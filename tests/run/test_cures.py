@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from batchrun.report.suggested_fixes import fix_for
+from batchrun.simulator import SimulatorConfig
 from tests.cli_process import KEY, Ended, batchrun, read_summary, write_job, write_rows
 from tests.endings import answer_body
 from tests.fault_server import Exchange, Script, answer, serving_aside
+from tests.simulator_process import running_simulator
 
 FIELD, ROLE = "endpoint.max_tokens_field", "endpoint.developer_role"
 
@@ -229,3 +231,19 @@ def test_what_the_rows_bring_themselves_no_setting_cures() -> None:
     field = fix_for("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", [])
     assert field is not None
     assert field.setting == FIELD
+
+
+def test_a_stopped_new_run_is_resumed_by_the_printed_command(tmp_path: Path) -> None:
+    """Typed again, a command with --new would start a third run, and pay for all its rows."""
+    with running_simulator(SimulatorConfig(latency_s=0)) as simulator:
+        output = f'[output]\npath = "{tmp_path}/runs/{{date}}"'
+        job = write_job(tmp_path / "job.toml", simulator.url, write_rows(tmp_path / "in.jsonl", 6), output)
+        assert batchrun("run", job).exit_code == 0
+        ended = batchrun("run", job, "--new", "--set", "budget.max_requests=2")
+        assert ended.exit_code == 4, ended.stdout + ended.stderr
+        printed = re.search(r"^next .*; resume with batchrun (.+)$", ended.stdout, re.MULTILINE)
+        assert printed is not None, ended.stdout
+        ended = batchrun(*shlex.split(printed[1]), "--set", "budget.max_requests=9")
+        assert ended.exit_code == 0, ended.stdout + ended.stderr
+        assert len(simulator.ledger()) == 12
+    assert len(list((tmp_path / "runs").iterdir())) == 2

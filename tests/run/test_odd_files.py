@@ -74,7 +74,7 @@ MESSAGES = {
     "a comma behind each line": (b'{"text":"a"},\n{"text":"b"},\n', "there is more text after the object"),
     "objects without newlines": (ROW.rstrip() * 3, "write one object per line"),
     "Python's own form": (b"{'text': 'a'}\n", "write it with json.dumps"),
-    "CSV without its ending": (b"text,b\nx,1\ny,2\n", "the name of a CSV file must end in .csv"),
+    "CSV without its ending": (b"text,b\nx,1\ny,2\n", "CSV is read from files named .csv or .tsv only"),
     "plain text": (b"hello\nworld\n", "does not begin with `{`"),
     "a number a line": (b"1\n2\n", "the line holds a number, not an object"),
     "keys twice": (b'{"text":"a","text":"b"}\n' * 30, "the key 'text' appears twice in one object"),

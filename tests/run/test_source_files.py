@@ -12,7 +12,8 @@ import pytest
 
 from batchrun.errors import DiskError, InputError
 from batchrun.source import changed, digest, find_files, fingerprint, open_source
-from batchrun.startup.stdin_copy import spool
+from batchrun.startup.stdin_copy import spool, take
+from batchrun.store.rundir import RunDirectory
 
 NOBODY = 65534
 
@@ -168,6 +169,17 @@ def test_spooled_input_is_whole_and_private(tmp_path: Path) -> None:
     assert (tmp_path / "stdin.jsonl").read_bytes() == data
     assert (tmp_path / "stdin.jsonl").stat().st_mode & 0o777 == 0o600
     assert list(tmp_path.iterdir()) == [tmp_path / "stdin.jsonl"]
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_unreadable_stdin_is_named_also_at_resume(tmp_path: Path, started: bool) -> None:
+    directory = RunDirectory(tmp_path / "out")
+    directory.create()
+    if started:
+        write(directory.spool)
+    only_written = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    with open(only_written, "rb") as stream, pytest.raises(InputError, match="standard input can't be read"):
+        take(stream, directory, started=started)
 
 
 def test_a_full_disk_leaves_no_stdin_copy(tmp_path: Path) -> None:

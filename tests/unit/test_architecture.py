@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 """From the ground up. A package or module imports from lower layers only; stages share a layer."""
 

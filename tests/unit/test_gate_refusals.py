@@ -15,11 +15,12 @@ from batchrun.limits.admission import Demand, Limit, Outcome
 from batchrun.limits.rate_search import RateSearch
 from batchrun.limits.rates import Rates
 from batchrun.limits.refusal_runs import RefusalRuns
+from batchrun.limits.request_spacing import RequestSpacing
 from batchrun.records import RowError, Verdict
 from tests import level
 from tests.moved_clock import START_S, run_on_moved_clock
 from tests.refusal_scenarios import HELD_OUT, SCENARIOS, Scenario, line, measure
-from tests.refusing_servers import Limited, Queueing, RefusingServer, play
+from tests.refusing_servers import Limited, Out, Queueing, RefusingServer, play
 from tests.unit.test_gate import new_gate, now_s
 
 pytestmark = pytest.mark.campaign
@@ -49,6 +50,60 @@ def test_a_limit_falls_once_chance_keeps_falling() -> None:
         True,
     ]
     assert falls.before == 50.0
+
+
+@pytest.mark.parametrize(
+    ("length_s", "late_s", "failed"),
+    [(5, 8.5, 36), (60, 50.5, 40), (600, 70, 49)],
+    ids=["5 s", "a minute", "ten minutes"],
+)
+def test_the_rate_is_back_soon_after_an_outage(length_s: float, late_s: float, failed: int) -> None:
+    """90 % of it, within a gap between two probes (1.5 × 4, 32 or 45 s) and 2.5 s for the climb. Half of what may be in
+    flight fails before the outage is known, and 4, 8 or 17 probes do.
+    """
+    server = Out(10.0, length_s)
+    played = run_on_moved_clock(
+        play(server, 1_500, 64, level.seeded("outage").randrange(10**6), requests_per_minute=3_000)
+    )
+    after_s = [at_s - server.ends_s for at_s in played.answered_s if at_s >= server.ends_s]
+    back_s = next(at_s for at_s, two_later in zip(after_s, after_s[89:], strict=False) if two_later - at_s <= 2)
+    assert back_s <= late_s
+    assert server.failed <= failed
+
+
+@pytest.mark.parametrize("limit_per_s", [0.5, 1.0, 7.0, 50.0, 333.0])
+def test_the_spacing_of_requests_is_found(limit_per_s: float) -> None:
+    found, per_s, now_s, accepted_s = RequestSpacing(), 0.25, 0.0, -math.inf
+    sent = refused = in_a_try = 0
+    while found.is_searching and sent < 60:
+        taken = now_s - accepted_s >= 1 / limit_per_s - 1e-9
+        found.count(now_s, refused=not taken)
+        sent, refused, in_a_try = sent + 1, refused + (not taken), in_a_try + (not taken)
+        accepted_s = now_s if taken else accepted_s
+        if found.is_tried(per_s):
+            found.prove()
+            per_s, in_a_try = found.higher(per_s), 0
+            found.restart(now_s)
+        elif in_a_try >= 2 and (lower := found.lower(per_s)) is not None:
+            per_s, in_a_try = lower, 0
+            found.restart(now_s)
+        now_s += 1 / per_s
+    assert 0.9 * limit_per_s <= per_s <= 1.12 * limit_per_s
+    assert found.accepted_per_s <= limit_per_s + 1e-6
+    assert sent <= 40
+    assert refused <= 16
+    assert not found.is_contradicted
+
+
+def test_refusals_long_after_an_accepted_request_are_no_bucket() -> None:
+    found = RequestSpacing()
+    for turn in range(6):
+        found.count(turn / 5, refused=False)
+    found.prove()
+    for turn in range(3):
+        assert not found.is_contradicted
+        found.count(2.0 + turn, refused=True)
+    assert found.is_contradicted
 
 
 def test_lasting_refusals_blame_the_rate() -> None:

@@ -151,6 +151,11 @@ def test_a_mistake_names_path_and_suggestion(tmp_path: Path, toml: str, problem:
     assert problem_of(tmp_path, f"{SIMULATOR}{toml}") == problem
 
 
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", "..", "a//b", "a/"])
+def test_a_name_leads_out_of_no_folder(tmp_path: Path, name: str) -> None:
+    assert problem_of(tmp_path, f'name = "{name}"\n{SIMULATOR}').startswith("name: is a folder in output.path")
+
+
 @pytest.mark.parametrize(
     ("toml", "problem"),
     [("", "endpoint: is missing; batchrun new FILE writes a complete job"), ("a = ", "not valid TOML")],

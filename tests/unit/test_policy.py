@@ -31,7 +31,7 @@ from batchrun.job.settings import Finish, Retry
 from batchrun.policy import ANSWERED, BROKEN_OFF, FAULT_VERDICTS, Fault, Judgement, judge
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
 from batchrun.response.answer import read
-from batchrun.response.retry_after import retry_after_s
+from batchrun.response.retry_after import reset_s, retry_after_s
 from batchrun.row_status import Settlement, failing, settlement
 
 pytestmark = pytest.mark.sampled(20)
@@ -141,6 +141,7 @@ def test_what_came_whole_counts_although_its_transfer_failed(
         assert judgement.error == RowError(fault, status, None, "why")
 
 
+MINIMAX = b'{"base_resp": {"status_code": 2056, "status_msg": "usage limit exceeded"}}'
 OPENAI_RATE = "Rate limit reached for m on tokens per min (TPM). Add a payment method at https://h/account/billing."
 AZURE_RATE = (
     "Requests have exceeded the rate limit of your tier. Please retry after 8 seconds. See https://h/quotaincrease"
@@ -162,6 +163,8 @@ QUOTA = "You exceeded your current quota, please check your plan and billing det
         pytest.param(200, said("slow down", 429), {}, SLOW, "rate_limit", id="200 error 429"),
         pytest.param(200, said("key", 401), {}, PAUSE, "authentication", id="200 error 401"),
         pytest.param(200, said("Content Policy Violation", 503), {}, ROW, "content_policy", id="200 error 503"),
+        pytest.param(200, MINIMAX, {}, SLOW, "quota", id="200 MiniMax's plan is used up"),
+        pytest.param(200, said("daily quota exceeded", 70002), {}, SLOW, "quota", id="200 error of a quota"),
         pytest.param(200, said("odd", 200), {}, MAYBE, "error_in_answer", id="200 error 200"),
         pytest.param(200, said("odd", 70001), {}, MAYBE, "error_in_answer", id="200 error of its own numbers"),
         pytest.param(403, said("Insufficient balance"), {}, PAUSE, "forbidden", id="403 balance"),
@@ -353,6 +356,7 @@ def http_date(at: float) -> str:
         ({"retry-after-ms": "250"}, 0.25),
         ({"retry-after-ms": "250", "retry-after": "7"}, 0.25),
         ({"retry-after-ms": "soon", "retry-after": "7"}, 7.0),
+        ({"x-ms-retry-after-ms": "1500", "retry-after": "2"}, 1.5),  # Azure/azure-sdk-for-python issue 9092
         ({"retry-after": http_date(NOW + 30)}, 30.0),
         ({"retry-after": http_date(NOW - 30)}, None),
         ({"retry-after": http_date(NOW)}, None),
@@ -368,6 +372,79 @@ def http_date(at: float) -> str:
 def test_every_retry_after_form_is_parsed(headers: dict[str, str], wait_s: float | None) -> None:
     assert retry_after_s(CIMultiDict(headers), NOW) == wait_s
     assert judged(429, headers=headers).retry_after_s == wait_s
+
+
+RESETS = {
+    "openai": ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1m2.5s"}, 62.5),
+    "openai, tokens": (
+        {
+            "x-ratelimit-remaining-requests": "59",
+            "x-ratelimit-reset-requests": "1s",
+            "x-ratelimit-remaining-tokens": "0",
+            "x-ratelimit-reset-tokens": "6m0s",
+        },
+        360.0,
+    ),
+    "groq, a day's requests": (  # console.groq.com/docs/rate-limits: requests per day, tokens per minute
+        {
+            "x-ratelimit-remaining-requests": "0",
+            "x-ratelimit-reset-requests": "2h30m",
+            "x-ratelimit-remaining-tokens": "17997",
+            "x-ratelimit-reset-tokens": "7.66s",
+        },
+        9_000.0,
+    ),
+    "anthropic": (  # anthropics/anthropic-sdk-typescript issue 357
+        {
+            "anthropic-ratelimit-requests-remaining": "0",
+            "anthropic-ratelimit-requests-reset": "2026-11-22T12:00:20Z",
+            "anthropic-ratelimit-tokens-remaining": "0",
+            "anthropic-ratelimit-tokens-reset": "2026-11-22T12:00:35Z",
+            "anthropic-ratelimit-input-tokens-remaining": "9000",
+            "anthropic-ratelimit-input-tokens-reset": "2026-11-22T12:00:50Z",
+        },
+        35.0,
+    ),
+    "anthropic, a skewed clock": (
+        {
+            "anthropic-ratelimit-requests-remaining": "0",
+            "anthropic-ratelimit-requests-reset": "2026-11-22T13:00:20Z",
+            "date": email.utils.formatdate(NOW + 3_600, usegmt=True),
+        },
+        20.0,
+    ),
+    "discord": ({"x-ratelimit-remaining": "0", "x-ratelimit-reset-after": "0.65"}, 0.65),  # discord-api-docs issue 127
+    "github": ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": f"{NOW + 90:.0f}"}, 90.0),
+    "openrouter, milliseconds": ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": f"{(NOW + 12) * 1000:.0f}"}, 12.0),
+    "whoop": ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": "3"}, 3.0),  # developer.whoop.com, "Rate Limiting"
+    "gitlab": ({"ratelimit-remaining": "0", "ratelimit-reset": f"{NOW + 30:.0f}"}, 30.0),
+    "draft 5": ({"ratelimit-limit": "100", "ratelimit-remaining": "0", "ratelimit-reset": "50"}, 50.0),
+    "draft 7": ({"ratelimit": "limit=100, remaining=0, reset=5", "ratelimit-policy": "100;w=10"}, 5.0),
+    "draft 10": ({"ratelimit": '"default";r=0;t=30', "ratelimit-policy": '"default";q=50;w=60'}, 30.0),
+    "draft 10, two policies": ({"ratelimit": '"minute";r=0;t=20, "day";r=900;t=40000'}, 20.0),
+    "no remaining": ({"ratelimit-reset": "7"}, 7.0),
+    "something is left": ({"x-ratelimit-remaining-requests": "12", "x-ratelimit-reset-requests": "20s"}, None),
+    "in the past": ({"x-ratelimit-remaining": "0", "x-ratelimit-reset": f"{NOW - 5:.0f}"}, None),
+    "a month": ({"ratelimit-remaining": "0", "ratelimit-reset": "1900000"}, None),
+    "nonsense": ({"ratelimit-remaining": "0", "ratelimit-reset": "soon", "ratelimit": "x;t=;r="}, None),
+}
+"""The wait that each vendor's headers mean beside a 429 without Retry-After."""
+
+
+@pytest.mark.parametrize(("headers", "wait_s"), RESETS.values(), ids=RESETS)
+def test_a_stated_reset_is_waited_for(headers: dict[str, str], wait_s: float | None) -> None:
+    assert reset_s(CIMultiDict(headers), NOW) == (None if wait_s is None else pytest.approx(wait_s))
+    waits_s = judged(429, headers=headers).retry_after_s
+    assert waits_s == (None if wait_s is None else pytest.approx(wait_s))
+    assert judged(429, headers=headers | {"retry-after": "1"}).retry_after_s == 1.0
+    assert judged(500, headers=headers).retry_after_s is None
+
+
+def test_a_reset_hours_away_pauses_the_run() -> None:
+    pause = judged(429, headers=RESETS["groq, a day's requests"][0])
+    assert pause.verdict is PAUSE
+    assert pause.error is not None
+    assert "asks to wait 9000 s" in (pause.error.message or "")
 
 
 def test_of_two_retry_after_headers_the_first_counts() -> None:

@@ -98,6 +98,28 @@ def test_folder_keys_become_columns(tmp_path: Path) -> None:
     assert rows(tmp_path / "p")[3] == {"day": 2, "lang": None, "a": 1}
 
 
+@pytest.mark.parametrize(
+    ("log", "files", "name"),
+    [
+        ("t/_delta_log/00000000000000000000.json", "t/part-0.parquet", "t is a Delta table"),
+        ("t/_delta_log/00000000000000000000.json", "t/day=1/part-0.parquet", "t is a Delta table"),
+        ("t/.hoodie/hoodie.properties", "t/day=1/a.parquet", "t is a Hudi table"),
+        ("t/metadata/00001-a.metadata.json", "t/data/a.parquet", "t is an Iceberg table"),
+        ("t/metadata/00001-a.metadata.json", "t/data/day=1/a.parquet", "t is an Iceberg table"),
+    ],
+    ids=["Delta", "Delta in partitions", "Hudi", "Iceberg", "Iceberg in partitions"],
+)
+def test_a_table_format_is_not_its_files(tmp_path: Path, log: str, files: str, name: str) -> None:
+    """Its files hold rows that the table has replaced or deleted. A file that is named alone is read."""
+    write(tmp_path / log, b"{}")
+    file = table(tmp_path / files, {"a": [1]})
+    folder = tmp_path.joinpath(*Path(files).parts[: 2 if "data" in files else 1])
+    assert name in refused(folder)
+    assert name in refused(tmp_path / "t")
+    assert name in refused(folder / "**" / "*.parquet")
+    assert [row["a"] for row in rows(file)] == [1]
+
+
 def test_a_key_with_leading_zeros_stays_text(tmp_path: Path) -> None:
     for value in ("007", "8"):
         write(tmp_path / f"id={value}" / "a.jsonl")
