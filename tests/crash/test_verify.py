@@ -1,6 +1,8 @@
 """A flipped bit of a run directory is named or harmless; salvage keeps what is intact, and the rest is sent again."""
 
 import csv
+import functools
+import itertools
 import os
 import shutil
 import time
@@ -81,8 +83,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
             assert ended.exit_code == 0, ended.stderr
         shutil.copytree(folder / "done", folder / "retried")
         retry = ["--retry-failed", "--status", "truncated", "--set", "request.max_tokens=41"]
-        parts = folder / "killed" / "parts"
-        _kill(folder, "killed", lambda: len(list(parts.glob("*.g1.parquet"))) >= 2)
+        for wanted in itertools.count(2):  # until a kill finds requests in flight: on a busy machine all had just ended
+            _kill(folder, "killed", functools.partial(_has_parts, folder / "killed", wanted))
+            flying = {(entry.row, entry.n) for entry in in_flight.read(folder / "killed" / "inflight.bin")}
+            known = db_records.read(folder / "killed" / "checkpoint.db")
+            if flying - {(row.row, row.attempts) for row in known.rows.values()}:
+                break
         before = len(simulator.ledger())
         _kill(folder, "retried", lambda: len(simulator.ledger()) >= before + 40, *retry)
         undisturbed = pq.read_table(folder / "done" / "completions.parquet")
@@ -95,6 +101,10 @@ def _come_to_rest(simulator: RunningSimulator) -> None:
     served = -1
     while served != (served := len(simulator.ledger())):
         time.sleep(0.3)
+
+
+def _has_parts(out: Path, count: int) -> bool:
+    return len(list((out / "parts").glob("*.g1.parquet"))) >= count
 
 
 def _kill(folder: Path, name: str, condition: Callable[[], bool], *flags: str) -> None:

@@ -1,7 +1,7 @@
 """What many refusals are evidence of: the real gate before servers that limit, refuse by chance, crowd or queue.
 
 The table is in tests/refusal_scenarios.py: how much of the ideal is reached at least, and how much is refused at most,
-by the worst of five seeds.
+by the worst of three seeds.
 """
 
 import math
@@ -25,7 +25,7 @@ from tests.unit.test_gate import new_gate, now_s
 
 pytestmark = pytest.mark.campaign
 
-SEEDS = level.amount(sample=1, full=5)
+SEEDS = level.amount(sample=1, full=3)
 NAME = operator.attrgetter("name")
 
 
