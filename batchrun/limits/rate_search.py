@@ -386,7 +386,9 @@ class RateSearch:
         self.confirmed = self._cut = self._mark = None
         self._known = KnownLimit()
         self._rough = self._paused = self.raised = False
-        self._spacing = None
+        if self._spacing is not None:
+            self._spacing = None
+            self._rate.limit_burst(math.inf)
 
     @property
     def _known_per_s(self) -> float | None:
