@@ -135,14 +135,14 @@ def _surcharge(tier: Tier, usage: Usage, uncached: int) -> Decimal:
 
 
 def upper_bound(
-    max_prompt_tokens: int, max_output_tokens: int, table: PriceTable | None, *asked_tiers: str | None
+    max_prompt_tokens: int, max_output_tokens: int, table: PriceTable | None, *requested_tiers: str | None
 ) -> Decimal | None:
-    """The most one attempt can cost, USD: the dearest hour, and the dearest service tier that `asked_tiers` allow.
+    """The most one attempt can cost, USD: the dearest hour, and the dearest service tier that `requested_tiers` allow.
 
     A request that names no tier, or `auto`, gets the one that the account is set to, which is unknown here.
     None where the price is unknown.
     """
-    return None if table is None else dearest(table, *asked_tiers).bound(max_prompt_tokens, max_output_tokens)
+    return None if table is None else dearest(table, *requested_tiers).bound(max_prompt_tokens, max_output_tokens)
 
 
 class Dearest(msgspec.Struct, frozen=True):
@@ -161,9 +161,9 @@ class Dearest(msgspec.Struct, frozen=True):
         return Decimal(max_prompt_tokens * prompt + max_output_tokens * output + request).scaleb(-PICO_DIGITS)
 
 
-def dearest(table: PriceTable, *asked_tiers: str | None) -> Dearest:
-    """The dearest hour and service tier that any of `asked_tiers` allows; none of them: that None allows."""
-    every = [tier for asked in asked_tiers or (None,) for tiers in _allowed(table, asked) for tier in tiers]
+def dearest(table: PriceTable, *requested_tiers: str | None) -> Dearest:
+    """The dearest hour and service tier that any of `requested_tiers` allows; none of them: that None allows."""
+    every = [tier for asked in requested_tiers or (None,) for tiers in _allowed(table, asked) for tier in tiers]
     prompt, output = max(tier.dearest_input() for tier in every), max(tier.output for tier in every)
     usd_each = prompt / PER_TOKEN, output / PER_TOKEN, table.per_request
     in_tokens, out_tokens, request = (math.ceil(usd.scaleb(PICO_DIGITS)) for usd in usd_each)

@@ -105,8 +105,8 @@ class Requests:
         if (table := self.prices.get(request.model)) is not None:
             key = request.model, None if not table.services else prices.asked_tier(table, request.body)
             if (dearest := self._dearest.get(key)) is None:
-                asked_tiers = self._service_tiers if key[1] is None else (key[1],)
-                dearest = self._dearest[key] = prices.dearest(table, *asked_tiers)
+                requested_tiers = self._service_tiers if key[1] is None else (key[1],)
+                dearest = self._dearest[key] = prices.dearest(table, *requested_tiers)
         if dearest is None:
             return Demand(tokens, None, most_tokens, output, request.model)
         bound_usd = dearest.bound(request.max_prompt_tokens, request.max_output_tokens)

@@ -245,7 +245,7 @@ def _is_run(directory: Path) -> bool:
 
 
 def _account(place: Path) -> tuple[Account | None, str]:
-    """The account of the run, or of the moved file; or None, and why there is none to count.
+    """The account of the run, or of the moved file; or None, and why nothing is counted.
 
     Raises:
         InputError: it is a run, and its account can't be read.

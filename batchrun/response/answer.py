@@ -236,8 +236,8 @@ def is_done(data: bytes) -> bool:
 
 
 def _from_events(pieces: Iterable[bytes], choices: int) -> Answer:
-    """The completion that a stream's events add up to. Without `[DONE]` it is whole only if every choice that was asked
-    for, and any other that began, has its finish_reason.
+    """The completion that a stream's events add up to. Without `[DONE]` it is whole only if every requested
+    choice, and any other that began, has its finish_reason.
     """
     streamed = _StreamedAnswer()
     done = False
