@@ -23,8 +23,10 @@ from batchrun.store.budget_file import BudgetFile, Caps
 from tests.cli_process import DEADLINE_S, batchrun, read_summary, start, write_job, write_rows
 from tests.jobs import job_over
 from tests.simulator_process import RunningSimulator, running_simulator
+from tests.timing import zone_before_midnight
 
 PRICES = '[pricing."vtrix-gpt-5.3-codex"]\ninput = 1000\noutput = 10000\n'
+ZONE = zone_before_midnight()
 BOUND = Decimal("0.75")
 """More than any request of these jobs may cost: 40 tokens of answer, and some 300 bytes."""
 
@@ -42,7 +44,7 @@ def windows(state: Path) -> dict[str, tuple[Decimal, Decimal]]:
 
 def job(folder: Path, url: str, budget: str, rows: int = 40, more: str = "") -> Path:
     source = write_rows(folder / "in.jsonl", rows)
-    state = f'state = "{folder}/budget.db"\n'
+    state = f'state = "{folder}/budget.db"\ntime_zone = "{ZONE}"\n'
     return write_job(folder / "job.toml", url, source, f"{PRICES}\n[budget]\n{state}{budget}\n{more}")
 
 
@@ -71,17 +73,17 @@ def test_each_start_has_its_own_budget(simulator: RunningSimulator, tmp_path: Pa
 
 @pytest.mark.heavy
 def test_runs_share_the_budget_of_a_day(simulator: RunningSimulator, tmp_path: Path) -> None:
-    file = job(tmp_path, simulator.url, 'per_day_usd = 4\nper_month_usd = 50\ntime_zone = "Asia/Tokyo"\nname = "ours"')
+    file = job(tmp_path, simulator.url, 'per_day_usd = 4\nper_month_usd = 50\nname = "ours"')
     first = batchrun("run", file, "-o", tmp_path / "first", "--limit", "5")
     assert first.exit_code == 0
     second = batchrun("run", file, "-o", tmp_path / "second")
     assert second.exit_code == 4
-    day = datetime.now(ZoneInfo("Asia/Tokyo")).date().isoformat()
+    day = datetime.now(ZoneInfo(ZONE)).date().isoformat()
     reason = read_summary(tmp_path / "second")["reason"]
-    opens = opens_at(day, datetime.now(ZoneInfo("Asia/Tokyo")))
+    opens = opens_at(day, datetime.now(ZoneInfo(ZONE)))
     assert re.fullmatch(
         rf"the budget is used up: \$3\.\d+ of \$4\.00 spent in {day} by ours, and the next request may cost \$0\.\d+; "
-        rf"it opens again at {opens:%Y-%m-%d} 00:00 JST, or raise budget\.per_day_usd and run again",
+        rf"it opens again at {opens:%Y-%m-%d} 00:00 {opens:%Z}, or raise budget\.per_day_usd and run again",
         reason,
     )
     spent = billed_usd(simulator.ledger())
@@ -120,7 +122,7 @@ def test_eight_runs_never_pass_one_budget(tmp_path: Path) -> None:
             process.communicate(timeout=DEADLINE_S)
         assert [process.returncode for process in processes[3:]] == [4] * 5
         billed = billed_usd(simulator.ledger())
-    day = datetime.now(UTC).date().isoformat()
+    day = datetime.now(ZoneInfo(ZONE)).date().isoformat()
     spent, doubt = windows(tmp_path / "budget.db")[day]
     assert billed <= spent + doubt <= cap
     assert spent + doubt > cap - BOUND
@@ -144,7 +146,7 @@ def test_a_killed_runs_requests_stay_counted(tmp_path: Path) -> None:
         ended = batchrun("run", file, "-o", tmp_path / "out")
         assert ended.exit_code == 0, ended.stderr
         summary = read_summary(tmp_path / "out")
-        spent, doubt = windows(tmp_path / "budget.db")[datetime.now(UTC).date().isoformat()]
+        spent, doubt = windows(tmp_path / "budget.db")[datetime.now(ZoneInfo(ZONE)).date().isoformat()]
         cost, possibly = Decimal(summary["cost_usd"]), Decimal(summary["possibly_billed_usd"])
         assert spent <= cost  # an answer that was durable, but not settled in the lease yet, counts by its bound
         assert cost + possibly <= spent + doubt <= cost + 3 * BOUND

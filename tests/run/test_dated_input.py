@@ -1,16 +1,24 @@
 """`{date}` in `input.path` is the logical date: the run's own, whenever it is started again."""
 
-from datetime import date, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun, read_summary, write_job, write_rows
 from tests.simulator_process import running_simulator
+from tests.timing import zone_before_midnight
 
-TODAY = date.today()
+ZONE = zone_before_midnight()
+TODAY = datetime.now(ZoneInfo(ZONE)).date()
 YESTERDAY = TODAY - timedelta(days=1)
+
+
+@pytest.fixture(autouse=True)
+def _no_day_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", ZONE)
 
 
 @pytest.mark.heavy
