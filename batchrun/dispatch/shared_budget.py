@@ -150,6 +150,7 @@ class SharedBudget:
         lease = self._lease
         if lease is None or self._now_s() >= self._ends_s:
             lease = await self._begin_period()
+        before = lease.spending
         drawn: Drawn = await asyncio.to_thread(self._file.draw, lease, bound_usd - lease.left_usd)
         lease.granted += pico(drawn.granted_usd)
         self._uses, self._drawn_at = drawn.uses, lease.booked
@@ -157,6 +158,8 @@ class SharedBudget:
             self._used_up_for = None
             return
         self._next_s = asyncio.get_running_loop().time() + POLL_S
+        if lease.spending is not before:
+            return  # a request ended meanwhile, so the lease may cover the next one, or the next draw need less
         if lease.is_idle:  # two runs that each hold too little for a request would wait for each other
             self._used_up_for = None if drawn.can_come else bound_usd
             await self._give_back(lease)

@@ -223,6 +223,28 @@ def test_a_new_day_has_its_own_money(tmp_path: Path) -> None:
     }
 
 
+def test_money_that_returns_during_a_draw_is_spent(tmp_path: Path) -> None:
+    """A draw that is refused while the last request ends says nothing about what that request gave back."""
+
+    async def night() -> None:
+        share, one, half = SharedBudget(file(tmp_path, "1"), "nightly", ZoneInfo("UTC")), Decimal(1), Decimal("0.5")
+        await until(lambda: share.fits(one))
+        lease = share.reserve(one)
+        has_drawn = asyncio.Event()
+        share.listen(has_drawn.set, lambda error: None)
+        assert not share.fits(half)
+        await asyncio.sleep(0)  # the draw is in its thread now
+        lease.settle(one, Decimal("0.4"))
+        await has_drawn.wait()
+        assert not share.is_used_up(half)
+        await until(lambda: share.fits(half))
+        share.reserve(half).settle(half, half)
+        await share.close()
+
+    asyncio.run(night())
+    assert set(windows(tmp_path / "budget.db").values()) == {(Decimal("0.9"), Decimal(0))}
+
+
 def test_an_idle_run_gives_its_lease_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_budget, "IDLE_S", 0.2)
 
