@@ -197,7 +197,8 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     `error_*` is what the body, or the first choice, says went wrong (`answer.error_body`): `error_words` is what it
     says besides message and code, `error_status` the HTTP status it names, `error_wait_s` the seconds it asks to wait.
 
-    `service_tier` is the one that served it, `reported_cost_usd` what the server itself says that it cost.
+    `service_tier` is the one that served it, `reported_cost_usd` what the server itself says that it cost,
+    `billed_apart` what it used that no price of text covers (`response.billed_apart`).
     """
 
     completion: bool = False
@@ -219,6 +220,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     refusal: str | None = None
     service_tier: str | None = None
     reported_cost_usd: Decimal | None = None
+    billed_apart: str | None = None
 
 
 class RowError(msgspec.Struct, frozen=True, gc=False):

@@ -207,6 +207,7 @@ class Summary(msgspec.Struct, frozen=True):
     models: dict[str, int]
     unknown_finish_reasons: list[str]
     unpriced_tiers: list[str]
+    unpriced_usage: list[str]
     example_error: str | None
     price: str | None
     estimate: Estimate | None

@@ -24,7 +24,7 @@ MAX_REASON_CHARS = 100
 
 class Anomalies:
     """`unknown_finish_reasons` are those that batchrun does not know, `unpriced_tiers` the service tiers of answers
-    without a known price.
+    without a known price, `unpriced_usage` what answers used that no price of text covers.
 
     `example_error` is the error of the first row that failed; one of a bad request comes first, as a setting may fix
     it.
@@ -37,6 +37,7 @@ class Anomalies:
         """
         self.unknown_finish_reasons: list[str] = []
         self.unpriced_tiers: list[str] = []
+        self.unpriced_usage: list[str] = []
         self.example_error: str | None = None
         self._quota_patience_s = quota_patience_s
         self.quota_refused_since_s: float | None = None
@@ -73,6 +74,10 @@ class Anomalies:
     def note_unpriced_tier(self, service_tier: str | None) -> None:
         """Keeps a service tier without a known price."""
         _add_once(self.unpriced_tiers, service_tier or "")
+
+    def note_unpriced_usage(self, what: str) -> None:
+        """Keeps what made the cost of an answer unknown."""
+        _add_once(self.unpriced_usage, what)
 
     def settled(self, status: Status, error: RowError | None) -> Stop | None:
         """A row is settled with this status; returns why the run must stop, if it must."""

@@ -183,12 +183,14 @@ def cost_of(
 ) -> Decimal | None:
     """The attempt's certain cost: 0 if no answer came, None if an answer can't be priced.
 
-    Without a known price, the cost that the server reports counts.
+    Without a known price, the cost that the server reports counts. A price of the list is one of text; the job's own is
+    for all that the model does.
     """
     if answer.usage is None and judgement.verdict is not OK:
         return NOTHING if reported_usd is None else reported_usd
     known = prices.cost(answer.usage, table, answer.service_tier, attempt.started_at + attempt.latency_s)
-    if known is None:
+    covers_all = answer.billed_apart is None or (table is not None and table.every_tier)
+    if known is None or not covers_all:
         return reported_usd or None  # gateways report 0 for models whose price they don't know
     return known
 

@@ -21,7 +21,7 @@ from batchrun.limits.forecast import Forecast, Recent, Sample
 from batchrun.limits.gates import Gates
 from batchrun.records import Notice
 from batchrun.report.limit_lines import limiting_factor, waiting_to_retry
-from batchrun.report.notices import nearly_used, unknown_reason, unpriced_tier
+from batchrun.report.notices import nearly_used, unknown_reason, unpriced_tier, unpriced_usage
 from batchrun.report.summary import Moment, read, starting, summarise
 from batchrun.run_summary import EndpointTotals, Live, Retrying, Summary, Tuned
 from batchrun.startup.resume import Plan
@@ -80,7 +80,7 @@ class RunStatus:
         self._forecast: Forecast | None = None
         self._tuned: Tuned | None = None
         self._seen_in_flight = self._seen_answers = 0
-        self._seen_reasons = self._seen_tiers = 0
+        self._seen_reasons = self._seen_tiers = self._seen_usage = 0
         self._seen_used: set[tuple[str, str]] = set()
         self._recent = Recent()
         self._earlier: Summary | None = None
@@ -144,6 +144,7 @@ class RunStatus:
             tuned=self._tuned,
             unknown_finish_reasons=self._with_earlier("unknown_finish_reasons"),
             unpriced_tiers=self._with_earlier("unpriced_tiers"),
+            unpriced_usage=self._with_earlier("unpriced_usage"),
             example_error=self._example_error(),
             command=self._command,
             retrying=self._retrying() if self.state == "running" else None,
@@ -198,6 +199,10 @@ class RunStatus:
         self._seen_tiers += len(tiers)
         for tier in tiers:
             warn("unpriced service_tier", unpriced_tier(tier), service_tier=tier)
+        kinds = workers.anomalies.unpriced_usage[self._seen_usage :]
+        self._seen_usage += len(kinds)
+        for what in kinds:
+            warn("unpriced usage", unpriced_usage(what), what=what)
         for model, overrun in workers.learned.overruns.taken():
             words = overruns.in_words(model, overrun)
             warn("overrun", words, model=model, **msgspec.structs.asdict(overrun))

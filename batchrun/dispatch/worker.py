@@ -83,6 +83,7 @@ class Workers:
         before, now = earlier.anomalies, self.anomalies
         now.unknown_finish_reasons[:] = before.unknown_finish_reasons
         now.unpriced_tiers[:] = before.unpriced_tiers
+        now.unpriced_usage[:] = before.unpriced_usage
         now.example_error = before.example_error
 
     async def work_all(self) -> None:
@@ -243,6 +244,8 @@ class Workers:
         cost_usd = cost_of(attempt, answer, judgement, table, reported_usd)
         if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
             self.anomalies.note_unpriced_tier(answer.service_tier)
+        if cost_usd is None and table is not None and answer.billed_apart is not None:
+            self.anomalies.note_unpriced_usage(answer.billed_apart)
         in_doubt = not cost_usd and maybe_billed(answer, judgement, cost_usd, capped=self._capped)
         result = AttemptResult(
             pending, attempt, answer, judgement, settlement, history, usd, cost_usd, in_doubt, reported_usd, tokens

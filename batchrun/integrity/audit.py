@@ -176,7 +176,14 @@ def _agrees(name: str, summary: Summary, again: Summary, known: DbRecords) -> bo
         case "last_answer_at":
             return written is None or bool(written <= summary.updated_at)
         case (
-            "limits" | "tuned" | "deadline" | "command" | "example_error" | "unknown_finish_reasons" | "unpriced_tiers"
+            "limits"
+            | "tuned"
+            | "deadline"
+            | "command"
+            | "example_error"
+            | "unknown_finish_reasons"
+            | "unpriced_tiers"
+            | "unpriced_usage"
         ):
             return True
         case "invocation" | "started_at" | "pid" | "host":

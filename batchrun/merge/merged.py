@@ -258,6 +258,7 @@ class Writer:
             complete=True,
             unknown_finish_reasons=sorted({reason for each in every for reason in each.unknown_finish_reasons}),
             unpriced_tiers=sorted({tier for each in every for tier in each.unpriced_tiers}),
+            unpriced_usage=sorted({what for each in every for what in each.unpriced_usage}),
             example_error=next((each.example_error for each in every if each.example_error is not None), None),
             tags=every[0].tags,
         )

@@ -23,9 +23,12 @@ KINDS = {
 }
 """Our names of the kinds of token that the usage of a chat completion counts, and the package's."""
 
-UNCOUNTED = ("requests_kcount", "output_reasoning_mtok", "output_citation_mtok")
-"""Parts of a price that no usage of a chat completion counts: fees by search context, kinds of output with a price of
-their own. Such a price is unknown here; the servers that have one state what an answer cost.
+UNCOUNTED = (
+    *("requests_kcount", "output_reasoning_mtok", "output_citation_mtok"),
+    *("output_audio_mtok", "output_image_mtok", "output_video_mtok"),
+)
+"""Parts of a price that a plain usage does not count: fees by search context, kinds of output with their own
+price. Such a price is unknown here; the servers that have one state what an answer cost.
 """
 
 _LISTS = {

@@ -31,6 +31,9 @@ _PREFIXES = {"gemini": "google", "vertex_ai": "google", "xai": "x-ai", "moonshot
 _OPEN_WEIGHTS = ("gpt-oss",)
 """Models on their maker's list that the maker does not serve: every host has a price of its own."""
 
+_SEARCHING = re.compile(r"-search-(preview|api)\b|-deep-research\b|-pro-search\b")
+"""Models that search the web for each answer, at a fee that the list leaves out (developers.openai.com, "Pricing")."""
+
 _LOCAL_TAG = re.compile(r":(latest|(e?[\d.]+|\dx\d+)[bm]\b.*)$", re.IGNORECASE)
 """How Ollama names the weights that it runs, by their size: `deepseek-r1:70b`. No vendor sells those."""
 
@@ -150,7 +153,7 @@ def table_of(
 ) -> prices.PriceTable | None:
     """What the vendor's list says of the model today; None where that is not a whole price."""
     standard, clock = _standard(found, today)
-    if not _complete(standard):
+    if not _complete(standard) or _SEARCHING.search(model.lower()):
         return None
     services = dict[str, prices.Tiers]()  # by the tiers that an answer can name in `service_tier`; `batch` is one
     for price in found.tiers:

@@ -48,7 +48,8 @@ def cost_lines(summary: Summary) -> list[str]:
         lines.append(f"the server itself reports ${reported:,.6f}")
     if summary.unpriced:
         tiers = f" (none for the service tier {', '.join(summary.unpriced_tiers)})" if summary.unpriced_tiers else ""
-        lines.append(f"no known price for {plural(summary.unpriced, 'attempt')}{tiers}: not included in any sum")
+        used = f" (none for {', '.join(summary.unpriced_usage)})" if summary.unpriced_usage else ""
+        lines.append(f"no known price for {plural(summary.unpriced, 'attempt')}{tiers}{used}: not included in any sum")
     if summary.without_usage:
         lines.append(f"{plural(summary.without_usage, 'answer')} came without usage: not included in any sum")
     return lines

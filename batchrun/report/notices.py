@@ -33,3 +33,11 @@ def unpriced_tier(tier: str) -> str:
         f"answers came from the service tier {tier!r}, whose price is unknown, while the model's plain price is known: "
         'their cost_usd is null; a price in [pricing."MODEL"] applies to every tier'
     )
+
+
+def unpriced_usage(what: str) -> str:
+    """What it means for the cost that answers used more than text, and what to do."""
+    return (
+        f"answers used {what}, which the price list has no price for: their cost_usd is what the server states, else "
+        'null; a price in [pricing."MODEL"] applies to all that the model does'
+    )

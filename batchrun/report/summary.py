@@ -50,6 +50,7 @@ class Moment(msgspec.Struct, frozen=True):
     tuned: Tuned | None = None
     unknown_finish_reasons: list[str] = []
     unpriced_tiers: list[str] = []
+    unpriced_usage: list[str] = []
     example_error: str | None = None
     command: str | None = None
     retrying: Retrying | None = None
@@ -99,7 +100,8 @@ def read(directory: RunDirectory) -> Summary:
 _OF_THE_RUN = (
     *("job", "run_id", "created_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
-    *("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate", "invocation"),
+    *("unknown_finish_reasons", "unpriced_tiers", "unpriced_usage", "example_error", "price", "estimate"),
+    "invocation",
     *("reused", "duplicates", "saved_usd", "shard", "merged"),
 )
 """The fields that describe the run and not one start of it."""
@@ -107,6 +109,7 @@ _OF_THE_RUN = (
 _NOT_IN_CHECKPOINT = (
     "unknown_finish_reasons",
     "unpriced_tiers",
+    "unpriced_usage",
     "example_error",
     "price",
     "estimate",

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from batchrun.records import Answer, Choice
-from batchrun.response import error_body, messages, packed, responses_object, sse, typed
+from batchrun.response import billed_apart, error_body, messages, packed, responses_object, sse, typed
 from batchrun.response import usage as usages
 from batchrun.response.finish_reasons import Meaning, meaning_of
 
@@ -148,6 +148,7 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
     finish_reason = messages.text(choice.get("finish_reason"))
     message = messages.of(choice)
     usage, service_tier, reported_cost_usd = usages.stated_in(body)
+    apart = billed_apart.of(body, usages.of_answer(body))
 
     failure = error_body.read(body)
     if failure is None and choice.get("error"):  # a choice's own error, as OpenRouter sends it
@@ -162,6 +163,7 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
             model=messages.text(body.get("model")),
             service_tier=service_tier,
             reported_cost_usd=reported_cost_usd,
+            billed_apart=apart,
         )
         return _failed(read, failure)
 
@@ -186,6 +188,7 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
         usage=usage,
         service_tier=service_tier,
         reported_cost_usd=reported_cost_usd,
+        billed_apart=apart,
     )
     return _failed(read, failure)
 
@@ -267,7 +270,7 @@ _FIELD = b"data:"
 
 _NO_MESSAGE = "the stream ended with an error"
 
-_LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata")
+_LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata", "output")
 """Of these the last event that has one counts; of `usage` and `error` the last that says something."""
 
 

@@ -33,7 +33,8 @@ def is_response(decoded: Body) -> bool:
 
 def as_completion(response: Body) -> Body:
     """The response as a chat completion. One that failed or is still in progress has its error and no choice."""
-    body: Body = {name: response[name] for name in ("id", "model", "usage", "service_tier") if name in response}
+    kept = ("id", "model", "usage", "service_tier", "output")  # the output says which tools the server called
+    body: Body = {name: response[name] for name in kept if name in response}
     body["created"] = response.get("created_at")
     status = response.get("status", "completed")
     if response.get("error"):

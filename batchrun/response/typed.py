@@ -24,13 +24,15 @@ class _PromptDetails(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     """Another detail may be of tokens written to a cache."""
 
     cached_tokens: Count | None = None
-    audio_tokens: object = None
+    audio_tokens: Literal[0] | None = None
     text_tokens: object = None
     image_tokens: object = None
 
 
 class _CompletionDetails(msgspec.Struct, gc=False):
     reasoning_tokens: Count | None = None
+    audio_tokens: Literal[0] | None = None
+    image_tokens: Literal[0] | None = None
 
 
 class _Usage(msgspec.Struct, gc=False, forbid_unknown_fields=True):
@@ -48,6 +50,7 @@ class _Message(msgspec.Struct, gc=False):
     refusal: None = None
     function_call: None = None
     tool_calls: None = None
+    annotations: Annotated[list[object], Meta(max_length=0)] | None = None
 
 
 class _Choice(msgspec.Struct, gc=False):

@@ -120,7 +120,7 @@ def stated_in(body: Mapping[str, Any]) -> tuple[Usage | None, str | None, Decima
     choices = body.get("choices")
     each = (in_choice(choice) for choice in choices) if isinstance(choices, list) else ()
     of_all = of_choices(usage for usage in each if usage is not None)
-    places = (*_of_answer(body), of_all)
+    places = (*of_answer(body), of_all)
     read = next((read for usage in places if (read := of(usage)) is not None), None)
     return read, _service_tier(body), _reported_cost(body)
 
@@ -134,7 +134,7 @@ def of(usage: Any) -> Usage | None:
 
 def found_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
     """The object that states a usage, or a part of one or a cost, in an event of a stream; but for those of choices."""
-    for usage in _of_answer(body):
+    for usage in of_answer(body):
         if _first(usage, (*_PROMPT, *_COMPLETION)) is not None or _reported_cost({"usage": usage}) is not None:
             return usage
     return None
@@ -318,7 +318,7 @@ def _cache_is_beside(usage: Mapping[str, Any], prompt: int, cache: int, excess: 
     return cache > prompt or (excess == cache and excess != reasoning)
 
 
-def _of_answer(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def of_answer(body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The objects that state the usage of the whole answer."""
     for path in (("usage",), ("x_groq", "usage"), ("usageMetadata",), ("usage_metadata",), ("result", "usage")):
         if isinstance(usage := _at(body, path), dict):

@@ -23,6 +23,7 @@ GROK = {"prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 175, "compl
 
 def ran(tmp_path: Path, model: str, fields: dict[str, object], *flags: str, header: str = "") -> tuple[Ended, int]:
     """A run of 100 rows against a server with this answer, and how many it answered."""
+    tmp_path.mkdir(exist_ok=True)
     choice = {"message": {"content": "Fine."}, "finish_reason": "stop"}
     body = msgspec.json.encode({"id": "c", "model": model, "choices": [choice], **fields})
 
@@ -65,6 +66,29 @@ def test_an_unpriced_tier_is_not_an_unpriced_model(tmp_path: Path) -> None:
     said = "no known price for 100 attempts (none for the service tier scale): not included in any sum"
     assert said in ended.stderr + ended.stdout
     assert read_summary(tmp_path / "out")["unpriced_tiers"] == ["scale"]
+
+
+@pytest.mark.parametrize(
+    ("used", "what"),
+    [
+        ({"prompt_tokens_details": {"audio_tokens": 10}}, "audio"),
+        ({"completion_tokens_details": {"audio_tokens": 10, "image_tokens": 5}}, "audio, images"),
+        ({"server_tool_use": {"web_search_requests": 1}}, "web searches"),
+    ],
+)
+def test_audio_and_searches_are_not_billed_as_text(tmp_path: Path, used: dict[str, object], what: str) -> None:
+    usage = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
+    ended, _ = ran(tmp_path, "gpt-5-mini", {"usage": usage | used})
+    assert ended.exit_code == 0, ended.stderr
+    assert ended.stderr.count(f"warning: answers used {what}, which the price list has no price for") == 1
+    assert f"no known price for 100 attempts (none for {what}): not included in any sum" in ended.stderr + ended.stdout
+    stated = read_summary(tmp_path / "out")
+    assert (stated["unpriced"], stated["unpriced_usage"]) == (100, [what])
+    price = "pricing.gpt-5-mini.input=1", "pricing.gpt-5-mini.output=1"
+    flags = [flag for each in price for flag in ("--set", each)]
+    own, _ = ran(tmp_path / "own", "gpt-5-mini", {"usage": usage | used}, *flags)
+    assert own.exit_code == 0, own.stderr
+    assert Decimal(read_summary(tmp_path / "own" / "out")["cost_usd"]) == 100 * Decimal("0.00012")
 
 
 def test_a_stated_cost_is_kept(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_they_agree_on_odd_json_too(odd: bytes, place: bytes) -> None:
     """In fields that neither of them reads."""
     body = msgspec.json.encode(PLAIN).replace(place, odd, 1)
     careful = answers.read_carefully(body)
-    unread = place in (b'"fp"', b"[]") and odd in HUGE
+    unread = place == b'"fp"' and odd in HUGE
     assert typed.read(body) in (None, careful) or unread
     assert not unread or typed.read(body) == msgspec.structs.replace(careful, flagged=False)
 

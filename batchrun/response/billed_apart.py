@@ -1,0 +1,83 @@
+"""What an answer used that a vendor bills beside its tokens of text, or at another price than theirs. PURE.
+
+The price list has prices of text. An answer that also heard, spoke, drew or searched costs more than those say, so its
+cost is what the server states, or unknown. `audio`: OpenAI's and Google's audio tokens cost a multiple of text.
+`images`: so do those that a model draws. `web searches`: a fee for each (Anthropic, xAI, OpenRouter, OpenAI, Alibaba).
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+AUDIO, IMAGES, SEARCHES = "audio", "images", "web searches"
+
+_PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (AUDIO, ("prompt_tokens_details", "audio_tokens")),
+    (AUDIO, ("completion_tokens_details", "audio_tokens")),
+    (AUDIO, ("input_tokens_details", "audio_tokens")),
+    (AUDIO, ("output_tokens_details", "audio_tokens")),
+    (AUDIO, ("prompt_audio_seconds",)),  # Mistral
+    (IMAGES, ("completion_tokens_details", "image_tokens")),
+    (IMAGES, ("output_tokens_details", "image_tokens")),
+    (SEARCHES, ("server_tool_use", "web_search_requests")),  # Anthropic, OpenRouter
+    (SEARCHES, ("server_tool_use_details", "web_search_requests")),
+    (SEARCHES, ("num_sources_used",)),  # xAI
+    (SEARCHES, ("num_server_side_tools_used",)),
+    (SEARCHES, ("num_search_queries",)),  # Perplexity
+    (SEARCHES, ("billed_units", "search_units")),  # Cohere
+    (SEARCHES, ("plugins", "search", "count")),  # Alibaba
+)
+_BY_MODALITY = (
+    *(("promptTokensDetails", name) for name in ("AUDIO",)),
+    *(("candidatesTokensDetails", name) for name in ("AUDIO", "IMAGE")),
+)
+"""Google's counts: a list of `{"modality", "tokenCount"}`."""
+
+_SEARCH_CALLS = frozenset({"web_search_call", "file_search_call"})
+"""Items of the output of the Responses API that have a fee each (developers.openai.com, "Pricing")."""
+
+
+def of(body: Mapping[str, Any], usages: Iterator[Mapping[str, Any]]) -> str | None:
+    """The kinds that the answer or one of its usages names, joined with commas; None: text alone."""
+    found = {what for usage in usages for what in _in_usage(usage)}
+    if _has_searched(body):
+        found.add(SEARCHES)
+    return ", ".join(sorted(found)) or None
+
+
+def _in_usage(usage: Mapping[str, Any]) -> Iterator[str]:
+    for what, (first, *more) in _PARTS:
+        value = usage.get(first)
+        for name in more:
+            value = value.get(name) if isinstance(value, dict) else None
+        if _is_some(value):
+            yield what
+    for field, modality in _BY_MODALITY:
+        counts = usage.get(field)
+        for each in counts if isinstance(counts, list) else ():
+            if isinstance(each, dict) and each.get("modality") == modality and _is_some(each.get("tokenCount")):
+                yield AUDIO if modality == "AUDIO" else IMAGES
+
+
+def _has_searched(body: Mapping[str, Any]) -> bool:
+    """True where the answer cites pages of the web, as OpenAI's searching models do; their usage does not say so."""
+    output = body.get("output")
+    if isinstance(output, list) and any(
+        isinstance(each, dict) and each.get("type") in _SEARCH_CALLS for each in output
+    ):
+        return True
+    choices = body.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        message = choice.get("message") if isinstance(choice, dict) else None
+        notes = message.get("annotations") if isinstance(message, dict) else None
+        if isinstance(notes, list) and any(
+            isinstance(each, dict) and each.get("type") == "url_citation" for each in notes
+        ):
+            return True
+    return False
+
+
+def _is_some(value: Any) -> bool:
+    """True for a count above zero, as a number or in digits."""
+    if isinstance(value, str):
+        return value.isascii() and value.isdigit() and value.strip("0") != ""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
