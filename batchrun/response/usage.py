@@ -83,6 +83,11 @@ _WRITTEN: tuple[Path, ...] = (
     ("cache_creation_input_tokens",),  # Anthropic
     ("cacheWriteInputTokens",),  # Bedrock
 )
+_TIERS: tuple[Path, ...] = (
+    ("usage", "service_tier"),  # Anthropic
+    ("usage", "extra_properties", "google", "traffic_type"),  # Vertex: ON_DEMAND_FLEX, PROVISIONED_THROUGHPUT
+    ("usageMetadata", "trafficType"),
+)
 _WRITTEN_1H: tuple[Path, ...] = (("cache_creation", "ephemeral_1h_input_tokens"),)
 _REASONING: tuple[Path, ...] = (
     ("completion_tokens_details", "reasoning_tokens"),
@@ -200,11 +205,11 @@ def count(value: Any) -> int | None:
 
 
 def _service_tier(body: Mapping[str, Any]) -> str | None:
-    """The tier that served the request: beside the answer, or in its usage (Anthropic)."""
+    """The tier that served the request: beside the answer, or in its usage."""
     tier = body.get("service_tier")
     if tier is None:
-        tier = _at(body, ("usage", "service_tier"))
-    return tier[:100].lower() if isinstance(tier, str) else None
+        tier = next((name for path in _TIERS if (name := _at(body, path)) is not None), None)
+    return tier[:100].lower().removeprefix("on_demand_") if isinstance(tier, str) else None
 
 
 def _reported_cost(body: Mapping[str, Any]) -> Decimal | None:
