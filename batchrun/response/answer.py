@@ -283,7 +283,7 @@ class _StreamedAnswer:
         self._messages: dict[int, messages.Message] = {}
         self._finish_reasons: dict[int, str] = {}
         self._usages: dict[int, dict[str, Any]] = {}
-        self._flagged = self._broken = False
+        self._flagged = self._broken = self._searched = False
         self.ended = False  # by the last event of the Responses API
 
     def take(self, event: sse.Event) -> None:
@@ -314,6 +314,8 @@ class _StreamedAnswer:
         if error := decoded.get("error"):
             self._last["error"] = error
         choices = decoded.get("choices")
+        if b"url_citation" in event.data:
+            self._searched |= billed_apart.has_searched(decoded)
         if choices is None:
             self._without_choices |= decoded
         for choice in choices if isinstance(choices, list) else ():
@@ -345,6 +347,8 @@ class _StreamedAnswer:
         if of_choices is not None and usages.of(whole.get("usage")) is None:
             whole["usage"] = usages.joined(whole.get("usage"), of_choices)
         answer = _from_object(_without_surrogates(whole) if self._flagged else whole, self._flagged)
+        if self._searched and answer.billed_apart is None:
+            answer = msgspec.structs.replace(answer, billed_apart=billed_apart.SEARCHES)
         expected = self._messages.keys() | set(range(min(choices, MAX_CHOICES)))
         ended = (done or expected <= self._finish_reasons.keys()) and not self._broken
         return answer if ended else msgspec.structs.replace(answer, completion=False)

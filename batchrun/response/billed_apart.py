@@ -39,7 +39,7 @@ _SEARCH_CALLS = frozenset({"web_search_call", "file_search_call"})
 def of(body: Mapping[str, Any], usages: Iterator[Mapping[str, Any]]) -> str | None:
     """The kinds that the answer or one of its usages names, joined with commas; None: text alone."""
     found = {what for usage in usages for what in _in_usage(usage)}
-    if _has_searched(body):
+    if has_searched(body):
         found.add(SEARCHES)
     return ", ".join(sorted(found)) or None
 
@@ -58,8 +58,11 @@ def _in_usage(usage: Mapping[str, Any]) -> Iterator[str]:
                 yield AUDIO if modality == "AUDIO" else IMAGES
 
 
-def _has_searched(body: Mapping[str, Any]) -> bool:
-    """True where the answer cites pages of the web, as OpenAI's searching models do; their usage does not say so."""
+def has_searched(body: Mapping[str, Any]) -> bool:
+    """True where the answer or an event of its stream cites pages of the web, or names a search that the server ran.
+
+    OpenAI's usage does not say so.
+    """
     output = body.get("output")
     if isinstance(output, list) and any(
         isinstance(each, dict) and each.get("type") in _SEARCH_CALLS for each in output
@@ -67,7 +70,7 @@ def _has_searched(body: Mapping[str, Any]) -> bool:
         return True
     choices = body.get("choices")
     for choice in choices if isinstance(choices, list) else ():
-        message = choice.get("message") if isinstance(choice, dict) else None
+        message = choice.get("message") or choice.get("delta") if isinstance(choice, dict) else None
         notes = message.get("annotations") if isinstance(message, dict) else None
         if isinstance(notes, list) and any(
             isinstance(each, dict) and each.get("type") == "url_citation" for each in notes
