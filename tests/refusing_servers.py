@@ -274,6 +274,7 @@ class Played:
     in_flight: list[int] = field(default_factory=list)
     answered_s: list[float] = field(default_factory=list)
     changes: list[tuple[float, str]] = field(default_factory=list)
+    refusals: str | None = None
     found: Found = Found()  # noqa: RUF009  (frozen)
 
     @property
@@ -378,6 +379,7 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
     await asyncio.gather(*(work() for _ in range(max_in_flight)))
     played.took_s = max(played.answered_s)
     played.found = gate.found
+    played.refusals = gate.refusals
     return played
 
 

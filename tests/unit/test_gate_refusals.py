@@ -6,6 +6,7 @@ by the worst of three seeds.
 
 import math
 import operator
+import re
 from decimal import Decimal
 
 import pytest
@@ -20,7 +21,7 @@ from batchrun.records import RowError, Verdict
 from tests import level
 from tests.moved_clock import START_S, run_on_moved_clock
 from tests.refusal_scenarios import HELD_OUT, SCENARIOS, Scenario, line, measure
-from tests.refusing_servers import Limited, Out, Queueing, RefusingServer, play
+from tests.refusing_servers import Crowded, Limited, Out, Queueing, RefusingServer, play
 from tests.unit.test_gate import new_gate, now_s
 
 pytestmark = pytest.mark.campaign
@@ -37,6 +38,22 @@ def test_each_server_gets_nearly_what_it_can_take(scenario: Scenario) -> None:
     reached = measure(scenario, [draw.randrange(10**6) if scenario.any_seed else seed for seed in HELD_OUT[:SEEDS]])
     assert reached.ideal[0] >= scenario.percent, line(scenario, reached)
     assert scenario.refused is None or reached.refused[-1] <= scenario.refused, line(scenario, reached)
+
+
+@pytest.mark.parametrize(
+    ("server", "allowed", "kind", "words"),
+    [
+        (Limited(latency_s=0.1, chance=0.05), 32, "chance", r"\d+\.\d% refused by chance"),
+        (Limited(per_s=50.0, latency_s=0.1), 64, "limit", "a limit learned from refusals"),
+        (Crowded(16), 64, "crowding", "more at once are refused"),
+    ],
+    ids=["chance", "limit", "crowding"],
+)
+def test_the_kind_of_refusals_is_named(server: RefusingServer, allowed: int, kind: str, words: str) -> None:
+    """To run.log, with the reason, and in the line of progress."""
+    played = run_on_moved_clock(play(server, 4_000, allowed, 1))
+    assert [what for _, what in played.changes if what.startswith(f"{kind}: ")], played.changes
+    assert re.fullmatch(words, played.refusals or ""), played.refusals
 
 
 def test_a_limit_falls_once_chance_keeps_falling() -> None:
