@@ -119,9 +119,8 @@ def fix_for_address(reason: str) -> Fix | None:
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         what = "the certificate file of the authority that signed for the server, or for the proxy, if you trust it"
         return Fix("endpoint.ca_file", what, same_command=True)
-    if (
-        "never reached" in reason and "ClientConnectorDNSError" in reason
-    ):  # behind a company's proxy, no name outside resolves
+    # behind a company's proxy, no name outside resolves
+    if "never reached" in reason and "ClientConnectorDNSError" in reason:
         what = "is the host's name right? Behind a proxy set endpoint.proxy: HTTPS_PROXY is not read"
         return Fix("endpoint.url", what, same_command=True)
     if "the server redirects to" in reason:
