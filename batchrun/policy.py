@@ -1,5 +1,6 @@
 """The verdict on an attempt. PURE. docs/failures.md explains the tables; `row_status` is about usable answers."""
 
+import re
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from batchrun.job.settings import Retry
+from batchrun.patterns import Pattern
 from batchrun.records import Answer, Attempt, RowError, Verdict
 from batchrun.response import packed
 from batchrun.response.error_body import MAX_MESSAGE_CHARS
@@ -222,7 +224,7 @@ def _by_capacity(status: int, attempt: Attempt, answer: Answer) -> Judgement | N
     if status not in CAPACITY_STATUSES or not speaks_of(Subject.CAPACITY, words) or speaks_of(Subject.PACE, words):
         return None
     wait_s = retry_after_s(attempt.headers, attempt.started_at + attempt.latency_s)
-    message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}"
+    message = answer.error_message or f"HTTP {status}: {_in_words(attempt.body)}"
     error = RowError(CAPACITY, attempt.http_status, answer.error_code, message[:MAX_MESSAGE_CHARS])
     return Judgement(Verdict.SLOW, error, retry_after_s=wait_s)
 
@@ -232,7 +234,10 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
     if wait_s is None:
         wait_s = answer.error_wait_s
     verdict, kind = _by_body(status, _words(status, attempt, answer), wait_s) or _by_status(status)
-    message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}".rstrip(": ")
+    message = answer.error_message or f"HTTP {status}: {_in_words(attempt.body)}".rstrip(": ")
+    if kind == "redirect" and (target := attempt.headers.get("Location")):
+        target = target.partition("?")[0][:300]  # what follows may be a secret
+        message = f"HTTP {status}: the server redirects to {target}, and redirects are not followed"
     if verdict is Verdict.SLOW and wait_s is None and status == 429:
         wait_s = reset_s(attempt.headers, attempt.started_at + attempt.latency_s)
     if verdict is Verdict.SLOW and wait_s is not None and wait_s > retry.max_wait_s:
@@ -284,12 +289,30 @@ def _should_retry(header: str | None, verdict: Verdict) -> Verdict:
     return verdict
 
 
-def _excerpt(body: bytes) -> str:
-    return " ".join(packed.beginning(body, 300).decode("utf-8", "replace").split())
+_MARKUP = Pattern(r"<(script|style)\b.*?(</\1\s*>|$)|<!--.*?(-->|$)|<[^>]*(>|$)", re.IGNORECASE)
+"""What of a web page is no text."""
+
+_PAGE = Pattern(r"<(!doctype|html|head|body|title|center|h\d|p|div|\?xml|error)\b.*", re.IGNORECASE)
+
+
+def _excerpt(body: bytes, size: int = 300) -> str:
+    return " ".join(packed.beginning(body, size).decode("utf-8", "replace").split())
+
+
+def _in_words(body: bytes) -> str:
+    """The beginning of a body; of a web page, which proxies and gateways send, its words without tags and styles."""
+    if not _PAGE.fullmatch(beginning := _excerpt(body)):
+        return beginning
+    from html import unescape  # late: few runs meet a page
+
+    words = unescape(_MARKUP.sub(" ", _excerpt(body, 8192)))
+    return " ".join(words.split())[:300] or beginning
 
 
 def _why_unreadable(attempt: Attempt) -> str:
     if not packed.size(attempt.body):
         return "the answer is empty"
     what = "the stream spells no whole answer" if attempt.streamed else "the answer is no chat completion"
-    return f"{what}: {_excerpt(attempt.body)}"
+    if _PAGE.fullmatch(_excerpt(attempt.body)):
+        what += ", but a web page"
+    return f"{what}: {_in_words(attempt.body)}"

@@ -92,9 +92,11 @@ def limit(
     refused: float,
     configured: int | None = None,
     any_seed: bool = False,
+    *,
+    kind: str = "limit",
 ) -> Scenario:
     return Scenario(
-        name=f"limit, {name}",
+        name=f"{kind}, {name}",
         server=server,
         rows=rows,
         allowed=allowed,
@@ -113,6 +115,18 @@ def spaced(
     server = functools.partial(Limited, per_s, latency_s=latency_s, burst_s=0.0, **{"retry_after_s": None, **more})
     allowed, ideal_s = 64 if per_s < 100 else 256, (rows - 1) / per_s + latency_s
     return limit(f"evenly spaced, {name}", server, rows, allowed, ideal_s, percent, refused)
+
+
+def small_bucket(
+    holds: int, per_s: float, percent: float, refused: float, *, latency_s: float = 0.4, **more: Any
+) -> Scenario:
+    """Two minutes of a bucket of a few requests, as nginx's `limit_req` with a `burst`; no Retry-After unless given."""
+    kept: dict[str, Any] = {"retry_after_s": None, **more}
+    server = functools.partial(Limited, per_s, latency_s=latency_s, burst_s=holds / per_s, **kept)
+    says = "" if kept["retry_after_s"] is None else ", Retry-After"
+    name = f"bucket of {holds}, {per_s:g} a second{says}{f', {status}' if (status := more.get('http_status')) else ''}"
+    rows = int(120 * per_s)
+    return limit(name, server, rows, 64, (rows - holds) / per_s + latency_s, percent, refused)
 
 
 def window(name: str, quota: int, window_s: float, rows: int, percent: float, refused: float, **more: Any) -> Scenario:
@@ -164,10 +178,9 @@ def crowd(
     rows: int = 3_000,
     allowed: int = 64,
     ideal_s: float,
+    refused: float = 2,
 ) -> Scenario:
-    return Scenario(
-        name=f"crowd, {name}", server=server, rows=rows, allowed=allowed, ideal_s=ideal_s, percent=percent, refused=2
-    )
+    return limit(name, server, rows, allowed, ideal_s, percent, refused, kind="crowd")
 
 
 LIMITS = [
@@ -177,7 +190,7 @@ LIMITS = [
     limit("no Retry-After", lambda: Limited(50, retry_after_s=None), 3_000, 256, LIMITED_S, 98, 1.5),
     limit("slow refusals", lambda: Limited(50, refusal_s=0.4), 3_000, 64, LIMITED_S, 98, 3.5),
     limit("answers of 8 s", lambda: Limited(5, latency_s=8.0), 900, 64, 186.0, 94, 3),
-    limit("one a second", lambda: Limited(1), 200, 64, 198.0, 96, 9),
+    limit("one a second", lambda: Limited(1), 200, 64, 198.0, 96, 10.5),
     limit("one a second, half an hour", lambda: Limited(1), 1_800, 64, 1_798.0, 95, 2.8),
     limit("answers of 8 s, a quarter of an hour", lambda: Limited(5, latency_s=8.0), 5_000, 64, 1_006.0, 98, 1.9),
     limit("600 in a minute, says when it ends", lambda: Windowed(600, 60.0, says_end=True), 3_000, 64, 240.2, 95, 3),
@@ -251,7 +264,7 @@ TOKENS = [
 CROWDS = [
     crowd("16 of 64", lambda: Crowded(16), 90, ideal_s=38.6),
     crowd("16 of 64, across a network", lambda: Crowded(16, network_s=0.01), 97, ideal_s=41.5),
-    crowd("4 of 64", lambda: Crowded(4, network_s=0.01), 97, rows=1_000, ideal_s=55.0),
+    crowd("4 of 64", lambda: Crowded(4, network_s=0.01), 97, rows=1_000, ideal_s=55.0, refused=2.3),
     crowd("100 of 256", lambda: Crowded(100, latency_s=1.0), 92, rows=6_000, allowed=256, ideal_s=62.0),
     crowd("and chance of 1 %", lambda: Crowded(16, network_s=0.01, chance=0.01), 80, ideal_s=41.5),
 ]
@@ -268,6 +281,15 @@ SPACED = [
     spaced("50 a second, Retry-After", 6_000, 50, 94, 1.5, retry_after_s=1.0),
     spaced("200 a second, 503", 12_000, 200, 86, 1, http_status=503),
 ]
+SMALL_BUCKETS = [
+    small_bucket(2, 10, 90, 3),
+    small_bucket(2, 50, 90, 1.5),
+    small_bucket(3, 50, 80, 1.5, http_status=503),
+    small_bucket(3, 10, 90, 3, latency_s=2.0),
+    small_bucket(4, 50, 80, 1.7, retry_after_s=1.0),
+    small_bucket(5, 10, 85, 9),
+    small_bucket(10, 50, 90, 2),
+]
 WINDOWS = [
     window("50 in a second", 50, 1.0, 3_000, 80, 3),
     window("10 in a second", 10, 1.0, 1_800, 87, 4),
@@ -275,7 +297,7 @@ WINDOWS = [
     window("50 in a second, says when it ends", 50, 1.0, 3_000, 80, 3, says_end=True),
     window("100 in 2 s", 100, 2.0, 3_000, 75, 3),
 ]
-SCENARIOS = LIMITS + SPACED + WINDOWS + CHANCE + RUNS + LIMITED_RUNS + TOKENS + CROWDS + QUEUES
+SCENARIOS = LIMITS + SPACED + SMALL_BUCKETS + WINDOWS + CHANCE + RUNS + LIMITED_RUNS + TOKENS + CROWDS + QUEUES
 
 
 @dataclass(frozen=True)

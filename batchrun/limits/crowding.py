@@ -37,6 +37,13 @@ MAX_PROBE_EVERY_S = 20.0
 """A higher cap is tried after a second, then 2, 4 … 20 s: each trial costs some refusals, and a raised limit is in
 use within half a minute."""
 
+SMALL_BUCKET = 7
+TEST_EVERY_S = 0.1
+TESTS = 2
+"""The empty bucket of a rate limit that holds a few requests looks like a small crowd, but soon has a request again. So
+while such a cap is on trial one more is sent each tenth of a second. If two are accepted with more in flight than were
+refused, there is no crowd."""
+
 LOWERED = 0.9
 LOWERED_AGAIN_S = 2.0
 """The cap is lowered when refusals return. If they return at once, concurrency is not the cause."""
@@ -49,7 +56,9 @@ class Crowding:
     """The cap; None while there is none. `others` counts the other attempts in flight at the moment of sending."""
 
     __slots__ = (
+        "_above",
         "_accepted",
+        "_low",
         "_lowered_s",
         "_not_before_s",
         "_on_change",
@@ -59,6 +68,8 @@ class Crowding:
         "_refused",
         "_ruled_out_for_s",
         "_step",
+        "_test_s",
+        "_tested_from_s",
         "_trials",
         "_tried",
         "_wait_s",
@@ -79,27 +90,46 @@ class Crowding:
         self._wait_s = PROBE_EVERY_S
         self._step = 1
         self._ruled_out_for_s = RULED_OUT_FOR_S
+        self._low = self._above = 0
+        self._tested_from_s = 0.0
+        self._test_s: float | None = None
 
     @property
     def on_trial(self) -> bool:
         """True until it is known whether the cap helps."""
         return self._tried is not None
 
+    def next_test_s(self, now_s: float) -> float | None:
+        """When one more than the cap is to be sent: now (which begins that test), later, or (None) never."""
+        if self._test_s is None or now_s < self._test_s:
+            return self._test_s
+        self._test_s = now_s + TEST_EVERY_S
+        return now_s
+
     def remember(self, now_s: float, others: Sequence[int]) -> None:
         """Attempts were accepted while there is no cap: each with so many others in flight."""
         self._accepted.extend([(now_s, each) for each in others])
 
-    def accepted(self, now_s: float, others: int, most: int, ordinary: float) -> None:
-        """An attempt was accepted; at most `most` may be in flight, and the share `ordinary` is refused by chance."""
+    def accepted(self, now_s: float, sent_s: float, others: int, most: int, ordinary: float) -> bool:
+        """An attempt was accepted; at most `most` may be in flight, and the share `ordinary` is refused by chance.
+
+        True if that shows that there is no crowd: then the cap is dropped.
+        """
         self._accepted.append((now_s, others))
         if self.cap is None:
-            return
+            return False
+        if self._test_s is not None and sent_s > self._tested_from_s and others > self._low:
+            self._above += 1
+            if self._above >= TESTS:
+                self._drop(now_s, "as many were accepted one by one")
+                return True
         if self._tried is not None:
             self._tried += others + 1 >= 0.7 * self.cap
             if self._tried >= TRIED * self.cap:
                 self._tried = None
                 self._probe_s = now_s + self._wait_s
-            return
+                self._test_s = None
+            return False
         if self._probing_from is not None and others >= self._probing_from:
             self._probe.step(max(LEAST_ORDINARY, ordinary), ordinary + TOO_MANY, refused=False)
         if now_s >= self._probe_s and others >= self.cap - 1 and self.cap < most:
@@ -108,9 +138,13 @@ class Crowding:
             self._set(min(most, self.cap + self._step), "nothing refused since")
             self._step = min(2 * self._step, max(1, self.cap // 4))
             self._probe_s = now_s + self._wait_s
+        return False
 
-    def refused(self, now_s: float, others: int, ordinary: float) -> bool:
+    def refused(self, now_s: float, sent_s: float, others: int, ordinary: float) -> bool:
         """True if the cap explains the refusal: more were in flight than the server is known to accept."""
+        if self._test_s is not None and sent_s > self._tested_from_s and others > self._low:
+            self._test_s = None
+            return True
         capacity = self.cap if self._probing_from is None else self._probing_from
         if capacity is None or others < capacity:
             self._refused.append(others)
@@ -135,6 +169,8 @@ class Crowding:
         if low < 2 or sum(others >= low for others in accepted) > OVERLAP * len(accepted):
             return False
         self._trials = 0
+        self._low, self._above, self._tested_from_s = low, 0, now_s
+        self._test_s = now_s + TEST_EVERY_S if low <= SMALL_BUCKET else None
         self._try(low, now_s)
         return True
 
@@ -149,11 +185,15 @@ class Crowding:
             self._probing_from = None
             self._set(max(1, min(self.cap - 1, int(self.cap * LOWERED))), "still refused")
             return True
-        self._tried = self._probing_from = None
+        self._drop(now_s, "fewer in flight did not help")
+        return False
+
+    def _drop(self, now_s: float, why: str) -> None:
+        """It was the wrong explanation."""
+        self._tried = self._probing_from = self._test_s = None
         self._not_before_s = now_s + self._ruled_out_for_s
         self._ruled_out_for_s *= 2
-        self._set(None, "fewer in flight did not help")
-        return False
+        self._set(None, why)
 
     def _try(self, low: int, now_s: float) -> None:
         """Starts the trial of a cap below `low` others in flight."""

@@ -48,6 +48,8 @@ class InFlight:
         """When one more may be sent with `out` in flight: now, at a later moment, or (None) when one has ended."""
         if out < self.allowed:
             return now_s
+        if (test_s := self.crowding.next_test_s(now_s)) is not None:
+            return test_s
         if not self._proven or self._ramp >= self.most or self.allowed < self._ramp or self._grown_s is None:
             return None
         if now_s < (next_s := self._grown_s + SILENT_S / self._ramp):

@@ -16,7 +16,7 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.evidence import RefusedShare
 from batchrun.limits.known_limit import KnownLimit
 from batchrun.limits.request_spacing import FIRST_PER_S, RequestSpacing
-from batchrun.limits.throughput import LEAST_SPAN_S, WINDOW_S, Throughput
+from batchrun.limits.throughput import LEAST_SPAN_S, MOMENT_S, WINDOW_S, Throughput
 
 BELOW_MEASURED = 0.98
 """The share of a measured rate that is used: refusals stop, and the server's bucket fills a little for the next try."""
@@ -25,9 +25,12 @@ BELOW_BURST = 0.5
 """The share of a rate that includes a burst of unknown size: too low is corrected in seconds, too high costs refusals
 until it can be measured."""
 
+SMALL_BUCKET = 7
+"""Eight requests are sent at once at the start: a bucket that accepts fewer is searched by evenly spaced requests."""
+
 MOST_SPACED = 3
-"""A bucket of one request accepts the first request, and one more of each round until its refusals show a limit: three
-rounds of eight have more refusals than that takes."""
+"""Such a bucket accepts as many again, at most, in each round until its refusals show a limit: three rounds have more
+refusals than that takes."""
 
 BELOW_REFUSED = 0.7
 """The share of a rate at which nearly everything was refused before anything could be measured."""
@@ -129,12 +132,13 @@ class RateSearch:
         self._mark: tuple[float, float] | None = None
         self._paused = False
         self._counted = self._refused = 0
+        self._is_mixed = False  # of those sent first, one was accepted after a refusal
         self._amount = 1.0  # of the last refused attempt
         self._cut: _Cut | None = None
         self._before_chain: float | None = None
         self._known = KnownLimit()
         self._burst: tuple[float, float] | None = None  # the first refusal came after so long, and so much accepted
-        self._spacing: RequestSpacing | None = None  # if the server's bucket holds one request only
+        self._spacing: RequestSpacing | None = None  # if the server's bucket holds a few requests only
         self._rest = 0.0  # requests before the next climb
         self._climbs_from = 0  # of those counted, how many came before this one
 
@@ -172,6 +176,7 @@ class RateSearch:
             self._refused += 1
             self._amount = amount
             return
+        self._is_mixed |= self._refused > 0 and self._delivered.span_s(at_s) <= MOMENT_S
         self._delivered.add(at_s, amount)
 
     def accepted(self, at_s: float, amount: float, count: int) -> None:
@@ -214,10 +219,8 @@ class RateSearch:
                 rate = max(rate, BURST_OFF * (self.lately(at_s) or 0.0))
         elif self._delivered.total:
             rate, rough = BELOW_BURST * self._delivered.in_last_second(at_s), True
-            if self._mark is None and self._delivered.at_first <= self._amount >= self._delivered.total / MOST_SPACED:
-                self._spacing = RequestSpacing()
-                self._rate.limit_burst(1.0)
-                rate = FIRST_PER_S
+            if self._mark is None and self._delivered.at_first >= self._delivered.total / MOST_SPACED:
+                rate = self._space_out() or rate
         self._remember(before)
         if rate is not None:
             if keep and (kept := BELOW_MEASURED * self._delivered.sustained()) > rate:
@@ -225,6 +228,21 @@ class RateSearch:
             self._lower(rate, now_s, rough=rough, why="an empty bucket" if lone else "nearly everything was refused")
         self._set_mark(at_s)
         self._paused = True
+
+    def space_out(self, at_s: float, now_s: float) -> None:
+        """More at once were refused, but are accepted one by one: the server's bucket is small."""
+        if self.per_s is None and (rate := self._space_out()) is not None:
+            self._lower(rate, now_s, rough=True, why="accepted one by one, and not at once")
+            self._set_mark(at_s)
+
+    def _space_out(self) -> float | None:
+        """Begins to search by evenly spaced requests, at the rate that is returned; None if the bucket is not small."""
+        holds = self._delivered.at_first / self._amount
+        if holds > SMALL_BUCKET or (holds > 1 and self._is_mixed):  # no bucket, which accepts the first of them
+            return None
+        self._spacing = RequestSpacing(holds)
+        self._rate.limit_burst(1.0)
+        return max(FIRST_PER_S, BELOW_BURST * holds)
 
     def exceeded(self, at_s: float, now_s: float, ordinary: float = 0.0, *, by_chance: bool = True) -> Step:
         """More than the `ordinary` share was refused at this rate. `by_chance`: that may have been chance."""
@@ -267,14 +285,19 @@ class RateSearch:
         self._lower(rate, now_s, rough=spacing.is_searching, why=f"refused; {rate * 60:.0f} a minute were accepted")
         self._set_mark(at_s)
         self._paused = False
+        self._end_spacing(spacing)
         return True
+
+    def _end_spacing(self, spacing: RequestSpacing) -> None:
+        """From now on the rate is measured as that of any bucket, but nothing is sent at once."""
+        if spacing.is_found:
+            self._spacing, self._known = None, KnownLimit()
+            self._known.per_s = self.per_s
 
     def is_chance(self, at_s: float, now_s: float, ordinary: RefusedShare) -> bool:
         """True if a lower rate did not lower the refused share: that share counts as ordinary from now on."""
         if self._spacing is not None and self._spacing.is_contradicted:
             ordinary.set(float(self._spacing.share), LEAST_SURE)
-            self._spacing = None
-            self._rate.limit_burst(math.inf)
             self.restore(None, now_s, "rates far below accepted ones are refused")
             return True
         cut, share, rate = self._cut, self._share, self.per_s
@@ -325,6 +348,7 @@ class RateSearch:
             self._rough = spacing.is_searching
             self._raised_s, self._raised_total = now_s, self._rate.taken
             spacing.restart(now_s)
+            self._end_spacing(spacing)
             return True
         requests_per_s = rate * self._rate.requests / self._delivered.total if self._delivered.total else rate
         if self._rough:
@@ -386,9 +410,8 @@ class RateSearch:
         self.confirmed = self._cut = self._mark = None
         self._known = KnownLimit()
         self._rough = self._paused = self.raised = False
-        if self._spacing is not None:
-            self._spacing = None
-            self._rate.limit_burst(math.inf)
+        self._spacing = None
+        self._rate.limit_burst(math.inf)
 
     @property
     def _known_per_s(self) -> float | None:

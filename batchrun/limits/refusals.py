@@ -217,15 +217,19 @@ class Refusals:
         if refused or self._runs.in_a_row or self._runs.is_found:
             self._runs.count(attempt.at_s, refused=refused)
         if not refused and self._is_quiet:
-            self._crowding.accepted(now_s, attempt.others, self._in_flight.most, float(self.share))
+            self._crowding.accepted(now_s, attempt.at_s, attempt.others, self._in_flight.most, float(self.share))
             if order >= self._since:
                 self._accepted = True
                 self.share.add(0, 1)
             return
-        if refused and self._crowding.refused(now_s, attempt.others, float(self.share)):
+        if refused and self._crowding.refused(now_s, attempt.at_s, attempt.others, float(self.share)):
             return
-        if not refused:
-            self._crowding.accepted(now_s, attempt.others, self._in_flight.most, float(self.share))
+        most, share = self._in_flight.most, float(self.share)
+        if not refused and self._crowding.accepted(now_s, attempt.at_s, attempt.others, most, share):
+            self._requests.space_out(attempt.at_s, now_s)
+            self._on_kind("limit", "as many were accepted one by one")
+            self._start_again()
+            return
         if order < self._since:
             return
         self._accepted |= not refused

@@ -1,7 +1,9 @@
-"""Finds the limit of a server that accepts evenly spaced requests only (nginx's `limit_req` without `burst`). PURE.
+"""Finds the limit of a server that accepts evenly spaced requests only (nginx's `limit_req`, with a small `burst` or
+none). PURE.
 
-Its bucket holds one request and is full again before the next one, so that accepted ÷ time says little: slightly above
-the limit, every second request is refused. But each rate at which nothing is refused *is* no higher than the limit.
+Its bucket holds a few requests at most and is soon full again, so that accepted ÷ time says little: slightly above the
+limit of a bucket of one, every second request is refused. But a rate at which nothing is refused, while several times
+what the bucket holds is sent, *is* no higher than the limit.
 Rates are tried upwards in large steps, then halfway (in proportion) between the highest accepted and lowest refused.
 """
 
@@ -11,6 +13,9 @@ from batchrun.limits.evidence import RefusedShare
 
 FIRST_PER_S = 1.0
 """The search begins at one request a second: few limits are lower."""
+
+SMALL_TIMES = 1.6
+"""The same where the bucket holds a few requests: each one too many is refused as well, until the rate falls."""
 
 TIMES = 4.0
 """Until too much is refused, each next rate is four times as high. The next request shows whether it is too high, so a
@@ -40,6 +45,7 @@ class RequestSpacing:
         "_highest_per_s",
         "_refused",
         "_refused_per_s",
+        "_saved",
         "_since_s",
         "_until_s",
         "accepted_per_s",
@@ -47,7 +53,9 @@ class RequestSpacing:
         "share",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, holds: float) -> None:
+        """`holds` is how many requests the server's bucket accepts at once."""
+        self._saved = holds - 1  # what a full bucket accepts beyond the rate
         self.is_searching = True
         self.share = RefusedShare()
         self.accepted_per_s = self._highest_per_s = 0.0
@@ -77,13 +85,18 @@ class RequestSpacing:
             self._accepted += 1
 
     @property
+    def is_found(self) -> bool:
+        """True if the limit is known, and the bucket holds enough to measure it between two moments without any."""
+        return not self.is_searching and self._saved >= 1
+
+    @property
     def is_contradicted(self) -> bool:
         """True if requests were refused long after an empty bucket had one again."""
         return self._contradictions >= MOST_CONTRADICTIONS
 
     def is_tried(self, per_s: float) -> bool:
         """True if enough was accepted at this rate to try a higher one."""
-        if self._accepted < 1 + REFUSED_TIMES * self._refused:
+        if self._accepted < 1 + REFUSED_TIMES * self._refused + self._saved:
             return False
         if self._accepted < USED * per_s * self._span_s:  # a pause, or a longer gap of the rate before
             self.restart(self._since_s)
@@ -92,14 +105,14 @@ class RequestSpacing:
 
     def prove(self) -> None:
         """The rate ends here. If nothing was refused, the limit is no lower."""
-        if self._accepted and not self._refused:
-            self.accepted_per_s = max(self.accepted_per_s, self._accepted / self._span_s)
+        if self._accepted > self._saved and not self._refused:
+            self.accepted_per_s = max(self.accepted_per_s, (self._accepted - self._saved) / self._span_s)
             self._highest_per_s = max(self._highest_per_s, self.accepted_per_s)
 
     def higher(self, per_s: float) -> float:
         """The next rate to try."""
         if self._refused_per_s == math.inf:
-            return TIMES * per_s
+            return (SMALL_TIMES if self._saved else TIMES) * per_s
         higher = math.sqrt(self._refused_per_s * per_s)
         self.is_searching = higher < NEAR * self._refused_per_s
         return higher

@@ -25,9 +25,15 @@ def known_cost(cost_usd: Decimal, unknown: int) -> Decimal | None:
     return None if unknown and not cost_usd else cost_usd
 
 
+def cost_so_far(summary: Summary) -> Decimal | None:
+    """The known cost of a run; None if all it may have cost is at an unknown price, answers and doubts alike."""
+    doubts = sum(doubt.upper_bound_usd is None for doubt in summary.possibly_billed)
+    return known_cost(summary.cost_usd, summary.unpriced + summary.without_usage + doubts)
+
+
 def headline_usd(summary: Summary, form: str = ",.6f") -> str:
     """The cost so far, as every line shows it."""
-    cost_usd = known_cost(summary.cost_usd, summary.unpriced + summary.without_usage)
+    cost_usd = cost_so_far(summary)
     return "unknown" if cost_usd is None else f"${cost_usd:{form}}"
 
 

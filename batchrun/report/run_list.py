@@ -10,7 +10,7 @@ import msgspec
 
 from batchrun.errors import CheckpointError, ExitCode, InputError
 from batchrun.report import resume_command
-from batchrun.report.cost_lines import known_cost
+from batchrun.report.cost_lines import cost_so_far
 from batchrun.report.run_state import run_state
 from batchrun.report.summary import failures
 from batchrun.report.text_table import aligned
@@ -137,7 +137,7 @@ def _run(path: Path, now: datetime) -> ListedRun:
         failed=failures(summary),
         pending=summary.pending,
         by_status=summary.by_status,
-        cost_usd=known_cost(summary.cost_usd, summary.unpriced + summary.without_usage),
+        cost_usd=cost_so_far(summary),
         possibly_billed_usd=summary.possibly_billed_usd,
         unpriced=summary.unpriced,
         created_at=summary.created_at,

@@ -115,7 +115,16 @@ def fix_for_key(reason: str, endpoint: Endpoint) -> Fix | None:
 
 
 def fix_for_address(reason: str) -> Fix | None:
-    """Where to look if the server answers, but never with a completion; None if the run stopped for another reason."""
+    """Where to look if the address is wrong or can't be trusted; None if the run stopped for another reason."""
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        what = "the certificate file of the authority that signed for the server, or for the proxy, if you trust it"
+        return Fix("endpoint.ca_file", what, same_command=True)
+    # behind a company's proxy, no name outside resolves
+    if "never reached" in reason and "ClientConnectorDNSError" in reason:
+        what = "is the host's name right? Behind a proxy set endpoint.proxy: HTTPS_PROXY is not read"
+        return Fix("endpoint.url", what, same_command=True)
+    if "the server redirects to" in reason:
+        return Fix("endpoint.url", "the address of the API itself, which redirects nowhere", same_command=True)
     if re.search(r"^no answer for .*\bthe answer is (no chat completion|empty)", reason) is None:
         return None
     what = "is it the address of chat completions? A base such as https://host/v1 gets /chat/completions appended"

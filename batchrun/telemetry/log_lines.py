@@ -6,7 +6,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 
 from batchrun.records import Notice
-from batchrun.report.cost_lines import headline_usd, known_cost
+from batchrun.report.cost_lines import cost_so_far, headline_usd
 from batchrun.report.progress import line as progress_line
 from batchrun.report.summary import failures
 from batchrun.report.wording import plural
@@ -80,7 +80,7 @@ def figures(summary: Summary) -> dict[str, object]:
         "prompt_tokens": sum(line.prompt_tokens for line in totals),
         "cached_tokens": sum(line.cached_tokens for line in totals),
         "completion_tokens": sum(line.completion_tokens for line in totals),
-        "cost_usd": known_cost(summary.cost_usd, summary.unpriced + summary.without_usage),
+        "cost_usd": cost_so_far(summary),
         "possibly_billed": summary.possibly_billed_count,
         "possibly_billed_usd": summary.possibly_billed_usd,
         "tokens_per_second": summary.tokens_per_second,

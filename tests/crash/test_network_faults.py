@@ -396,7 +396,10 @@ def test_a_redirect_stops_the_run(tmp_path: Path, status: str) -> None:
     assert len(server.exchanges) <= 9, "the first eight, and the one that was to confirm"
     assert ended.exit_code == 2
     assert (ended.summary.pending, ended.summary.by_status) == (12, {})
-    assert f"HTTP {status[:3]}" in str(ended.summary.reason)
+    assert (
+        ended.summary.reason
+        == f"HTTP {status[:3]}: the server redirects to {other.url}, and redirects are not followed"
+    )
 
 
 def test_an_untrusted_certificate_stops_the_run(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batchrun.report.suggested_fixes import fix_for
+from batchrun.report.suggested_fixes import fix_for, fix_for_address
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import KEY, Ended, batchrun, read_summary, write_job, write_rows
 from tests.endings import answer_body
@@ -125,6 +125,25 @@ def test_a_refused_parameter_names_its_setting(message: str, setting: str | None
     cure = fix_for(f"HTTP 400: {message}")
     assert (cure and cure.setting) == setting
     assert (cure.flags if cure else ()) == (() if value is None else ("--set", f"{setting}={value}"))
+
+
+@pytest.mark.parametrize(
+    ("reason", "setting"),
+    [
+        ("HTTP 307: the server redirects to https://b.example/, and redirects are not followed", "endpoint.url"),
+        (
+            "ClientConnectorCertificateError: [SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate",
+            "endpoint.ca_file",
+        ),
+        ("no answer for 60 s: the answer is no chat completion, but a web page: Sign in", "endpoint.url"),
+        ("the endpoint was never reached for 15 seconds: ClientConnectorDNSError: Cannot connect", "endpoint.url"),
+        ("no answer for 600 seconds: ClientConnectorDNSError: Cannot connect", None),
+        ("no answer for 60 s: HTTP 502: Bad Gateway", None),
+    ],
+)
+def test_a_wrong_address_names_its_setting(reason: str, setting: str | None) -> None:
+    cure = fix_for_address(reason)
+    assert (cure and cure.setting) == setting
 
 
 def refusing(parameter: str, message: str, unless: Any = ...) -> Script:

@@ -125,6 +125,15 @@ def test_unpriced_possible_billing_has_no_bound(bounds: tuple[Decimal | None, ..
     assert "; ".join(cost_lines(reported)).endswith(f"without a known end; {said}")
 
 
+def test_requests_without_a_known_end_have_no_known_cost() -> None:
+    """All attempts timed out at an unknown price, and each may have been billed."""
+    unpriced = summary(possibly_billed=[DOUBT], possibly_billed_count=1, cost_usd=Decimal(0))
+    assert cost_lines(unpriced)[0] == "unknown"
+    assert "cost unknown" in line(unpriced)
+    bounded = msgspec.structs.replace(DOUBT, upper_bound_usd=Decimal(1))
+    assert cost_lines(summary(possibly_billed=[bounded], cost_usd=Decimal(0)))[0] == "$0.000000"
+
+
 def test_headlines_say_what_is_known() -> None:
     totals = [TotalsLine(1, "m", "ok", "2026-11-28", "", 1, 1, 10, 0, 2, 0, 12, Decimal(0), 0, 1)]
     reported = summary(totals=totals, cost_usd=Decimal(0), without_usage=1)

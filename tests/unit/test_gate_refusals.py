@@ -90,7 +90,7 @@ def test_the_rate_is_back_soon_after_an_outage(length_s: float, late_s: float, f
 
 @pytest.mark.parametrize("limit_per_s", [0.5, 1.0, 7.0, 50.0, 333.0])
 def test_the_spacing_of_requests_is_found(limit_per_s: float) -> None:
-    found, per_s, now_s, accepted_s = RequestSpacing(), 0.25, 0.0, -math.inf
+    found, per_s, now_s, accepted_s = RequestSpacing(1), 0.25, 0.0, -math.inf
     sent = refused = in_a_try = 0
     while found.is_searching and sent < 60:
         taken = now_s - accepted_s >= 1 / limit_per_s - 1e-9
@@ -113,7 +113,7 @@ def test_the_spacing_of_requests_is_found(limit_per_s: float) -> None:
 
 
 def test_refusals_long_after_an_accepted_request_are_no_bucket() -> None:
-    found = RequestSpacing()
+    found = RequestSpacing(1)
     for turn in range(6):
         found.count(turn / 5, refused=False)
     found.prove()
@@ -121,6 +121,20 @@ def test_refusals_long_after_an_accepted_request_are_no_bucket() -> None:
         assert not found.is_contradicted
         found.count(2.0 + turn, refused=True)
     assert found.is_contradicted
+
+
+def test_a_better_source_ends_the_even_spacing() -> None:
+    """Before it nothing is sent ahead of its time; afterwards a full bucket may be sent at once."""
+    rate = AdaptiveRate(Limit.REQUESTS, None, 0.0, lambda *change: None)
+    search = RateSearch(rate)
+    for place in range(8):
+        search.count(0.0, 1, refused=place > 1)
+    search.storm(0.0, 0.1)
+    assert rate.learned is not None
+    assert rate.level(1_000.0) <= 1
+    search.forget()
+    rate.learn(3_000.0, 1_000.0, "stated")
+    assert rate.level(2_000.0) > 1
 
 
 def test_lasting_refusals_blame_the_rate() -> None:

@@ -113,6 +113,36 @@ def test_every_fault_has_one_verdict(fault: Fault, body: bytes) -> None:
     assert set(FAULT_VERDICTS) == set(Fault)
 
 
+@pytest.mark.parametrize(
+    ("page", "words"),
+    [
+        # haproxy's own
+        (
+            b"<html><body><h1>503 Service Unavailable</h1>\nNo server isn&#39;t busy.\n</body></html>\n",
+            "503 Service Unavailable No server isn't busy.",
+        ),
+        (
+            b"<!DOCTYPE html>\n<html><head><title>Just a moment...</title><style>" + b"a { b: c } " * 200 + b"</style>"
+            b"<script>var x = '<b>';</script></head><!-- no --><body>Wait</body></html>",
+            "Just a moment... Wait",
+        ),
+        (b"<?xml version='1.0'?><Error><Code>SlowDown</Code></Error>", "SlowDown"),
+        (b"<html><script>" + b"x" * 20_000, "<html><script>" + "x" * 286),  # no words: what came
+        (b"<think> 1 < 2", "<think> 1 < 2"),
+    ],
+)
+def test_a_web_page_is_reported_by_its_words(page: bytes, words: str) -> None:
+    error = judged(502, page).error
+    assert error is not None
+    assert error.message == f"HTTP 502: {words}"
+
+
+def test_a_redirect_names_its_target_without_its_query() -> None:
+    error = judged(302, b"<html>Found</html>", {"Location": "https://login.example/?token=1"}).error
+    assert error is not None
+    assert error.message == ("HTTP 302: the server redirects to https://login.example/, and redirects are not followed")
+
+
 CHUNK = b'{"choices": [{"index": 0, "delta": {"content": "Fi"}, "finish_reason": null}]}'
 
 
@@ -304,7 +334,7 @@ def test_errors_repeat_the_server_bounded() -> None:
     assert judgement.error == RowError("bad_request", 400, "context_length_exceeded", "context is too long")
     html = judged(502, b"<html>\r\n <b>Bad   gateway</b>\xff")
     assert html.error is not None
-    assert html.error.message == "HTTP 502: <html> <b>Bad gateway</b>\ufffd"
+    assert html.error.message == "HTTP 502: Bad gateway \ufffd"
     long = judged(400, said("x" * 9000))
     assert long.error is not None
     assert len(long.error.message or "") == 1000
