@@ -10,6 +10,9 @@ AGREES, AGREES_COUNT = 0.01, 2.0
 KEPT = 0.997
 """Of two measurements that agree, the higher one holds: by chance it is never too high. But not for good."""
 
+MET = 0.05
+"""A rate this near to the limit is that limit, met once more."""
+
 SLACK = 2.0
 """The bucket counts as empty with up to two requests in it: clocks and networks blur the moment."""
 
@@ -63,6 +66,10 @@ class KnownLimit:
     def climb(self, now_s: float, total: float, level: float) -> None:
         """A higher rate is tried from now on; `total` was accepted so far, and the server's bucket holds `level`."""
         self._climb_s, self._total, self._level = now_s, total, level
+
+    def is_met(self, per_s: float) -> bool:
+        """True if this measurement is about the limit that was known."""
+        return self.per_s is not None and abs(per_s - self.per_s) <= MET * self.per_s
 
     def is_exceeded(self, per_s: float | None) -> bool:
         """True at a rate above the limit."""

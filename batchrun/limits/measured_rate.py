@@ -1,0 +1,133 @@
+"""Measures a limit between two moments at which the server's bucket was empty. PURE.
+
+While it is empty it accepts exactly what its limit refills. So accepted ÷ time between two such moments *is* the limit,
+bursts and pauses included.
+"""
+
+import math
+
+from batchrun.limits.throughput import LEAST_SPAN_S, MOMENT_S, WINDOW_S, Throughput
+
+LEAST_TIMES = 10
+"""Over less than a second, or ten times the refused amount, one request more or less distorts the rate."""
+
+FIRM_TIMES = 20
+"""Below this the rate is rough, and tried upwards faster."""
+
+BURST_OFF = 0.85
+"""If the bucket was empty long ago, less than the limit may have been sent since: what was accepted in the last ten
+seconds, less a burst, is a lower bound of the limit."""
+
+
+class MeasuredRate:
+    """What was accepted and refused since the bucket was last empty (`mark`). Amounts are requests or tokens."""
+
+    __slots__ = ("_burst", "_delivered", "_mark", "amount", "counted", "is_mixed", "refused")
+
+    def __init__(self) -> None:
+        self.counted = self.refused = 0  # attempts
+        self.amount = 1.0  # of the last refused attempt
+        self.is_mixed = False  # of those sent first, one was accepted after a refusal
+        self._delivered = Throughput()
+        self._mark: tuple[float, float] | None = None
+        self._burst: tuple[float, float] | None = None  # the first refusal came after so long, and so much accepted
+
+    def count(self, at_s: float, amount: float, *, refused: bool) -> None:
+        """An attempt sent at `at_s` was accepted or refused. To be called in the order of sending."""
+        self.counted += 1
+        if refused:
+            self.refused += 1
+            self.amount = amount
+            return
+        self.is_mixed |= self.refused > 0 and self._delivered.span_s(at_s) <= MOMENT_S
+        self._delivered.add(at_s, amount)
+
+    def accepted(self, at_s: float, amount: float, count: int) -> None:
+        """As `count`, for several attempts that were accepted, the last of them sent at `at_s`."""
+        self.counted += count
+        self._delivered.add(at_s, amount)
+
+    def correct(self, more: float) -> None:
+        """An accepted attempt used this much more than its estimate."""
+        self._delivered.total += more
+
+    def mark(self, at_s: float) -> None:
+        """The bucket was empty at `at_s`: the next measurement begins there."""
+        if self._burst is None and self._mark is None and self._delivered.first_s is not None:
+            self._burst = at_s - self._delivered.first_s, self._delivered.total
+        self._mark = at_s, self._delivered.total
+        self.counted = self.refused = 0
+
+    def unmark(self) -> None:
+        """No moment is known at which the bucket was empty."""
+        self._mark = None
+
+    @property
+    def is_marked(self) -> bool:
+        return self._mark is not None
+
+    @property
+    def share(self) -> float:
+        """The refused share of attempts."""
+        return self.refused / max(1, self.counted)
+
+    @property
+    def taken(self) -> float:
+        """The amount accepted since the mark."""
+        return self._delivered.total - (0.0 if self._mark is None else self._mark[1])
+
+    @property
+    def is_firm(self) -> bool:
+        """True if enough was accepted since the mark for an exact rate."""
+        return self.taken >= FIRM_TIMES * self.amount
+
+    @property
+    def total(self) -> float:
+        """The amount accepted so far."""
+        return self._delivered.total
+
+    @property
+    def at_first(self) -> float:
+        """The amount accepted of what was sent at once at the start."""
+        return self._delivered.at_first
+
+    @property
+    def sustained(self) -> float:
+        """See `Throughput.sustained`."""
+        return self._delivered.sustained()
+
+    def lately(self, at_s: float) -> float | None:
+        """The accepted rate over the last ten seconds; None over less than one."""
+        return self._delivered.lately(at_s)
+
+    def in_last_second(self, at_s: float) -> float:
+        """The amount accepted in the last second."""
+        return self._delivered.in_last_second(at_s)
+
+    def refused_above(self, ordinary: float) -> float:
+        """How many attempts were refused beyond the `ordinary` share."""
+        return self.refused - ordinary * self.counted
+
+    def at_least(self, at_s: float) -> float:
+        """A lower bound of the limit; 0.0 in the first ten seconds."""
+        return BURST_OFF * (self.lately(at_s) or 0.0) if self._delivered.span_s(at_s) >= WINDOW_S else 0.0
+
+    def per_s(self, at_s: float) -> float | None:
+        """Accepted ÷ time since the bucket was last empty; None if that says nothing yet."""
+        if self._mark is None:
+            return None
+        span_s = at_s - self._mark[0]
+        if span_s < LEAST_SPAN_S or self.taken < LEAST_TIMES * self.amount:
+            return None
+        at_least = BURST_OFF * (self.lately(at_s) or 0.0) if span_s > WINDOW_S else 0.0
+        return max(self.taken / span_s, at_least)
+
+    def server_level(self, at_s: float, limit_per_s: float | None) -> float:
+        """What the server's bucket holds, by the measured limit. It is full at what it gave before the first refusal,
+        less what was refilled meanwhile.
+        """
+        if limit_per_s is None or self._mark is None:
+            return 0.0
+        level = limit_per_s * (at_s - self._mark[0]) - self.taken
+        full = math.inf if self._burst is None else self._burst[1] - limit_per_s * self._burst[0]
+        return max(0.0, min(level, full))
