@@ -294,7 +294,7 @@ WINDOWS = [
     window("50 in a second", 50, 1.0, 3_000, 80, 3),
     window("10 in a second", 10, 1.0, 1_800, 87, 4),
     window("200 in a second, Retry-After", 200, 1.0, 12_000, 65, 1.5, retry_after_s=1.0),
-    window("50 in a second, says when it ends", 50, 1.0, 3_000, 80, 3, says_end=True),
+    window("50 in a second, says when it ends", 50, 1.0, 3_000, 87, 2, says_end=True),
     window("100 in 2 s", 100, 2.0, 3_000, 75, 3),
 ]
 SCENARIOS = LIMITS + SPACED + SMALL_BUCKETS + WINDOWS + CHANCE + RUNS + LIMITED_RUNS + TOKENS + CROWDS + QUEUES

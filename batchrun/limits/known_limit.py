@@ -71,6 +71,10 @@ class KnownLimit:
         """True if this measurement is about the limit that was known."""
         return self.per_s is not None and abs(per_s - self.per_s) <= MET * self.per_s
 
+    def is_passed(self, per_s: float) -> bool:
+        """True if this measurement shows that the limit is higher than was known."""
+        return self.per_s is not None and per_s > (1 + MET) * self.per_s
+
     def is_exceeded(self, per_s: float | None) -> bool:
         """True at a rate above the limit."""
         return self.per_s is not None and per_s is not None and per_s > self.per_s

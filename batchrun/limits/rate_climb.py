@@ -23,18 +23,19 @@ USED = 0.8
 class RateClimb:
     """Steps upwards from a rate; `is_rough` if that was not measured exactly: then the steps come sooner."""
 
-    __slots__ = ("_raised_s", "_raised_total", "_rest", "_step", "counted_before", "is_rough")
+    __slots__ = ("_is_steady", "_raised_s", "_raised_total", "_rest", "_step", "counted_before", "is_rough")
 
     def __init__(self) -> None:
-        self.is_rough = False
+        self.is_rough = self._is_steady = False
         self.counted_before = 0  # attempts counted when the climb began
         self._step = STEP
         self._rest = 0.0  # requests before the next climb
         self._raised_s = self._raised_total = 0.0
 
-    def begin(self, *, rough: bool, step: float | None = None) -> None:
-        """The next step is the first one, of its usual size or of `step`."""
+    def begin(self, *, rough: bool, step: float | None = None, steady: bool = False) -> None:
+        """The next step is the first one, of its usual size or of `step`; `steady`: later ones are no larger."""
         self.is_rough = rough
+        self._is_steady = steady
         self._step = step or (ROUGH_STEP if rough else STEP)
 
     def restart(self, now_s: float, taken: float) -> None:
@@ -55,9 +56,9 @@ class RateClimb:
         return is_used
 
     def next_step(self) -> float:
-        """By which share the rate is raised now. The next one is larger."""
+        """By which share the rate is raised now. The next one is larger, unless steps are steady."""
         step = self._step
-        if step < DOUBLED:
+        if step < DOUBLED and not self._is_steady:
             self._step = min(MAX_STEP, (ROUGH_FASTER if self.is_rough else FASTER) * step)
         return step
 

@@ -208,7 +208,9 @@ class RateSearch:
                 self._measured.mark(at_s)
             return Step.TOO_EARLY
         self._remember(before)
-        rough = self._paused or not measured.is_firm
+        # what is refused in a window of time leaves less measured than its limit, but more at each climb
+        passed = by_chance and self._known.is_passed(rate)
+        rough = self._paused or not measured.is_firm or passed
         was_sure = self._known.is_sure
         if self._known.is_met(rate):
             self._climb.rest_after(measured.refused_above(ordinary), measured.counted)
@@ -216,7 +218,8 @@ class RateSearch:
         if not self._paused:
             # a limit that was sure may have changed, and this rate was measured across the change
             self._cut = None if was_sure else _Cut(before, measured.share, measured.counted)
-        self._lower(rate * BELOW_MEASURED, now_s, rough=rough, why=f"refused; {rate * 60:.0f} a minute were accepted")
+        why = f"refused; {rate * 60:.0f} a minute were accepted"
+        self._lower(rate * BELOW_MEASURED, now_s, rough=rough, steady=passed, why=why)
         self._measured.mark(at_s)
         self._paused = False
         return Step.LOWERED
@@ -381,12 +384,12 @@ class RateSearch:
         if before is None or self.raised:
             self._before_chain = before
 
-    def _lower(self, per_s: float, now_s: float, *, rough: bool, why: str) -> None:
+    def _lower(self, per_s: float, now_s: float, *, rough: bool, steady: bool = False, why: str) -> None:
         before = self.per_s
         if before is not None and self._spacing is None:
             per_s = min(per_s, BELOW_MEASURED * before)
         self.raised = False
-        self._climb.begin(rough=rough)
+        self._climb.begin(rough=rough, steady=steady)
         self._climb.restart(now_s, self._rate.taken)
         if self._spacing is not None:
             self._spacing.restart(now_s)
