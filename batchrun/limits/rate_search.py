@@ -16,7 +16,7 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.evidence import RefusedShare
 from batchrun.limits.known_limit import KnownLimit
 from batchrun.limits.request_spacing import FIRST_PER_S, RequestSpacing
-from batchrun.limits.throughput import LEAST_SPAN_S, MOMENT_S, WINDOW_S, Throughput
+from batchrun.limits.throughput import LEAST_SPAN_S, WINDOW_S, Throughput
 
 BELOW_MEASURED = 0.98
 """The share of a measured rate that is used: refusals stop, and the server's bucket fills a little for the next try."""
@@ -26,7 +26,9 @@ BELOW_BURST = 0.5
 until it can be measured."""
 
 SMALL_BUCKET = 7
-"""Eight requests are sent at once at the start: a bucket that accepts fewer is searched by evenly spaced requests."""
+MOMENT_S = 0.005
+"""Eight requests are sent at once at the start, within a few milliseconds: a bucket that accepts fewer, and those sent
+first, is searched by evenly spaced requests."""
 
 MOST_SPACED = 3
 """Such a bucket accepts as many again, at most, in each round until its refusals show a limit: three rounds have more
@@ -132,6 +134,7 @@ class RateSearch:
         self._mark: tuple[float, float] | None = None
         self._paused = False
         self._counted = self._refused = 0
+        self._before_refusal: float | None = None  # accepted before the first one
         self._is_mixed = False  # of those sent first, one was accepted after a refusal
         self._amount = 1.0  # of the last refused attempt
         self._cut: _Cut | None = None
@@ -175,6 +178,8 @@ class RateSearch:
         if refused:
             self._refused += 1
             self._amount = amount
+            if self._before_refusal is None:
+                self._before_refusal = self._delivered.total
             return
         self._is_mixed |= self._refused > 0 and self._delivered.span_s(at_s) <= MOMENT_S
         self._delivered.add(at_s, amount)
@@ -219,7 +224,7 @@ class RateSearch:
                 rate = max(rate, BURST_OFF * (self.lately(at_s) or 0.0))
         elif self._delivered.total:
             rate, rough = BELOW_BURST * self._delivered.in_last_second(at_s), True
-            if self._mark is None and self._delivered.at_first >= self._delivered.total / MOST_SPACED:
+            if self._mark is None and (self._before_refusal or 0.0) >= self._delivered.total / MOST_SPACED:
                 rate = self._space_out() or rate
         self._remember(before)
         if rate is not None:
@@ -237,8 +242,8 @@ class RateSearch:
 
     def _space_out(self) -> float | None:
         """Begins to search by evenly spaced requests, at the rate that is returned; None if the bucket is not small."""
-        holds = self._delivered.at_first / self._amount
-        if holds > SMALL_BUCKET or (holds > 1 and self._is_mixed):  # no bucket, which accepts the first of them
+        holds = (self._before_refusal or 0.0) / self._amount
+        if not 1 <= holds <= SMALL_BUCKET or (holds > 1 and self._is_mixed):  # a bucket accepts the first of them
             return None
         self._spacing = RequestSpacing(holds)
         self._rate.limit_burst(1.0)
