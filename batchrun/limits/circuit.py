@@ -255,13 +255,14 @@ class Circuit:
         return PROCEED
 
     def _run_failed(self, outcome: Outcome, order: int) -> Decision:
-        """A second row with the same verdict stops the run; so does the same row again, sent when no other is left.
-
-        Once such a verdict was disproved, more of them are needed, and only of rows that were sent after the first.
+        """A second row with the same verdict, sent after the first one had it, stops the run; so does the same row
+        again, sent when no other is left. Once such a verdict was disproved, more of them are needed.
         """
-        alike = [suspicion for suspicion in self._suspicions.values() if suspicion.verdict is outcome.verdict]
-        if alike and (not self._disproved or order >= min(suspicion.since for suspicion in alike)):
-            self._confirmed += 1
+        alike = [each.since for each in self._suspicions.values() if each.verdict is outcome.verdict]
+        if alike and order < min(alike):  # where one key of several is bad, two rows at once may well meet it
+            self._suspicions[outcome.row] = _Suspicion(outcome.verdict, min(alike))
+            return HOLD
+        self._confirmed += bool(alike)
         if self._confirmed > min(self._disproved, MOST_DISPROVED):
             exit_code = ExitCode.PAUSED if outcome.verdict is Verdict.PAUSE else ExitCode.USAGE
             self.close(Stop(exit_code, _reason(outcome.error)))

@@ -38,10 +38,10 @@ MAX_PROBE_EVERY_S = 20.0
 use within half a minute."""
 
 SMALL_BUCKET = 7
-TEST_EVERY_S = 0.1
+TEST_EVERY_S, TEST_FOR_S = 0.1, 1.0
 TESTS = 2
 """The empty bucket of a rate limit that holds a few requests looks like a small crowd, but soon has a request again. So
-while such a cap is on trial one more is sent each tenth of a second. If two are accepted with more in flight than were
+one more than such a cap is sent each tenth of a second, for a second. If two are accepted with more in flight than were
 refused, there is no crowd."""
 
 LOWERED = 0.9
@@ -69,7 +69,7 @@ class Crowding:
         "_ruled_out_for_s",
         "_step",
         "_test_s",
-        "_tested_from_s",
+        "_tests_from_s",
         "_trials",
         "_tried",
         "_wait_s",
@@ -91,8 +91,8 @@ class Crowding:
         self._step = 1
         self._ruled_out_for_s = RULED_OUT_FOR_S
         self._low = self._above = 0
-        self._tested_from_s = 0.0
-        self._test_s: float | None = None
+        self._tests_from_s: float | None = None  # until a test decides
+        self._test_s: float | None = None  # when the next one is due
 
     @property
     def on_trial(self) -> bool:
@@ -101,9 +101,11 @@ class Crowding:
 
     def next_test_s(self, now_s: float) -> float | None:
         """When one more than the cap is to be sent: now (which begins that test), later, or (None) never."""
-        if self._test_s is None or now_s < self._test_s:
+        if self._test_s is None or self._tests_from_s is None or now_s < self._test_s:
             return self._test_s
         self._test_s = now_s + TEST_EVERY_S
+        if self._test_s > self._tests_from_s + TEST_FOR_S:
+            self._test_s = None
         return now_s
 
     def remember(self, now_s: float, others: Sequence[int]) -> None:
@@ -118,7 +120,7 @@ class Crowding:
         self._accepted.append((now_s, others))
         if self.cap is None:
             return False
-        if self._test_s is not None and sent_s > self._tested_from_s and others > self._low:
+        if self._tests_from_s is not None and sent_s > self._tests_from_s and others > self._low:
             self._above += 1
             if self._above >= TESTS:
                 self._drop(now_s, "as many were accepted one by one")
@@ -128,7 +130,6 @@ class Crowding:
             if self._tried >= TRIED * self.cap:
                 self._tried = None
                 self._probe_s = now_s + self._wait_s
-                self._test_s = None
             return False
         if self._probing_from is not None and others >= self._probing_from:
             self._probe.step(max(LEAST_ORDINARY, ordinary), ordinary + TOO_MANY, refused=False)
@@ -142,8 +143,8 @@ class Crowding:
 
     def refused(self, now_s: float, sent_s: float, others: int, ordinary: float) -> bool:
         """True if the cap explains the refusal: more were in flight than the server is known to accept."""
-        if self._test_s is not None and sent_s > self._tested_from_s and others > self._low:
-            self._test_s = None
+        if self._tests_from_s is not None and sent_s > self._tests_from_s and others > self._low:
+            self._tests_from_s = self._test_s = None
             return True
         capacity = self.cap if self._probing_from is None else self._probing_from
         if capacity is None or others < capacity:
@@ -169,8 +170,9 @@ class Crowding:
         if low < 2 or sum(others >= low for others in accepted) > OVERLAP * len(accepted):
             return False
         self._trials = 0
-        self._low, self._above, self._tested_from_s = low, 0, now_s
-        self._test_s = now_s + TEST_EVERY_S if low <= SMALL_BUCKET else None
+        self._low, self._above = low, 0
+        if low <= SMALL_BUCKET:
+            self._tests_from_s, self._test_s = now_s, now_s + TEST_EVERY_S
         self._try(low, now_s)
         return True
 
@@ -190,7 +192,7 @@ class Crowding:
 
     def _drop(self, now_s: float, why: str) -> None:
         """It was the wrong explanation."""
-        self._tried = self._probing_from = self._test_s = None
+        self._tried = self._probing_from = self._tests_from_s = self._test_s = None
         self._not_before_s = now_s + self._ruled_out_for_s
         self._ruled_out_for_s *= 2
         self._set(None, why)

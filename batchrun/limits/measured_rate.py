@@ -6,7 +6,10 @@ bursts and pauses included.
 
 import math
 
-from batchrun.limits.throughput import LEAST_SPAN_S, MOMENT_S, WINDOW_S, Throughput
+from batchrun.limits.throughput import LEAST_SPAN_S, WINDOW_S, Throughput
+
+MOMENT_S = 0.005
+"""Requests that are sent at once leave within a few milliseconds."""
 
 LEAST_TIMES = 10
 """Over less than a second, or ten times the refused amount, one request more or less distorts the rate."""
@@ -22,13 +25,14 @@ seconds, less a burst, is a lower bound of the limit."""
 class MeasuredRate:
     """What was accepted and refused since the bucket was last empty (`mark`). Amounts are requests or tokens."""
 
-    __slots__ = ("_burst", "_delivered", "_mark", "amount", "counted", "is_mixed", "refused")
+    __slots__ = ("_before_refusal", "_burst", "_delivered", "_mark", "amount", "counted", "is_mixed", "refused")
 
     def __init__(self) -> None:
         self.counted = self.refused = 0  # attempts
         self.amount = 1.0  # of the last refused attempt
         self.is_mixed = False  # of those sent first, one was accepted after a refusal
         self._delivered = Throughput()
+        self._before_refusal: float | None = None
         self._mark: tuple[float, float] | None = None
         self._burst: tuple[float, float] | None = None  # the first refusal came after so long, and so much accepted
 
@@ -38,6 +42,8 @@ class MeasuredRate:
         if refused:
             self.refused += 1
             self.amount = amount
+            if self._before_refusal is None:
+                self._before_refusal = self._delivered.total
             return
         self.is_mixed |= self.refused > 0 and self._delivered.span_s(at_s) <= MOMENT_S
         self._delivered.add(at_s, amount)
@@ -87,9 +93,9 @@ class MeasuredRate:
         return self._delivered.total
 
     @property
-    def at_first(self) -> float:
-        """The amount accepted of what was sent at once at the start."""
-        return self._delivered.at_first
+    def before_refusal(self) -> float:
+        """The amount accepted before the first refusal; 0.0 without one."""
+        return self._before_refusal or 0.0
 
     @property
     def sustained(self) -> float:

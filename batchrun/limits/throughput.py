@@ -7,9 +7,6 @@ GRAIN_S = 0.05
 LEAST_SPAN_S = 1.0
 """Over less than a second, one request more or less distorts the rate."""
 
-MOMENT_S = 0.002
-"""Requests that are sent at once leave within a millisecond or two."""
-
 HISTORY_S = 30.0
 HISTORY_GRAIN_S = 0.5
 SUSTAINED_S = 5.0
@@ -20,11 +17,10 @@ as fast over that time, and the excess of refusals that follows corrects it."""
 class Throughput:
     """Amounts (requests or tokens) that the server accepted, in the order of sending. Rates are per second."""
 
-    __slots__ = ("_history", "_lately", "at_first", "first_s", "total")
+    __slots__ = ("_history", "_lately", "first_s", "total")
 
     def __init__(self) -> None:
         self.total = 0.0
-        self.at_first = 0.0  # sent in the same moment as the first
         self.first_s: float | None = None
         self._lately: deque[tuple[float, float]] = deque()
         self._history: deque[tuple[float, float]] = deque()
@@ -33,8 +29,6 @@ class Throughput:
         """Adds an amount that was sent at `at_s` and accepted."""
         self.total += amount
         lately, history = self._lately, self._history
-        if self.first_s is None or at_s - self.first_s <= MOMENT_S:
-            self.at_first += amount
         if not lately or at_s - lately[-1][0] >= GRAIN_S:
             lately.append((at_s, self.total))
             if self.first_s is None:

@@ -337,19 +337,19 @@ RUN_VERDICTS = [
 
 
 @pytest.mark.parametrize(("verdict", "failure", "exit_code"), RUN_VERDICTS)
-@pytest.mark.parametrize("second_is_probe", [False, True])
-def test_two_rows_confirm_a_fatal_error(
-    verdict: Verdict, failure: RowError, exit_code: ExitCode, second_is_probe: bool
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+def test_a_later_row_confirms_a_fatal_error(
+    verdict: Verdict, failure: RowError, exit_code: ExitCode, at_once: int
 ) -> None:
-    """It stops the run and settles neither row."""
+    """One that was sent with the first one does not. The run stops, and none of these rows is settled."""
     story = Story()
     story.all_well()
-    story.send(*((0,) if second_is_probe else (0, 1)))
-    assert story.ends(0, verdict, failure) == HOLD
-    if second_is_probe:
-        story.send(1)
-        assert story.barred()
-    assert story.ends(1, verdict, failure) == HOLD
+    story.send(*range(at_once))
+    for row in range(at_once):
+        assert story.ends(row, verdict, failure) == HOLD
+    story.send(at_once)
+    assert story.barred()
+    assert story.ends(at_once, verdict, failure) == HOLD
     assert story.phase() == Stopped(Stop(exit_code, failure.message or ""))
     assert story.state.binding(story.now_s) == Binding(Limit.STOPPED)
 
