@@ -312,7 +312,7 @@ def _in_words(body: bytes) -> str:
 def _why_unreadable(attempt: Attempt) -> str:
     if not packed.size(attempt.body):
         return "the answer is empty"
-    what = "the stream spells no whole answer" if attempt.streamed else "the answer is no chat completion"
+    what = "the stream holds no complete answer" if attempt.streamed else "the answer is not a chat completion"
     if _PAGE.fullmatch(_excerpt(attempt.body)):
         what += ", but a web page"
     return f"{what}: {_in_words(attempt.body)}"

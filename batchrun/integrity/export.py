@@ -100,7 +100,7 @@ def _require_place(to: Path, directory: RunDirectory, known: Manifest) -> None:
         raise JobError(f"-o {to}: there is no directory {to.parent}; make it first")
     place = to.resolve()
     if place.is_relative_to(directory.path.resolve()):
-        raise JobError(f"-o {to}: lies in the run directory; leave out -o, or name a file elsewhere")
+        raise JobError(f"-o {to}: is in the run directory; leave out -o, or name a file elsewhere")
     if any(place == Path(file.path).resolve() for file in known.files):
         raise JobError(f"-o {to}: is the run's input; name another file")
 

@@ -323,4 +323,4 @@ def in_words(salvaged: Salvaged) -> Iterator[str]:
     if salvaged.problem is None:
         yield f"next     run the same command with -o {salvaged.path}: it sends only the missing rows"
     else:
-        yield f"next     it can't be resumed ({salvaged.problem}): send the missing rows with a job of their own"
+        yield f"next     it can't be resumed ({salvaged.problem}): send the missing rows with a separate job"

@@ -236,7 +236,7 @@ class Inspection:
                 else:
                     self.sound.append(f"{file.name}: {plural(file.rows, 'row')}")
         for path in result.unknown_files(self.directory, written):
-            self._damaged(path, "is no file of the result", then="move it away: readers of the folder would read it")
+            self._damaged(path, "is not a file of the result", then="move it away: readers of the folder would read it")
 
     def _partial(self) -> None:
         """Nothing depends on the partial result, so it is only read."""

@@ -105,7 +105,7 @@ def _read_one(place: Path) -> tuple[CompleteShard | None, InputShare | None, lis
         return None, None, [Problem(f"{place}: no row of it was sent yet; run it to its end", ExitCode.STOPPED)]
     manifest = Manifest.decode(known.manifest)
     if (share := manifest.share) is None:
-        return None, None, [Problem(f"{place}: is no shard; name runs with --shard", ExitCode.USAGE)]
+        return None, None, [Problem(f"{place}: is not a shard; name runs with --shard", ExitCode.USAGE)]
     left = manifest.rows - known.totals.settled()
     if left or result.FINISHED not in known.manifest:
         what = f"{plural(left, 'row')} {are(left)} pending" if left else "its result is not written yet"

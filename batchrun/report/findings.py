@@ -211,7 +211,7 @@ def _unfinished(now: Night, before: Sequence[Night], limit: float) -> _Found:
         left, reason = now.account.pending, f": {now.account.reason}" if now.account.reason else ""
         yield (
             f"the run is not complete, {plural(left, 'row')} {are(left)} left{reason}",
-            "batchrun status DIR shows where it stands; run the same command again to resume",
+            "batchrun status DIR shows its state; run the same command again to resume",
         )
 
 

@@ -249,7 +249,7 @@ class RequestBuilder:
         """The body of a provider batch line; what it leaves open the job fills in."""
         given = as_json(columns.get("body"))
         if not isinstance(given, dict):
-            raise InputError("`body` is no JSON object")
+            raise InputError("`body` is not a JSON object")
         url = columns.get("url")
         if url is not None and not str(url).rstrip("/").endswith("/chat/completions"):
             raise InputError(f"`url` is {url!r}: only chat/completions is supported")

@@ -120,7 +120,7 @@ def image_of(content: bytes) -> Image:
     for media_type, signature in _SIGNATURES.items():
         if signature.match(content):
             return Image(media_type, content)
-    raise InputError(f"no png, jpeg, gif or webp image (begins with {content[:8]!r})" if content else "is empty")
+    raise InputError(f"not a png, jpeg, gif or webp image (begins with {content[:8]!r})" if content else "is empty")
 
 
 def decoded(url: str, max_bytes: int) -> bytes:

@@ -95,3 +95,8 @@ class Source(Protocol):
 
 LINES = pa.schema([pa.field("line", pa.large_binary(), nullable=False)], metadata={"batchrun.window": "jsonl lines"})
 """The schema of a JSONL window. The metadata distinguishes it from a Parquet file with a column `line`."""
+
+
+def size_of(rows: pa.RecordBatch) -> int:
+    """Bytes of the rows without dictionaries: a dictionary belongs to the whole file and is as large for fewer rows."""
+    return sum((c.indices if isinstance(c, pa.DictionaryArray) else c).nbytes for c in rows.columns)

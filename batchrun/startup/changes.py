@@ -1,7 +1,7 @@
 """A changed input or job: finds which answers still fit, and arranges the rows in new chunks.
 
 Answers are matched with rows by request key: a line that was inserted at the top sends one row. Answers that no row
-needs any more were paid for in vain, so the user must accept that.
+needs any more are money lost, so the user must accept that.
 """
 
 import functools
@@ -77,10 +77,10 @@ class Changes(msgspec.Struct, frozen=True):
         fewer = f"; {self.fewer:,} fewer than before" if self.fewer else ""
         if self.carried:
             fewer = f"; {self.carried:,} without a request{fewer}"
-        vain = "" if not self.dropped else f"; {self.dropped:,} paid answers no longer fit any row"
+        unused = "" if not self.dropped else f"; {self.dropped:,} paid answers no longer fit any row"
         if self.dropped == 1:
-            vain = "; 1 paid answer no longer fits any row"
-        return f"{what}: {stay}, {send}{cost}{fewer}{vain}"
+            unused = "; 1 paid answer no longer fits any row"
+        return f"{what}: {stay}, {send}{cost}{fewer}{unused}"
 
 
 class Answers:

@@ -169,7 +169,7 @@ def in_words(whole: Job, own: Job, shard: Shard) -> list[str]:
     if whole.budget.per_day_usd is not None or whole.budget.per_month_usd is not None:
         lines.append(
             f"shard {shard}: budgets for days and months are not divided: they hold for all runs that share "
-            f"{whole.budget.state}, and shards on other machines have a file of their own"
+            f"{whole.budget.state}, and shards on other machines use another file"
         )
     return lines
 
@@ -265,13 +265,13 @@ def require_same(shard: Shard | None, known: Manifest, directory: Path) -> None:
     if there == shard:
         return
     if there is None:
-        raise JobError(f"{directory}: the run there is no shard; leave out --shard, or {ANOTHER}")
+        raise JobError(f"{directory}: the run there is not a shard; leave out --shard, or {ANOTHER}")
     raise JobError(f"{directory}: the run there is shard {there}; resume it with --shard {there}, or {ANOTHER}")
 
 
 def require_unchanged(known: Manifest, reasons: tuple[str, ...]) -> None:
-    """Returns if nothing has changed, or the run is no shard: its rows are those of the input as it was, and the other
-    shards have the job as it was.
+    """Returns if nothing has changed, or the run is not a shard. A shard's rows are those of the original input, and the
+    other shards have the original job.
 
     Raises:
         JobError: the input or the job of a shard has changed.

@@ -114,7 +114,7 @@ def publish(
     reached("files put")
     folder.put(SUMMARY, summary)  # last: with it the result looks finished
     if folder.read(SUMMARY) != summary:
-        raise RunLockedError(f"{folder}: another run has published there at the same time; its result stands there")
+        raise RunLockedError(f"{folder}: another run has published there at the same time; its result is there")
     _delete_below(folder, f"{STAGED}/")  # those of runs that were cut here, too: the claim keeps others out
     _delete_below(folder, f"{RUNS}/{record.run_id}/")
     return True

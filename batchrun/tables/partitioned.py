@@ -43,7 +43,9 @@ def require_keys(schema: pa.Schema, output: Output) -> None:
         if name in own and name not in own_keys:
             raise JobError(f"output.partition_by: {name!r} differs in every row; of ours take {', '.join(own_keys)}")
         if name not in schema.names:
-            raise JobError(f"output.partition_by: {name!r} is no column of the output ({', '.join(inputs + own_keys)})")
+            raise JobError(
+                f"output.partition_by: {name!r} is not a column of the output ({', '.join(inputs + own_keys)})"
+            )
         if name in output.partition_by[:place]:
             raise JobError(f"output.partition_by: {name!r} is named twice")
         plain = _plain_type(schema.field(name).type)

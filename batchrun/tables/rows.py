@@ -117,13 +117,13 @@ def output_schema(input_schema: pa.Schema, output: Output, parsed: Column = JSON
     """
     chosen = input_schema.names if output.columns == "all" else list(output.columns)
     if missing := [name for name in chosen if name not in input_schema.names]:
-        raise JobError(f"output.columns: {missing[0]!r} is no input column ({', '.join(input_schema.names)})")
+        raise JobError(f"output.columns: {missing[0]!r} is not an input column ({', '.join(input_schema.names)})")
     if twice := [name for place, name in enumerate(chosen) if name in chosen[:place]]:
         raise JobError(f"output.columns: {twice[0]!r} is named twice")
     own = own_schema(output.prefix, parsed)
     if clash := [name for name in chosen if name in own.names]:
         raise JobError(
-            f"input column {clash[0]!r} bears a name of the output's own; set output.prefix, for example "
+            f"input column {clash[0]!r} has the name of an output column; set output.prefix, for example "
             '"batchrun_", or leave it out by output.columns'
         )
     fields = [input_schema.field(name) for name in chosen]
