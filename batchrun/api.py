@@ -68,7 +68,7 @@ class Options(TypedDict, total=False):
 class RunIncompleteError(RunStoppedError):
     """The run started and stopped before it was complete: because of its budget, the provider or a signal.
 
-    `summary` says where it stands, `exit_code` why it stopped. The same call resumes it.
+    `summary` has its progress, `exit_code` why it stopped. The same call resumes it.
     """
 
     def __init__(self, summary: Summary) -> None:

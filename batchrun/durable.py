@@ -43,7 +43,7 @@ FILE_SIZE_STEP = "raise the limit on file sizes with ulimit -f and run the same 
 
 
 def is_at_size_limit(*files: Path) -> bool:
-    """Whether one of the files is so near the process's limit on file sizes that a write may have met it.
+    """Whether one of the files is so near the process's limit on file sizes that a write may have failed by it.
 
     For libraries that hide EFBIG, such as SQLite, whose writes are of 64 KiB at most.
     """
@@ -113,7 +113,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def exchange_in_steps(new: Path, folder: Path) -> None:
-    """The two folders have changed places; after a kill one of them may stand beside as `.old.tmp`."""
+    """The two folders are swapped; after a kill one of them may be left beside the other as `.old.tmp`."""
     aside = folder.with_name(folder.name + ".old" + TEMP_SUFFIX)
     remove_folder(aside)
     folder.rename(aside)

@@ -202,7 +202,7 @@ class Invocation(msgspec.Struct, frozen=True):
         return any(summary.by_status.get(status) for status in self.options.retry)
 
     def at_first_chunk(self, store: Store) -> Store:
-        """The store, with none of its chunks opened in this process yet."""
+        """The store. This process has not opened any of its chunks yet."""
         return msgspec.structs.replace(store, chunks=self._chunks(store.plan))
 
     def _chunks(self, plan: Plan) -> Chunks:

@@ -55,7 +55,7 @@ LineKey = tuple[int, str, str, str, str]
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """What so many `rows` will take; USD are None where a price is unknown. `basis`: what `expected` rests on; `short`:
+    """What `rows` rows will take; USD are None where a price is unknown. `basis`: what `expected` rests on; `short`:
     the caps of the budget that are less than that, in words.
     """
 
@@ -125,7 +125,7 @@ NEARLY = Decimal("0.8")
 
 
 class Tuned(msgspec.Struct, frozen=True):
-    """What became of the last control.json, by its id; `refused` says why it was ignored, None: it was taken."""
+    """The result of the last control.json, by its id; `refused` says why it was ignored, None: it was applied."""
 
     id: str
     refused: str | None

@@ -131,7 +131,7 @@ class Progress:
                 self._bar.set_description_str(f"checking the input: {plural(rows, 'row')} so far")
 
     def show(self, summary: "Summary") -> None:
-        """Shows where the run stands."""
+        """Shows the state of the run."""
         from batchrun.report import progress
 
         if _Format.json is not None:

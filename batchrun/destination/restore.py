@@ -57,7 +57,7 @@ def restore(job: Job, place: RemoteFolder, directory: RunDirectory) -> str | Non
         checkpoint.add_possibly_billed(doubts)
     finally:
         checkpoint.close(finished=True)  # nothing of it is in a log beside the file
-    local.rename(directory.checkpoint)  # last: a restore that is cut begins again
+    local.rename(directory.checkpoint)  # last: an interrupted restore starts again
     sealed = [chunk for chunk in chunks if not chunk.open]
     return _in_words(folder, sealed, doubts)
 

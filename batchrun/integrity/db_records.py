@@ -30,7 +30,7 @@ class DbRecords(msgspec.Struct, frozen=True):
     """The database's records as values. `records` counts them; `whole` is False if the database is damaged.
 
     `torn`: the log's last commit can't be read. `attempts` and `possibly_billed` before the invocation `since` are
-    about other rows: the input was laid out again then.
+    about other rows: the input got a new layout then.
     """
 
     manifest: dict[str, str]

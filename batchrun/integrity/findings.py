@@ -27,8 +27,8 @@ class Damage(msgspec.Struct, frozen=True):
 class Findings(msgspec.Struct, frozen=True):
     """What is intact, in words, and what is damaged.
 
-    `bill_usd` is the known cost of the whole run, `cost_usd` the part of it that no intact row accounts for. None: no
-    one can tell, because answers were replaced or have no known price.
+    `bill_usd` is the known cost of the whole run, `cost_usd` the part of it that no intact row accounts for. None:
+    unknown, because answers were replaced or have no known price.
     """
 
     sound: tuple[str, ...]

@@ -85,7 +85,7 @@ class Account:
         return own if self.cost_usd() > last_known else list(lines)
 
     def replaced(self, totals: Sequence[TotalsLine]) -> list[TotalsLine]:
-        """What to add to the totals so that the kept rows' answers stand, and the rest counts as discarded."""
+        """What to add to the totals so that they count the kept rows' answers, and the rest as discarded."""
         booked_as = {line.key: line for line in totals if line.status != DISCARDED}
         changes: dict[LineKey, TotalsLine] = {}
         for key in {**booked_as, **self._answers}:

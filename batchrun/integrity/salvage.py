@@ -254,7 +254,7 @@ class Salvage:
             batch = joined(given, own, schema, self._parsed)
             part_digest = files.write_part(part, schema, [batch], self._settings, len(rows))
             chunk = msgspec.structs.replace(chunk, generation=1, part_digest=part_digest)
-        # Rows that a retry was about to send, if that is certain; otherwise their old records stand.
+        # Rows that a retry was about to send, if that is certain; otherwise their old records are kept.
         reopened = self._known.reopened if self._known.whole else {}
         there = set(rows) - self._known.rows.keys()
         again = tuple(reopened[row] for row in reopened if row in there)
@@ -278,8 +278,8 @@ class Salvage:
                 request = self._builders[variant].build(row)
             except (InputError, IndexError):
                 continue
-            # With images the key can't be computed here; but if the input was never laid out again, the row can hold no
-            # other answer.
+            # With images the key can't be computed here; but in the run's first layout, the row can hold no other
+            # answer.
             is_first_layout = self._manifest is not None and not self._manifest.layout
             if is_first_layout if request.pictures else request.key == key:
                 right.add(row.row)

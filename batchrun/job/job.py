@@ -174,7 +174,7 @@ def all_settings() -> Iterator[tuple[str, object]]:
 _WIRE_ONLY = (
     *("request.stream", "request.extra.stream_options"),
     *("request.service_tier", "request.cache_prefix", "request.extra.prompt_cache_key"),
-)  # change how a request is served and its answer sent, not what is asked
+)  # change how a request is served and its answer is sent, not the question
 
 
 def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ Role = Literal["user", "assistant", "system", "developer"]
 HeaderName = Annotated[str, Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}$")]  # RFC 9110, section 5.6.2
 
 ID_HEADER = "X-Client-Request-Id"
-"""The header that carries our id of each attempt. A name of its own, so it replaces no other client's header."""
+"""The header that carries our id of each attempt. Its name is ours alone, so it replaces no other client's header."""
 
 VENDOR = ".vtrix.ai"
 VENDOR_ID_HEADER = "X-Request-Id"
@@ -107,7 +107,7 @@ class Input(Table, frozen=True):
     dialect: Literal["auto", "columns", "messages", "openai-batch"] = "auto"
     min_rows: Count = 1  # an empty input usually means that a pipe broke
     max_line_bytes: AtLeastOne = 64_000_000
-    dedupe: bool = True  # equal requests are sent once, whatever the temperature: who wants samples says so
+    dedupe: bool = True  # equal requests are sent once at any temperature; set it to false for several samples
     reuse_from: Text | tuple[Text, ...] = ()
     reuse_status: tuple[Reusable, ...] = ("ok", "filtered", "refused")
     max_changed: Text | Count | None = None

@@ -1,4 +1,4 @@
-"""The price list as it stands in `prices.json`, which `convert` writes and `lookup` reads. PURE."""
+"""The price list as `prices.json` has it, which `convert` writes and `lookup` reads. PURE."""
 
 import re
 from datetime import date
@@ -19,7 +19,7 @@ class Match(msgspec.Struct, frozen=True):
     all_of: "tuple[tuple[Match, ...], ...]" = ()
 
     def fits(self, name: str) -> bool:
-        """True if it stands for that name, which is lower case."""
+        """True if it matches that name, which is lower case."""
         return (
             name in self.equals
             or name.startswith(self.starts_with)

@@ -40,7 +40,7 @@ class Actor:
 
 
 def pieces(batch: list[Parcel]) -> Iterator[list[Parcel]]:
-    """The batch in lists that are small enough to be sent with the call; a large body has one of its own."""
+    """The batch in lists that are small enough to be sent with the call; a large body gets its own list."""
     piece: list[Parcel] = []
     size = 0
     for parcel in batch:

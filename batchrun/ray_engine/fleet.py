@@ -1,7 +1,7 @@
 """The actors as the driver sees them: how many there are, which requests each has, and what the loss of one means.
 
-A request is in one of three places. While it waits here, it has not been sent, whatever happens to actors. From the
-call that hands it to an actor on it may have been sent: if that actor is lost, it may have been billed. When its
+A request is in one of three places. While it waits here, it has not been sent, even if actors die. After the call
+that hands it to an actor, it may have been sent: if that actor is lost, it may have been billed. When its
 attempt has arrived here, the actor no longer matters.
 """
 
@@ -130,7 +130,7 @@ class Fleet:
         most, busy = self._engine.max_actors or self._engine.actors, len(self._replies)
         wanted = min(most, max(self._engine.actors, math.ceil(busy / self._engine.requests_per_actor)))
         if len(self._actors) < wanted:
-            self._start_one()  # one a second: a fleet whose actors die at once is no busy loop
+            self._start_one()  # one a second: so that actors that die at once don't cause a busy loop
         self._end_surplus(wanted, now)
         if any(actor.ready is not None for actor in self._actors):
             self._no_actor_since = None
@@ -161,7 +161,7 @@ class Fleet:
         self._run(self._open(actor))
 
     async def _open(self, actor: Actor) -> None:
-        """The actor begins to send as soon as Ray has found a place for it."""
+        """The actor starts to send as soon as Ray has found a place for it."""
         actor.key_version = self._version
         try:
             ready: Ready = await actor.handle.open.remote(self._setup, self._credentials)

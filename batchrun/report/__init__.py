@@ -1,1 +1,1 @@
-"""What a run reports: its summary, where it stands, and the bill over many runs."""
+"""What a run reports: its summary, its state, and the bill over many runs."""

@@ -100,7 +100,7 @@ class Query(msgspec.Struct, frozen=True):
 
 
 def collect(paths: Sequence[Path], by: tuple[str, ...], span: Span | None = None) -> Bill:
-    """The bill over every run that the paths name or hold, each run counted once, whatever their order.
+    """The bill over every run that the paths name or hold, each run counted once, in any order.
 
     Raises:
         InputError: a path holds no run, or one that can't be read.

@@ -56,7 +56,7 @@ def _days(found: Found, line: TotalsLine, zone: str) -> list[str]:
 
 
 def _divided(found: Found, lines: list[TotalsLine], zone: str) -> list[TotalsLine]:
-    """These lines by the local days on which their rows ended, and what rows do not tell on one of several days."""
+    """These lines by the local days on which their rows ended; attempts without a row are on one of several days."""
     rows: dict[LineKey, list[TotalsLine]] = defaultdict(list)
     read = run_rows.if_readable(found.place, lambda result: list(_rows_by_day(result, zone)))
     for utc_day, line in read or ():

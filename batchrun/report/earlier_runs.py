@@ -41,7 +41,7 @@ def against(text: str) -> Against:
     """`last`, a number of nights, or a path.
 
     Raises:
-        JobError: it is none of these.
+        JobError: it is something else.
     """
     if text == "last":
         return Against(1)

@@ -89,7 +89,7 @@ DERIVED: dict[str, Callable[[BillLine], Decimal | float | None]] = {
     "limit_share": lambda line: _share(line.limit_used_s, line.limit_s),
     "estimate_off": _off,
 }
-"""Computed from a line's sums, so those of the total are no mean of means."""
+"""Computed from a line's sums, so the total's figures are not means of means."""
 
 _HELD = ("latencies", "limit_used_s", "limit_s")
 SUMS = tuple(name for name in BillLine.__struct_fields__[1:] if name not in _HELD)

@@ -93,7 +93,7 @@ def render(bill: Bill, form: str, columns: Sequence[str] | None = None) -> bytes
             for line in bill.lines:
                 values = (figure(line, name) for name in columns or FIGURES)
                 amounts = ("" if value is None else exact(value) for value in values)
-                # a spreadsheet would run a text that begins like a formula
+                # a spreadsheet would run a text that starts like a formula
                 names = (f"'{name}" if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name for name in line.group)
                 writer.writerow([*names, *amounts])
             return text.getvalue().encode()

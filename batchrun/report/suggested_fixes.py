@@ -125,7 +125,7 @@ def fix_for_address(reason: str) -> Fix | None:
         return Fix("endpoint.url", what, same_command=True)
     if "the server redirects to" in reason:
         return Fix("endpoint.url", "the address of the API itself, which redirects nowhere", same_command=True)
-    if re.search(r"^no answer for .*\bthe answer is (no chat completion|empty)", reason) is None:
+    if re.search(r"^no answer for .*\bthe answer is (not a chat completion|empty)", reason) is None:
         return None
     what = "is it the address of chat completions? A base such as https://host/v1 gets /chat/completions appended"
     return Fix("endpoint.url", what, same_command=True)

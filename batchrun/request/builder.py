@@ -38,7 +38,7 @@ Body = dict[str, Any]
 _KEY = hashlib.blake2b(digest_size=16)
 
 _SERVED_BY = frozenset({"service_tier", "prompt_cache_key"})
-"""Fields that change how a request is served, and what it costs, but not what is asked."""
+"""Fields that change how a request is served, and what it costs, but not the question."""
 
 _SIZES = frozenset({*OUTPUT_LIMITS, "n"})
 """The fields that bound an answer's tokens."""

@@ -1,4 +1,4 @@
-"""Images in a request: where they stand, and what stands for them until it is sent. PURE.
+"""Images in a request: their places, and the placeholders for them until it is sent. PURE.
 
 An image is given by its bytes, a `data:` URL, an http(s) URL, or a path. An http(s) URL stays as it is. The others are
 a `Picture` in the body, so that a waiting request holds no base64. The `request_key` has the digest of the bytes, so
@@ -94,7 +94,7 @@ _HOLE = b"\0"
 
 
 def whole(body: Any, end: bytes = b"}") -> bytes:
-    """A body as JSON with the content of its pictures, which must have been looked at. `end` stands in place of its
+    """A body as JSON with the content of its pictures, which must have been looked at. `end` replaces its
     last brace. Each byte is copied once: a copy of 27 MB holds up every other thread for 10 ms and more.
     """
     pictures: list[Picture] = []
@@ -115,7 +115,7 @@ def image_of(content: bytes) -> Image:
     """The image that these bytes are, by their first ones.
 
     Raises:
-        InputError: they are none that the endpoint takes.
+        InputError: they are not an image that the endpoint accepts.
     """
     for media_type, signature in _SIGNATURES.items():
         if signature.match(content):

@@ -1,7 +1,7 @@
-"""Images read from where they lie: files under `input.image_root`, and nothing outside it.
+"""Reads images from files under `input.image_root`, and never from outside it.
 
 A path is resolved first, so that links within the root may be used, and then walked from the root down with no link
-followed: whoever swaps a folder for a link in between gets a refusal. What is not a regular file is never opened.
+followed: a folder that is swapped for a link in between is refused. What is not a regular file is never opened.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from batchrun.errors import InputError, JobError
 from batchrun.job.settings import Input
 from batchrun.request.image_parts import Image, Source, decoded, image_of, path_in, shown, too_large
 
-# O_NOFOLLOW at each step: links were resolved and checked before, so one that is met here was put there since
+# O_NOFOLLOW at each step: links were resolved and checked before, so a link found here was put there since
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: what was a file when it was checked may be a pipe now, whose open would wait for a writer
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -36,7 +36,7 @@ class Images:
         """The image as it is now.
 
         Raises:
-            InputError: it can't be had, is too large, or is no image; the message names it.
+            InputError: it can't be read, is too large, or is not an image; the message names it.
         """
         try:
             if isinstance(source, bytes):

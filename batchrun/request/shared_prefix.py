@@ -1,7 +1,7 @@
 """What the prompts of a job have in common, and what a prompt cache can serve of it. PURE.
 
 Providers cache the beginning of a prompt, from 1,024 tokens on and in steps of 128, and bill it at a fraction of the
-price (https://developers.openai.com/api/docs/guides/prompt-caching). So text that all rows share has to stand first.
+price (https://developers.openai.com/api/docs/guides/prompt-caching). So text that all rows share has to come first.
 """
 
 import re
@@ -24,7 +24,7 @@ _TOKENS_PER_BYTE = 0.25  # English text, as OpenAI's rule of thumb has it: four 
 _MOST_GROUPS = 256  # groups that are measured; a job with more of them is described by the others
 _MOST_COMMON_BYTES = 131_072  # of a shared beginning; longer ones count as this long
 _SAMPLE = 64  # rows whose texts are compared sentence by sentence
-_WORTH_MOVING_BYTES = 1_024  # shared text behind row data that is worth a warning
+_WORTH_MOVING_BYTES = 1_024  # shared text behind row data; more than this gets a warning
 _SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 _LEAST_SENTENCE = 12  # characters: shorter ones are shared by chance
 
@@ -56,7 +56,7 @@ class Group(msgspec.Struct):
 
 class SharedText(msgspec.Struct, frozen=True):
     """`groups` have at least two rows each, the largest first. `behind_bytes`: text that all sampled rows share behind
-    their row data, where no cache finds it; `behind` is how it begins.
+    their row data, where no cache finds it; `behind` is its beginning.
     """
 
     rows: int
@@ -141,7 +141,7 @@ def _first_of_its_own(sample: list[list[str]], shared: set[str]) -> int:
 
 
 def _behind_row_data(sample: list[list[str]]) -> list[str]:
-    """The sentences that all rows of the sample share and that stand behind the first one that they don't."""
+    """The sentences that all rows of the sample share, after the first one that they don't share."""
     if len(sample) < 2:
         return []
     shared = _shared(sample)

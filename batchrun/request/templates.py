@@ -71,7 +71,7 @@ def _used_names(text: str) -> set[str]:
 
 
 ROW = "row"
-"""The whole row in a template, for columns whose names are no plain words. A column of that name stands before it."""
+"""The whole row in a template, for columns whose names are not plain words. A column named `row` takes precedence."""
 
 _ODD_NAME = 'A column whose name is not one plain word is written {{ row["its name"] }}'
 
@@ -119,14 +119,14 @@ def _compiled(text: str, place: str) -> Callable[[Columns], str]:
             raise InputError(f"{place}: {_odd_in_words(text, columns, str(error))}") from error
         except UndefinedError as error:
             raise InputError(f"{place}: {_missing_in_words(error.message or '', columns)}") from error
-        except Exception as error:  # a template runs user code over user data: whatever it raises is the row's
+        except Exception as error:  # a template runs user code over user data: any exception is an error of the row
             raise InputError(f"{place}: {type(error).__name__}: {error}") from error
 
     return make
 
 
 _Pieces = list[tuple[str, str | None]]
-"""Text, and the column that stands behind it; None behind the last."""
+"""Text, and the column that follows it; None after the last."""
 
 _MARKERS = ("{{", "{%", "{#")
 _NO_COLUMNS = frozenset({ROW, "true", "false", "none", "True", "False", "None", *keyword.kwlist})
@@ -204,7 +204,7 @@ def among(columns: tuple[str, ...], name: str | None) -> str:
     if name is not None:
         odd = [column for column in columns if not column.isidentifier() and re.match(rf"{re.escape(name)}\b", column)]
         near = odd[:1] or difflib.get_close_matches(name, columns, n=1)
-        # a template names a column whose name is no plain word by its position in `row`
+        # if a column's name is not a plain word, the template uses its position in `row`
         guess = f"; did you mean {near[0] if near[0].isidentifier() else f'row[{json_of(near[0])}]'}?" if near else ""
     shown = ", ".join(columns[:SHOWN_COLUMNS]) + (", …" if len(columns) > SHOWN_COLUMNS else "")
     return f"{guess} (columns: {shown or 'none'})"

@@ -18,7 +18,7 @@ class NullError(NoTextError):
 
 
 def text_of(value: Any) -> Any:
-    """What stands in a text for the value: itself, where Python writes it as JSON does.
+    """What a text gets for the value: the value itself, where Python writes it as JSON does.
 
     A whole double is written as the integer it is: Parquet makes doubles of integers beside nulls, JSON lines do not.
 

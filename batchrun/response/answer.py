@@ -20,7 +20,7 @@ MAX_CHOICES = 1024
 """Of a stream: servers take an `n` of 128. What counts itself higher is in the raw answer only."""
 
 _STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\w-]*:")
-"""How a stream begins, and no JSON or HTML: with a field's name or none, and a colon."""
+"""The beginning of a stream, unlike any JSON or HTML: a colon, with or without a field's name before it."""
 
 _COMMENTS = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s*+:[^\r\n]*+[\r\n]++)++\s*+(?=[{\[])")
 """A stream's comments in front of whole JSON: gateways ping so while they wait for the answer."""
@@ -215,7 +215,7 @@ def _failed(answer: Answer, failure: error_body.Failure | None) -> Answer:
 
 
 def has_token(data: bytes) -> bool:
-    """True when the event's data carries something of an answer, be it text, a call or reasoning: no mere role."""
+    """True when the event's data has some text, call or reasoning of an answer, not only a role."""
     event, _ = decode(data)
     if isinstance(event, dict) and str(event.get("type")).endswith(".delta"):
         return bool(event.get("delta"))  # text, arguments or reasoning of the Responses API
@@ -288,13 +288,13 @@ class _StreamedAnswer:
 
     def take(self, event: sse.Event) -> None:
         decoded, lenient = _decode_piece(event.data)
-        if event.name == b"error":  # whatever it holds says what went wrong
+        if event.name == b"error":  # its data says what went wrong, in any form
             if not isinstance(decoded, dict):
                 decoded = {"error": event.data.decode("utf-8", "replace") or _NO_MESSAGE}
             elif not decoded.get("error"):
                 decoded = {"error": decoded or _NO_MESSAGE}
         if not isinstance(decoded, dict):
-            if event.whole:  # else it was cut, which is no oddity of its own
+            if event.whole:  # a cut event is not flagged as odd
                 self._flagged |= lenient
                 self._broken |= event.data.lstrip().startswith(b"{")  # a piece of the answer that can't be read
             return

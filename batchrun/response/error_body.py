@@ -74,7 +74,7 @@ class Failure(msgspec.Struct, frozen=True):
 def read(body: Any) -> Failure | None:
     """The failure that a decoded body reports; None if it reports none.
 
-    Beside `choices` only `error` counts: an answer may have a `status` or a `message` of its own.
+    Beside `choices` only `error` counts: an answer may also have a `status` or a `message`.
     """
     match body:
         case str() if body.strip():
@@ -89,7 +89,7 @@ def read(body: Any) -> Failure | None:
 
 
 def _of_error(error: Any, body: Mapping[str, Any]) -> Failure:
-    """The failure in `error`, with what stands beside it."""
+    """The failure in `error`, with the fields beside it."""
     if isinstance(error, str):
         message = _first_text(body, _MESSAGE)
         if message is None:

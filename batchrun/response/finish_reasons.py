@@ -27,7 +27,7 @@ class Meaning(StrEnum):
     REFUSAL = "refusal"
     """The model itself declined."""
     FAILURE = "failure"
-    """The server broke off, or the model's output was unusable: what there is of it is no answer."""
+    """The server broke off, or the model's output was unusable: the text so far is not an answer."""
     OTHER = "other"
     """Unknown, or missing."""
 
@@ -80,7 +80,7 @@ _HUMP = Pattern(r"(?<=[a-z])(?=[A-Z])")
 
 _PARTS: tuple[tuple[Meaning, Pattern], ...] = (
     (
-        Meaning.FAILURE,  # whatever broke off: "context_deadline_exceeded" is no length, nor is "rate_limit"
+        Meaning.FAILURE,  # it broke off: "context_deadline_exceeded" does not mean LENGTH, nor does "rate_limit"
         Pattern(
             r"abort|cancel|timed?_?out|deadline|crash|(^|_)kill|(^|_)oom(_|$)|out_of_memory|shut_?down|disconnect|connection"
             r"|network|rate_?limit|throttl|quota|overload|unavailable|preempt|evict|interrupt|expired|exception|panic"
@@ -103,8 +103,8 @@ _PARTS: tuple[tuple[Meaning, Pattern], ...] = (
     ),
     (Meaning.FAILURE, Pattern(r"error|(^|_)err(_|$)|fail|exceed|internal|corrupt|malform|invalid|(^|_)fault")),
 )
-"""What a part of an unknown word means; the first that fits counts. A failure that was taken for an answer is a lost
-answer, so words of failure stand on both ends: what broke off before all, a mere "error" after what was filtered."""
+"""What a part of an unknown word means; the first that fits counts. A failure that is taken for an answer is a lost
+answer, so words of failure are on both ends: first those of a broken connection, last a general "error"."""
 
 _DENIED = Pattern(r"(^|_)(no|not|non|un|without)(_|$)")
 """`no_error` means none."""
@@ -112,7 +112,7 @@ _DENIED = Pattern(r"(^|_)(no|not|non|un|without)(_|$)")
 
 @lru_cache(maxsize=256)
 def meaning_of(reason: str | None) -> Meaning:
-    """What it means: by the table, else by the parts of the word; OTHER where none of them is known.
+    """Its meaning by the table, else by the parts of the word; OTHER where no part is known.
 
     Of a compound such as `content_filter: RECITATION` (Gemini's compatible endpoint) the last known part counts.
     """
@@ -126,7 +126,7 @@ def meaning_of(reason: str | None) -> Meaning:
 
 
 def is_known(reason: str | None) -> bool:
-    """False where its meaning is no more than a guess by its parts, or none."""
+    """False where its meaning is only guessed from its parts, or unknown."""
     return reason in NO_REASON or _in_table(reason) is not None
 
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 
 MARK = b"\x00zlib\x00"
-"""No JSON, HTML or event stream begins like this; a body that does is stored as a stream is."""
+"""No JSON, HTML or event stream starts with this; a body that does is stored as a stream is."""
 
 SIZE_BYTES = 8
 """The size of what is packed, big-endian."""

@@ -1,7 +1,7 @@
-"""What the words of a refusal speak of: content, an empty account, a pace, a quota, the key, a parameter. PURE.
+"""The subject of a refusal by its words: content, an empty account, a pace, a quota, the key, a parameter. PURE.
 
 Vendors share status codes and differ in words, so the words decide where a status does not (policy.RULES). Each pattern
-stands beside the vendors whose bodies it was drawn from; tests/unit/test_refusals.py has those bodies.
+names the vendors whose bodies it was drawn from; tests/unit/test_refusals.py has those bodies.
 """
 
 import re
@@ -15,7 +15,7 @@ class Subject(StrEnum):
     CONTENT = "content"
     """The question or answer was blocked for what it says."""
     BROKE = "broke"
-    """There is no money left, in words that mean nothing else."""
+    """No money is left, in words that mean nothing else."""
     ACCOUNT = "account"
     """Money or a plan is mentioned; alone it means an empty account, beside a pace it is an offer to buy more."""
     QUOTA = "quota"
@@ -90,7 +90,7 @@ _PATTERNS: Mapping[Subject, Pattern] = {
         r"|invalidapikey",
         _I,
     ),
-    # llama.cpp says so with a 500 of what its model can't do, such as images: a retry is in vain
+    # llama.cpp sends this with a 500 for what its model can't do, such as images: a retry fails again
     Subject.UNABLE: Pattern(r"\bnot (supported|implemented)\b|\bunsupported\b", _I),
     # OpenAI's flex processing ("Resource Unavailable"), Groq's (498, "capacity_exceeded")
     Subject.CAPACITY: Pattern(
@@ -110,7 +110,7 @@ _PATTERNS: Mapping[Subject, Pattern] = {
 }
 
 _URL = Pattern(r"https?://[^\s\"'<>)\]]*", _I)
-"""Addresses are no words: a page on policies is named by outages as well."""
+"""Not searched for words: errors of an outage may also link to a page on policies."""
 
 _JUDGED = Pattern(
     r"content[ _-]?(management[ _-]?|filtering[ _-]?)?polic(y|ies)"
@@ -152,7 +152,7 @@ _OUT_OF_ORDER = Pattern(
     # a policy for machines
     r"|\b(network|pod|security|authori[sz]ation|access|routing|latency|memory|data|admission|load|retry|cache|rate|egress"
     r"|shedding|scheduling|placement|resource|privacy|cors|origin|quota) (usage )?(polic|guideline)|\brbac\b"
-    # who is blocked is no text
+    # a blocked account or address, not a blocked text
     r"|\b(account|organi[sz]ation|team|project|region|country|location|access|address|ip|key|token|deployment|host|model"
     r"|thread|loop|queue|pool|worker|process|port)s? ((has|have) )?(is|are|was|were|been|being|got|gets|remains?) "
     r"(temporarily )?(blocked|flagged|suspended|restricted|banned|disabled)"

@@ -74,7 +74,7 @@ _decode = msgspec.json.Decoder(_Completion).decode
 
 
 def read(body: bytes) -> Answer | None:
-    """What the body says; None where it is not the common answer, whatever else it is."""
+    """The body as an answer; None where it does not have the common shape."""
     try:
         if not body.isascii():
             body.decode()  # msgspec does not look into the text of fields that it skips

@@ -16,10 +16,10 @@ MAX_COUNT = 10**9
 MAX_UNSTATED = 65_536
 """Tokens that a total may have beyond prompt and completion where nothing states them. Gemini's compatible endpoint
 hides its thinking there, and answers with no more (ai.google.dev, "Models": output token limit). A larger total adds up
-several requests, and is not believed."""
+several requests, and is ignored."""
 
 MAX_USD = 1_000_000
-"""What no answer costs; a larger statement is not one of US dollars."""
+"""No answer costs this much; a larger figure is not in US dollars."""
 
 PICO = Decimal("1e-12")
 TICKS_PER_USD = 10**10
@@ -173,7 +173,7 @@ def _is_more_than_zero(value: Any) -> bool:
 
 
 def in_choice(choice: Any) -> dict[str, Any] | None:
-    """The object in which a choice states a usage of its own."""
+    """The object in which a choice states its usage."""
     usage = choice.get("usage") if isinstance(choice, dict) else None
     return usage if isinstance(usage, dict) else None
 

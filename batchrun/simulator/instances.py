@@ -217,7 +217,7 @@ def _may_nest(schema: Schema | bool) -> bool:
 
 
 def _join(left: Schema, right: Schema) -> dict[str, Any]:
-    """Both schemas' rules, as nearly as one rule can stand for two of a kind."""
+    """Both schemas' rules, as far as one rule can express two of a kind."""
     joined = dict(left)
     for keyword, operand in right.items():
         if keyword not in left:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from batchrun.errors import InputError
 
-HEAD_BYTES = 512  # the header of a tar archive, whose magic stands farthest from the start
+HEAD_BYTES = 512  # the header of a tar archive, whose magic is farthest from the start
 
 _PYARROW = (
     "{python} -c 'import sys, pyarrow.%s as f, pyarrow.parquet as p; p.write_table(%s, sys.argv[2])' {file} {new}"
@@ -79,7 +79,7 @@ _DUCK_MAGIC_AT = 8  # after a checksum of the first block
 _TAR_MAGIC_AT = 257  # pax(1), "ustar Interchange Format"
 _COMPRESSED = (".bz2", ".xz", ".lz4", ".sz", ".snappy", ".zz", ".zlib", ".gz", ".zst", ".zstd")
 
-_ENCODINGS = {  # longest first: UTF-32's mark begins with UTF-16's
+_ENCODINGS = {  # longest first: UTF-32's mark starts with UTF-16's
     b"\xff\xfe\x00\x00": "UTF-32LE",
     b"\x00\x00\xfe\xff": "UTF-32BE",
     b"\xff\xfe": "UTF-16LE",
@@ -189,7 +189,7 @@ def _filled(command: str, path: Path, ending: str | None, beside: Path | None = 
     stem = str(base.with_suffix(""))
     names = (f"{stem}{'.converted' if n else ''}{n if n > 1 else ''}{ending}" for n in count())
     new = next(name for name in names if not os.path.lexists(name))
-    # so that a name that begins with a dash is not read as an option
+    # so that a name that starts with a dash is not read as an option
     file, new = (shlex.quote(f"./{name}" if name.startswith("-") else name) for name in (str(path), new))
     return command.format(file=file, new=new, python=shlex.quote(sys.executable))
 

@@ -127,7 +127,7 @@ def _take_earlier(equal: _EqualRows, earlier: Sequence[EarlierResult], now: Orig
                 # of the first result that has any answer to the key: another may have the same ones, reused
                 if is_found[place] or (fresh[place] and not others):
                     continue
-                # equal rows that are sent take an answer of their own each
+                # each of several equal rows that are sent takes a different answer
                 taker = others.pop(0) if fresh[place] and others else equal.first[place]
                 writer[taker] = origins.earlier(number, row)
                 fresh[place] = 1

@@ -34,7 +34,7 @@ from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table
 class Changes(msgspec.Struct, frozen=True):
     """What changed, and what it means for answers: `kept` still fit, no row needs the `dropped` ones.
 
-    A row that ended as `error` is not an answer: it stays with its request, and is no loss without it. `in_place`:
+    A row that ended as `error` is not an answer: it stays with its request, and nothing is lost without it. `in_place`:
     every answer stays in its row. `fewer`: so many rows less than `before`, of which some were `pending`.
     `carried` of the rows without an answer take one without a request.
     `mean_cost_usd`: the mean of a row so far.

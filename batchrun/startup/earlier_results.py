@@ -37,7 +37,7 @@ def find(job: Job, own: Path, note: Callable[[str], None] = lambda line: None) -
     `own` is the run's own directory, which is left out. `note` gets a line for each source that has nothing.
 
     Raises:
-        InputError: a path that is no pattern is not there, or holds no answers.
+        InputError: a path without a pattern does not exist, or holds no answers.
     """
     found: dict[str, EarlierResult] = {}
     for source in sources(job):

@@ -127,7 +127,7 @@ def duration(minutes: float) -> str:
 
 
 def _usual(found: Survey, job: Job) -> Means:
-    """The means of a row where no answer has come yet."""
+    """The means of a row before the first answer."""
     tokens = USUAL_TOKENS_PER_BYTE * found.body_bytes + found.image_tokens
     images = ", 765 an image (85 of low detail)" if found.image_tokens else ""
     answer = min(job.request.max_tokens or USUAL_ANSWER_TOKENS, USUAL_ANSWER_TOKENS)

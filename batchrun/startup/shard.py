@@ -231,7 +231,7 @@ def find(
             for ordinal, value in whole.column(id_column):
                 ids.add_id(ordinal, value)
         if not skip_invalid:
-            # every shard says so, not only the one that has the record: the others would send their rows in vain
+            # every shard reports it, not only the one with the record: the others would send their rows for nothing
             repeated = min(ids.duplicates(), default=None)
             if repeated is not None:
                 raise InputError(
@@ -249,7 +249,7 @@ def reading(job: Job, dialect: str) -> Job:
 
 
 def digests(files: tuple[InputFile, ...], *, sharded: bool) -> tuple[str, ...]:
-    """What the files' content is known by. Shards read no more than the footer of a Parquet file for it."""
+    """The digests that identify the files' content. Of a Parquet file, shards read only the footer."""
     if sharded and files and content_of(files[0]) == "parquet":
         return tuple(parquet.footer_digest(file) if isinstance(file, Path) else digest(file) for file in files)
     return tuple(map(digest, files))
@@ -270,8 +270,8 @@ def require_same(shard: Shard | None, known: Manifest, directory: Path) -> None:
 
 
 def require_unchanged(known: Manifest, reasons: tuple[str, ...]) -> None:
-    """Returns if nothing has changed, or the run is not a shard. A shard's rows are those of the original input, and the
-    other shards have the original job.
+    """Returns if nothing has changed, or the run is not a shard. A shard keeps the rows of its original input, and
+    the other shards have the original job.
 
     Raises:
         JobError: the input or the job of a shard has changed.

@@ -42,7 +42,7 @@ _AWS = Pattern(
 _STATUS = Pattern(r"google::cloud::Status\((.*?)(?: error_info|\)$)", re.DOTALL)
 
 _LEFT = (BatchrunError, ImportError, ValueError, AttributeError, AssertionError)
-"""What is no error of a store, or is translated elsewhere. The file systems of fsspec may raise any other type."""
+"""Not errors of a store, or translated elsewhere. The file systems of fsspec may raise any other type."""
 
 NEXT = "run the same command again"
 

@@ -15,7 +15,7 @@ from batchrun.storage.urls import Url
 
 HEAD_BYTES = 512  # as source.unsupported needs
 READ_AHEAD_BYTES = 8 << 20
-"""How much a stream fetches at a time: a request takes tens of milliseconds, whatever it brings."""
+"""How much a stream fetches at a time: a request of any size takes tens of milliseconds."""
 
 
 class RemoteFile:

@@ -25,7 +25,7 @@ KEYS_A_BATCH = 32_768  # where only keys and statuses are read
 BATCH_ROWS = 1_000  # where whole answers are read
 
 _ANSWERS = ("content", "function_call", "tool_calls")
-"""Where an answer stands. A file that has no `status` has an answer where one of these is not null."""
+"""The columns of an answer. A file that has no `status` has an answer where one of these is not null."""
 
 _OF_THE_EXCHANGE = frozenset(
     {

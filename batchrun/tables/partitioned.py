@@ -2,7 +2,7 @@
 
 The keys are in the folders' names and not in the files, as Hive, Spark, DuckDB and pyarrow write it. Rows are gathered
 in blocks, each block is sorted by partition and its pieces are appended to one file per partition; then the files are
-written one after the other. So memory is that of a block, and one Parquet file is open, whatever the partitions.
+written one after the other. So memory is that of a block, and one Parquet file is open, for any number of partitions.
 """
 
 from collections import Counter
@@ -155,7 +155,7 @@ def write(
 
 
 class _Gathered:
-    """The rows of each partition in a file of its own: Arrow streams, one after the other."""
+    """The rows of each partition in a separate file: Arrow streams, one after the other."""
 
     def __init__(self, folder: Path, schema: pa.Schema, keys: Sequence[str]) -> None:
         self.folder = folder

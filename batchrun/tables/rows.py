@@ -70,8 +70,8 @@ _OWN: list[tuple[str, pa.DataType]] = [
     ("raw", pa.large_binary()),
 ]
 OWN_COLUMNS = pa.schema(_OWN)
-"""Our columns, after the input's; docs/output.md explains each. Fixed whatever the data, but for `parsed`: it is JSON
-text here, and gets the type that the job's schema gives it where rows are written into a file (`joined`).
+"""Our columns, after the input's; docs/output.md explains each. The same for all data, except `parsed`: it is
+JSON text here, and gets the type that the job's schema gives it when rows are written into a file (`joined`).
 """
 
 TOKENS = tuple(name for name in OWN_COLUMNS.names if name.endswith("_tokens"))
@@ -113,7 +113,7 @@ def output_schema(input_schema: pa.Schema, output: Output, parsed: Column = JSON
     """The input's chosen columns as they are, then ours, with `parsed` in its type.
 
     Raises:
-        JobError: a chosen column is not there or chosen twice, or bears a name of ours.
+        JobError: a chosen column is not there or chosen twice, or has a name of ours.
     """
     chosen = input_schema.names if output.columns == "all" else list(output.columns)
     if missing := [name for name in chosen if name not in input_schema.names]:

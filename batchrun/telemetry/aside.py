@@ -1,4 +1,4 @@
-"""Work on a file system that may hang: done in a thread of its own, and waited for no longer than a moment."""
+"""Work on a file system that may hang: done in a separate thread, and waited for only briefly."""
 
 import threading
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """A run as OpenTelemetry metrics and traces, configured by the standard OTEL_* variables. Sole importer of it.
 
-Exporters work in threads of their own, so a collector that is slow or gone costs the run nothing but a warning, and a
+Exporters work in separate threads, so a collector that is slow or gone costs the run nothing but a warning, and a
 few seconds at its end. Nothing of a prompt or an answer is in it, nor the words of a server, which may repeat them.
 """
 

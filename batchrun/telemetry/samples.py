@@ -17,7 +17,7 @@ CIRCUIT = {"open": "sending", "cooling": "cooling", "probing": "probing", "stopp
 """Label values for the circuit's phases: an open circuit sends here, and elsewhere it is one that does not."""
 
 MOST_MODELS = 20
-"""Models that have a label value of their own, the first that were used; a column of models must not flood a server."""
+"""Models that get their own label value, the first that were used; a column of models must not flood a server."""
 
 OTHER = "(other)"
 

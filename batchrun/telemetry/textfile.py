@@ -19,7 +19,7 @@ from batchrun.telemetry.prometheus import render
 from batchrun.telemetry.samples import Snapshot
 
 MODE = 0o644
-"""node_exporter runs as a user of its own and must read it; no prompt, answer or key is in it."""
+"""node_exporter runs as another user and must read it; no prompt, answer or key is in it."""
 
 MOST_NAME = 200
 """A longer file name is cut: 255 bytes is what file systems take, and a suffix follows."""
@@ -90,7 +90,7 @@ class TextFile:
         temporary = self.path.with_name(self.path.name + TEMP_SUFFIX)  # the collector reads *.prom only
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, MODE), "wb") as file:
-                os.fchmod(file.fileno(), MODE)  # whatever the umask
+                os.fchmod(file.fileno(), MODE)  # with any umask
                 file.write(content)
             temporary.rename(self.path)
         except BaseException:

@@ -1,4 +1,4 @@
-"""Shows each summary of a run to the monitoring systems that the job names. None of them can fail or stop the run."""
+"""Shows each summary of a run to the monitoring systems that the job names. They can't fail or stop the run."""
 
 import os
 import socket
