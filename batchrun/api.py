@@ -80,7 +80,7 @@ def run(job: Job | str | Path, rows: Rows | None = None, **options: Unpack[Optio
     """Sends every row and writes the result. The same call again resumes where this one stopped. Blocks.
 
     `job` is a Job or the path of a job file; `rows` replace `input.path`. Too many failed rows raise nothing: the
-    summary's `exit_code` says so, and `by_status` how many.
+    summary has them in `exit_code` and `by_status`.
 
     In the main thread a first SIGINT, SIGTERM or SIGHUP drains the run, a second one ends it at once; afterwards the
     former handlers are back. In other threads signals are not touched.

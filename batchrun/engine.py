@@ -1,4 +1,4 @@
-"""One start of a run, from the lock to the result. Begin reading here.
+"""One start of a run, from the lock to the result. Start reading here.
 
     source ─→ request ─→ gate ─→ transport ─→ policy ─→ checkpoint ─→ output ─→ report
 

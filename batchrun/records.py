@@ -1,4 +1,4 @@
-"""The frozen values of a row on its way through the stages. What is known of a run is in `run_summary`."""
+"""The frozen values of a row on its way through the stages. Those of a whole run are in `run_summary`."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime

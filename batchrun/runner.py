@@ -155,5 +155,5 @@ class Runner:
             self._on_progress(summary)
 
     def _call(self, event: asyncio.Event) -> None:
-        with contextlib.suppress(RuntimeError):  # what a closed loop raises: the program is gone
+        with contextlib.suppress(RuntimeError):  # a closed loop raises this: the program has ended
             self._loop.call_soon_threadsafe(event.set)

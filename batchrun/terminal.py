@@ -85,7 +85,7 @@ def result(line: str) -> str:
 
 
 def ended(summary: "Summary") -> None:
-    """How a start ended, as a JSON line; without JSON the account at the end says so."""
+    """The end of a start as a JSON line; without JSON the closing lines report it."""
     if _Format.json is not None:
         _Format.json.run = summary.run_id or None
         write_json(_Format.json.ended(summary, _now()))

@@ -31,8 +31,8 @@ CAUSE = "machine"
 
 
 def restore(job: Job, place: RemoteFolder, directory: RunDirectory) -> str | None:
-    """The directory is that of the unfinished run in the store; a line that says what was found and what is sent again.
-    None if the store has none.
+    """Restores the directory of the unfinished run in the store. Returns a line on what was found and what is sent
+    again; None if the store has no such run.
 
     Raises:
         StorageError: the store can't be read, or what it holds is damaged.

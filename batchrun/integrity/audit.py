@@ -24,7 +24,7 @@ from batchrun.tables import booked, files
 from batchrun.tables.rows import USAGE_COLUMNS
 
 RATE_STEP = 0.1
-"""Rates are rounded to this, and `elapsed_s` to a thousandth, so a rate computed from them is no more exact."""
+"""Rates are rounded to this, and `elapsed_s` to a thousandth, so a rate computed from them is not more exact."""
 
 
 class RowSums(msgspec.Struct):

@@ -58,11 +58,11 @@ class Account:
         pending = {again.row for again in reopened}
         for row, answer in zip(own.select(["row", "attempts", "cost_usd"]).to_pylist(), booked.lines(own), strict=True):
             self.rows += 1
-            stands = row["row"] not in pending
-            self.standing[answer.status] += stands
+            is_kept = row["row"] not in pending
+            self.standing[answer.status] += is_kept
             if row["row"] in self._watched:
                 self._ended[row["row"]] = row["attempts"]
-            _add(self._answers, msgspec.structs.replace(answer, rows=int(stands)))
+            _add(self._answers, msgspec.structs.replace(answer, rows=int(is_kept)))
             beyond = (row["cost_usd"] or answer.cost_usd) - answer.cost_usd
             key = answer.invocation, answer.model, DISCARDED, answer.day, answer.service_tier
             _add(self._discarded, TotalsLine(*key, attempts=row["attempts"] - answer.attempts, cost_usd=beyond))

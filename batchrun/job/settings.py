@@ -250,7 +250,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Canary(Table, frozen=True):
-    """How many rows are sent first, and what must come of them before the rest is."""
+    """How many rows are sent first, and the results required before the other rows are sent."""
 
     rows: Annotated[int, Meta(ge=1, le=10_000)] | None = None
     min_ok_share: Share = 0.9

@@ -86,7 +86,7 @@ def read(places: Sequence[Path]) -> list[CompleteShard]:
 
 
 def _read_one(place: Path) -> tuple[CompleteShard | None, InputShare | None, list[Problem]]:
-    """The shard there; what it is a share of, if that is known; and what is wrong with it."""
+    """The shard; the input it is a share of, if known; and its problems."""
     directory = RunDirectory(place)
     try:
         with inspected(directory) as inspection:

@@ -190,7 +190,7 @@ def _standard(found: Model, today: date) -> tuple[Price, list[prices.Hours]]:
 
 
 def _steps(price: Price, instead: Price | None = None) -> prices.Tiers:
-    """A price of the list, which has its steps by kind of token, as steps of all kinds; what it leaves out is taken
+    """A price of the list, which has its steps by kind of token, as steps of all kinds. Missing prices are taken
     from the other.
     """
     kinds = [mine or other for mine, other in zip(price.rates, (instead or price).rates, strict=True)]

@@ -73,7 +73,7 @@ class Model(msgspec.Struct, frozen=True):
 
 
 class Vendor(msgspec.Struct, frozen=True, dict=True):
-    """Who sells: at the addresses that the pattern matches; `makes` are the models that are its own.
+    """A seller of models, at the addresses that the pattern matches; `makes` are its own models.
 
     For models that it does not list, the lists of the vendors in `also_sells` count.
     """

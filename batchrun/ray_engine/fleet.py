@@ -98,11 +98,11 @@ class Fleet:
             if self._last_failure is not None:
                 why = f"no Ray actor could start: {self._last_failure}; run the same command again"
                 raise RunStoppedError(why, ExitCode.PAUSED) from None
-            free, all_of_them = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
+            free, all_cpus = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
             raise RunStoppedError(
                 f"no Ray actor could start within {self._engine.start_timeout_s:g} s: each needs "
                 f"{self._engine.cpus_per_actor:g} CPU (engine.cpus_per_actor), and {free:g} of the cluster's "
-                f"{all_of_them:g} are free; run the same command again when there are more",
+                f"{all_cpus:g} are free; run the same command again when there are more",
                 ExitCode.PAUSED,
             ) from None
 
@@ -277,7 +277,7 @@ class Fleet:
                 return
 
     async def _collect(self, actor: Actor) -> None:
-        """Brings the actor's attempts home until it ends."""
+        """Collects the actor's attempts until it ends."""
         received: list[int] = []
         while actor in self._actors:
             next_s = self._loop.time() + self._pause_s

@@ -1,6 +1,6 @@
 """A run's totals by the days of a time zone other than UTC. PURE, except that it may read rows.
 
-Totals are kept by UTC day. If the run's part of a UTC day lies within one local day, that is its day. Otherwise the
+Totals are kept by UTC day. If the run's part of a UTC day is within one local day, that is its day. Otherwise the
 rows are read, which have the time of their end. Attempts without a row (discarded ones, or all if rows can't be read)
 can't be divided: their day reads `2026-11-27 or 2026-11-28`, and they count in the month and span of the first.
 """

@@ -1,4 +1,4 @@
-"""What holds a run back, in words: its limits, its waits, its retries. PURE."""
+"""What limits a run's speed, in words: its limits, waits and retries. PURE."""
 
 from datetime import datetime
 from decimal import Decimal

@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 class Result(NamedTuple):
-    """The files of a result in the order of their rows; our columns' names in them begin with `prefix`."""
+    """The files of a result in the order of their rows; our columns' names in them start with `prefix`."""
 
     files: tuple[Path, ...]
     prefix: str

@@ -38,7 +38,7 @@ _REQUEST = (
     *("reasoning_effort", "temperature", "top_p", "functions", "function_call", "response_format"),
     "image_detail",
 )
-"""Parameters with a setting of their own; any other is in `request.extra`."""
+"""Parameters that have a setting; any other is in `request.extra`."""
 
 _EXTRA = (
     *("tools", "tool_choice", "parallel_tool_calls", "seed", "stop", "logprobs", "top_logprobs", "logit_bias", "n"),

@@ -165,7 +165,7 @@ def summarise(
 
 
 _OF_THE_MOMENT = tuple(name for name in Moment.__struct_fields__ if name in Summary.__struct_fields__)
-"""The fields that the summary has as the moment has them, but for `elapsed_s` and `deadline`."""
+"""The fields that the summary has as the moment has them, except `elapsed_s` and `deadline`."""
 
 
 def _summary(moment: Moment, spent: Totals, directory: RunDirectory, rows: int, run: dict[str, Any]) -> Summary:

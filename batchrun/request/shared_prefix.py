@@ -1,4 +1,4 @@
-"""What the prompts of a job have in common, and what a prompt cache can serve of it. PURE.
+"""The text that the prompts of a job share, and how much of it a prompt cache can serve. PURE.
 
 Providers cache the beginning of a prompt, from 1,024 tokens on and in steps of 128, and bill it at a fraction of the
 price (https://developers.openai.com/api/docs/guides/prompt-caching). So text that all rows share has to come first.
@@ -17,14 +17,14 @@ CACHED_FROM_TOKENS = 1_024  # this and the step as OpenAI documents its prompt c
 CACHED_STEP_TOKENS = 128
 
 GROUP_BYTES = 3_072
-"""Requests whose bodies begin with the same bytes, this many, are a group. 1,024 tokens have about 4,096 bytes in
+"""Requests whose bodies share this many first bytes are a group. 1,024 tokens have about 4,096 bytes in
 English and 3,000 in languages with denser text; a group that proves too short for a cache costs nothing."""
 
 _TOKENS_PER_BYTE = 0.25  # English text, as OpenAI's rule of thumb has it: four characters a token
 _MOST_GROUPS = 256  # groups that are measured; a job with more of them is described by the others
 _MOST_COMMON_BYTES = 131_072  # of a shared beginning; longer ones count as this long
 _SAMPLE = 64  # rows whose texts are compared sentence by sentence
-_WORTH_MOVING_BYTES = 1_024  # shared text behind row data; more than this gets a warning
+_WARN_FROM_BYTES = 1_024  # shared text behind row data; more than this gets a warning
 _SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 _LEAST_SENTENCE = 12  # characters: shorter ones are shared by chance
 
@@ -41,7 +41,7 @@ def group_of(body: bytes) -> bytes | None:
 
 
 class Group(msgspec.Struct):
-    """Requests of one model that begin alike: `common` is what all of them begin with."""
+    """Requests of one model that start alike: `common` is their shared beginning."""
 
     model: str
     common: bytes
@@ -101,7 +101,7 @@ class SharedTextSurvey:
         groups = sorted(self._groups.values(), key=lambda group: -group.rows * len(group.common))
         behind = _behind_row_data(self._sample)
         size = sum(len(sentence.encode()) for sentence in behind)
-        if size < _WORTH_MOVING_BYTES or size + _leading_bytes(self._sample) < CACHED_FROM_TOKENS / _TOKENS_PER_BYTE:
+        if size < _WARN_FROM_BYTES or size + _leading_bytes(self._sample) < CACHED_FROM_TOKENS / _TOKENS_PER_BYTE:
             return SharedText(self._rows, self._bytes, tuple(groups))
         return SharedText(self._rows, self._bytes, tuple(groups), size, behind[0])
 

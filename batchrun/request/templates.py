@@ -199,7 +199,7 @@ def _missing_in_words(message: str, columns: Columns) -> str:
 
 @lru_cache(maxsize=64)  # a million rows miss the same name; among 5,000 columns a guess takes 0.1 s
 def among(columns: tuple[str, ...], name: str | None) -> str:
-    """What to say behind "column `name` is missing": the column that was probably meant, and those that there are."""
+    """What follows "column `name` is missing" in the message: the column that was probably meant, and all columns."""
     guess = ""
     if name is not None:
         odd = [column for column in columns if not column.isidentifier() and re.match(rf"{re.escape(name)}\b", column)]

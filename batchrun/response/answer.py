@@ -1,4 +1,4 @@
-"""The bytes of an answer → `Answer`. PURE. Strict first, then lenient; what neither reads is not a completion.
+"""The bytes of an answer → `Answer`. PURE. Strict first, then lenient; a body that neither reads is not a completion.
 
 Bodies come from anywhere: the API, a proxy's HTML, a cut stream. Nothing here raises for any bytes.
 """
@@ -17,7 +17,7 @@ from batchrun.response import usage as usages
 from batchrun.response.finish_reasons import Meaning, meaning_of
 
 MAX_CHOICES = 1024
-"""Of a stream: servers take an `n` of 128. What counts itself higher is in the raw answer only."""
+"""Of a stream: servers accept an `n` of 128. Choices with a higher index are in the raw answer only."""
 
 _STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\w-]*:")
 """The beginning of a stream, unlike any JSON or HTML: a colon, with or without a field's name before it."""
@@ -200,7 +200,7 @@ def _choice(choice: dict[str, Any], place: int) -> Choice:
 
 
 def _failed(answer: Answer, failure: error_body.Failure | None) -> Answer:
-    """The answer with the failure that its body reports. It is then not a completion, whatever else it holds."""
+    """The answer with the failure that its body reports. It is then not a completion, even if it has choices."""
     if failure is None:
         return answer
     return msgspec.structs.replace(

@@ -18,7 +18,7 @@ _AS_IS = frozenset(
 """Names of no encoding, or of another layer's, which servers put into the header all the same."""
 _WINDOWS = {"gzip": _GZIP, "x-gzip": _GZIP, "deflate": zlib.MAX_WBITS}
 _PLAIN = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:[{\[]|data:|event:|:)")
-"""How JSON and a stream of events begin, and neither gzip nor a deflated answer."""
+"""The beginning of JSON or a stream of events; gzip and deflated answers never start so."""
 
 
 class EncodingError(Exception):

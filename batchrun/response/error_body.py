@@ -59,7 +59,7 @@ _WAIT = Pattern(
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """What the body says went wrong. `words` is what it says besides message and code: types, states, reasons.
+    """The failure that the body reports. `words` is its text besides message and code: types, states, reasons.
 
     `status` is the HTTP status that the body itself names, `wait_s` the seconds to wait that it names.
     """
@@ -194,7 +194,7 @@ def _status(fields: Mapping[str, Any], code: str | None) -> int | None:
 
 
 def _words(value: Any, depth: int) -> Iterator[str]:
-    """Every short text in an error object, but for what it repeats of the question."""
+    """Every short text in an error object, except what it repeats of the question."""
     if depth > MAX_DEPTH:
         return
     if isinstance(value, str) and 0 < len(value) <= 300:

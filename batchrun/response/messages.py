@@ -8,7 +8,7 @@ from batchrun.records import FunctionCall
 from batchrun.response import usage as usages
 
 MAX_CALLS = 1024
-"""Of a stream. What counts itself higher is in the raw answer only."""
+"""Of a stream. Calls with a higher index are in the raw answer only."""
 
 
 def text(value: Any) -> str | None:

@@ -132,7 +132,7 @@ _JUDGED = Pattern(
     r"|контент.{0,40}(заблок|запрещ|наруша)|наруша.{0,40}(политик|правил)|недопустим",
     _I,
 )
-"""A judgement on what was said. `content_policy` is the vendor's own name for it."""
+"""A judgement on the text. `content_policy` is the vendor's own name for it."""
 
 _OF_CONTENT = Pattern(
     r"content[ _-]?(filter|moderation|safety|inspection|check|blocked|violation|restrict|not allowed|risk)"
@@ -166,8 +166,8 @@ _OUT_OF_ORDER = Pattern(
     r"|manutenzione|tiempo de espera|недоступ|перегруж|временно",
     _I,
 )
-"""What only a server that is out of order says, or one that refuses an account, an address or a connection. It
-outweighs any word of content: to send a blocked row once more costs little, an outage taken for content loses answers.
+"""Words that only a broken server uses, or one that refuses an account, an address or a connection. They outweigh words
+of content: to send a blocked row again costs little, an outage mistaken for a content refusal loses answers.
 """
 
 _OF_TROUBLE = Pattern(

@@ -2,7 +2,7 @@
 
 It takes what `answer.read` would read in the same way, at a fifth of the cost (docs/benchmarks.md), and leaves every
 surprise to it: a field of another type, a second choice, a call, an error, a usage in other words. The two agree
-wherever this one accepts (tests/unit/test_typed_reader.py), but for `flagged`: a number too large for a double is not
+wherever this one accepts (tests/unit/test_typed_reader.py), except `flagged`: a number too large for a double is not
 noticed in a field that neither reads.
 """
 

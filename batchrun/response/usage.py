@@ -38,7 +38,7 @@ _READ_ONLY = frozenset({"cached_tokens", "audio_tokens", "text_tokens", "image_t
 Path = tuple[str, ...]
 
 _PROMPT: tuple[Path, ...] = (
-    ("prompt_tokens",),  # OpenAI and who follows it
+    ("prompt_tokens",),  # OpenAI and its imitators
     ("input_tokens",),  # Anthropic, OpenAI's Responses
     ("promptTokenCount",),  # Google
     ("prompt_token_count",),  # Google's own client
@@ -138,7 +138,7 @@ def of(usage: Any) -> Usage | None:
 
 
 def found_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The object that states a usage, or a part of one or a cost, in an event of a stream; but for those of choices."""
+    """The object that states a usage, or a part of one or a cost, in an event of a stream, except those of choices."""
     for usage in of_answer(body):
         if _first(usage, (*_PROMPT, *_COMPLETION)) is not None or _reported_cost({"usage": usage}) is not None:
             return usage
@@ -146,7 +146,7 @@ def found_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, Any]:
-    """What two events of one stream state together: the later counts, but for nulls and zeros.
+    """What two events of one stream state together: the later counts, except nulls and zeros.
 
     A later event that states a prompt of 0 and a completion leaves the prompt as it was (proxies of Anthropic's
     streams). Where its completion is smaller than the one before, it states what is new, and both are added.
@@ -310,7 +310,7 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
 
 
 def _plausible(total: int, stated: int, reasoning: int | None) -> int:
-    """The total, or what is stated apart from it where it is too large for one answer."""
+    """The total; the counts stated beside it if the total is too large for one answer."""
     return stated if total - stated > max(MAX_UNSTATED, reasoning or 0) else total
 
 

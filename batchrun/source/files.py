@@ -22,7 +22,7 @@ def find_files(path: str, filters: Filters = _ALL, access: Access = Access()) ->
     those in folders named `key=value`, the ones that match the `filters`; no other is opened.
 
     A directory means its own files and those in its folders named `key=value`, at every depth. In directories and
-    globs, names that begin with "." or "_" are left out, files and folders both, as Spark and Hive do (`_SUCCESS`,
+    globs, names that start with "." or "_" are left out, files and folders both, as Spark and Hive do (`_SUCCESS`,
     `_temporary`), and so are checksums (`.crc`), Hadoop's markers of folders (`_$folder$`) and what editors leave
     (`~`, `.swp`). A link to a folder above it is not followed.
 

@@ -149,7 +149,7 @@ def _syntax_problem(line: bytes, message: str) -> str:
     if message == "Input data was truncated":
         return f"the JSON ends too early, at byte {len(line)}"
     if line.lstrip()[:1] not in (b"{", b"["):
-        return "it is not JSON: it does not begin with `{`; CSV is read from files named .csv or .tsv only"
+        return "it is not JSON: it does not start with `{`; CSV is read from files named .csv or .tsv only"
     if "trailing characters" in message:
         at = message.partition("(byte ")[2].rstrip(")")
         if b"\r" in line.strip():

@@ -141,7 +141,7 @@ class TableSource:
             for batch in self._module.column(file, name):
                 try:
                     values = [row[name] for row in rows_of(batch)]
-                except ValueError:  # a value that Python can't hold, which the check of its own record names
+                except ValueError:  # a value that Python can't hold; the check of its record reports it
                     values = [None] * batch.num_rows
                 yield from enumerate(values, ordinal)
                 ordinal += batch.num_rows

@@ -1,4 +1,5 @@
-"""Recognises files that batchrun does not read, and names the command that converts each one. PURE but for free names.
+"""Recognises files that batchrun does not read, and names the command that converts each one. PURE, but it looks
+for free file names.
 
 Magic numbers are from each format's specification. A spreadsheet is a zip archive; its members say which kind it is.
 Every command has been run on such a file (tests/run/test_unsupported_files.py). None overwrites an existing file.
@@ -30,7 +31,7 @@ _ICONV = "iconv -f %s -t UTF-8 {file} > {new}"
 _UNWRAP = "jq -c '.[]' {file} > {new}"
 
 _Conversion = tuple[str, str, str | None]
-"""What the file is, the command, and the ending of the new file: None = the file's own ending, "" = a folder."""
+"""The kind of file, the command, and the ending of the new file: None = the file's own ending, "" = a folder."""
 
 _CONVERTED: dict[bytes, _Conversion] = {
     b"BZh": ("is compressed with bzip2", "bzip2 -dc {file} > {new}", None),
@@ -96,7 +97,7 @@ _MARKUP = re.compile(_LEADING + rb"<(?:!doctype html|html|\?xml)", re.IGNORECASE
 
 
 def refuse(head: bytes, path: Path, packed: str | None = None) -> None:
-    """Reject content that begins with `head` if it is in a known format or encoding that batchrun does not read.
+    """Reject content that starts with `head` if it is in a known format or encoding that batchrun does not read.
 
     `packed`: the tool that unpacks `path`, if `head` was read from inside its compression.
 
@@ -195,7 +196,7 @@ def _filled(command: str, path: Path, ending: str | None, beside: Path | None = 
 
 
 def _archive(path: Path) -> _Conversion:
-    """What a zip archive is, judged by its members."""
+    """The kind of a zip archive, by its members."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -59,7 +59,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
 
 class Window(msgspec.Struct, frozen=True):
-    """Consecutive accepted records in the form in which they are stored, and where the next window begins.
+    """Consecutive accepted records in the form in which they are stored, and where the next window starts.
 
     `table` has one chunk per column, so it can be written in batches of any size to an Arrow IPC file
     (which can't hold a dictionary that changes between batches). JSONL: one column `line`, see `LINES`.

@@ -1,4 +1,4 @@
-"""What a prompt cache can serve of a job's requests, and how much money that saves, in words. PURE."""
+"""How much of a job's requests a prompt cache can serve, and how much money that saves, in words. PURE."""
 
 from collections.abc import Iterator, Mapping
 from decimal import Decimal

@@ -29,7 +29,7 @@ from batchrun.store.origins import OldFile, Origins, OriginsWriter
 from batchrun.tables.old_answers import OldAnswers
 
 MOST_READS = 48
-"""How often each earlier result is read at most: once a bucket, so there are no more buckets then."""
+"""How often each earlier result is read at most: once per bucket, so this also bounds the buckets."""
 
 
 def wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | None:

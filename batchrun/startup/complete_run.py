@@ -1,4 +1,4 @@
-"""What another start finds of a run that is complete already, and the exit code of one."""
+"""What another start reports of a run that is already complete, and the exit code of a complete run."""
 
 import msgspec
 

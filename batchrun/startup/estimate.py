@@ -162,19 +162,19 @@ def _bound(
     whole = largest = Decimal(0)
     for model in found.models:
         fees = Decimal(0) if (table := tables.get(model)) is None else table.per_request * (found.models[model] - 1)
-        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model), *tiers)
+        all_rows = prices.upper_bound(*found.max_tokens[model], tables.get(model), *tiers)
         one = prices.upper_bound(*found.max_request[model], tables.get(model), *tiers)
-        if all_of_them is None or one is None:
+        if all_rows is None or one is None:
             return None
-        whole, largest = whole + all_of_them + fees, max(largest, one)
+        whole, largest = whole + all_rows + fees, max(largest, one)
     return min(whole, largest * to_send)
 
 
 def _short(budget: Budget, rows: int, tokens: float, cost_usd: Decimal | None, done: Summary | None) -> Iterator[str]:
     """The caps that end the run before its last row, by what is expected and what the run has taken so far."""
     totals = done.totals if done is not None else []
-    took_usd = done.cost_usd + done.possibly_billed_usd if done is not None else Decimal(0)
-    if budget.max_cost_usd is not None and cost_usd is not None and took_usd + cost_usd > budget.max_cost_usd:
+    spent_usd = done.cost_usd + done.possibly_billed_usd if done is not None else Decimal(0)
+    if budget.max_cost_usd is not None and cost_usd is not None and spent_usd + cost_usd > budget.max_cost_usd:
         yield f"max_cost_usd = {budget.max_cost_usd:,f} will end the run before its last row"
     for name, cap in budget.caps_usd.items():
         if name != "max_cost_usd" and cost_usd is not None and cost_usd > cap:

@@ -1,4 +1,4 @@
-"""What a start would find in a run directory, without starting: nothing is sent, and no answer is kept or dropped."""
+"""Previews a start in a run directory: nothing is sent, and no answer is kept or dropped."""
 
 import contextlib
 from datetime import UTC, datetime

@@ -130,7 +130,7 @@ def part(whole: float | Decimal, shard: Shard, setting: str) -> float | Decimal:
         exponent = whole.as_tuple().exponent
         unit = min(CENT, Decimal(1).scaleb(exponent if isinstance(exponent, int) else 0))
     units = int(Decimal(whole) / unit)
-    if units < shard.count:  # all shards say so, not only the last ones
+    if units < shard.count:  # all shards report it, not only the last ones
         least = shard.count * unit
         raise JobError(
             f"{setting}: {whole:,} can't be divided by {shard.count} shards; set it to {least:,f} or more, start fewer "

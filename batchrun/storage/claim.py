@@ -32,7 +32,7 @@ TRIES = 4
 
 
 class Writer(msgspec.Struct, frozen=True):
-    """Who works on a run: what a claim's object holds."""
+    """The writer that works on a run, as a claim's object stores it."""
 
     writer: str
     job: str

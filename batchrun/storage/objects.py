@@ -119,7 +119,7 @@ class _Reader(io.RawIOBase):
 
     def readinto(self, buffer: "memoryview | bytearray") -> int:  # type: ignore[override]
         with failures.reading(self._file):
-            return cast(Any, self._raw).readinto(buffer)  # type: ignore[no-any-return]  # BinaryIO is said to have none
+            return cast(Any, self._raw).readinto(buffer)  # type: ignore[no-any-return]  # typeshed gives BinaryIO none
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return self._raw.seek(offset, whence)

@@ -48,28 +48,28 @@ class RunRecord(msgspec.Struct, frozen=True):
     writer: str = ""
 
 
-class _Standing(msgspec.Struct, frozen=True):
-    """What a summary says that decides whether it may be replaced."""
+class _PublishedRun(msgspec.Struct, frozen=True):
+    """The fields of a summary that decide whether it may be replaced."""
 
     run_id: str = ""
     complete: bool = False
     job: str = ""
 
 
-def standing(folder: RemoteFolder) -> _Standing | None:
+def published_run(folder: RemoteFolder) -> _PublishedRun | None:
     """The run whose complete result is in the folder; None if there is none."""
     content = folder.read(SUMMARY)
     if content is None:
         return None
     try:
-        found = msgspec.json.decode(content, type=_Standing)
+        found = msgspec.json.decode(content, type=_PublishedRun)
     except msgspec.DecodeError:
         return None
     return found if found.complete else None
 
 
 def record_of(folder: RemoteFolder) -> RunRecord | None:
-    """The record of the run that was published last; None if there is none that can be read."""
+    """The record of the run that was published last; None if it is missing or can't be read."""
     try:
         return msgspec.json.decode(folder.read(RECORD) or b"", type=RunRecord)
     except msgspec.DecodeError:
@@ -126,7 +126,7 @@ def require_ours(folder: RemoteFolder, run_id: str | None) -> None:
     Raises:
         RunLockedError: it holds another run's.
     """
-    found = standing(folder)
+    found = published_run(folder)
     if found is not None and found.run_id != run_id:
         raise RunLockedError(
             f"{folder}: holds the complete result of another run ({found.run_id} of job {found.job}); "

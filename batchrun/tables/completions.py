@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """The final record of a row: an answer, or why there is none. The fields are the output's columns, but for `input`.
+    """The final record of a row: an answer, or why there is none. The fields are the output's columns, except `input`.
 
     `input` holds the input's columns as the output has them. `parsed` is the answer as Python values where
     the request wanted JSON and got it; so are `tool_calls`. `choices` has the answers if there are several, `set_aside`

@@ -236,7 +236,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def require_rows(path: Path, rows: int) -> None:
-    """Nothing, if the footer of the file that was just written can be read and says so many rows."""
+    """Returns if the footer of the file that was just written can be read and counts `rows` rows."""
     found = pq.read_metadata(path).num_rows  # a failure here is the disk's: it was written just now
     if found != rows:
         raise CheckpointError(f"{path}: {found:,} rows written where {rows:,} were due")

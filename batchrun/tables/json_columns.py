@@ -27,7 +27,7 @@ from batchrun.errors import InputError
 
 MAX_COLUMNS = 5_000  # each costs ~1 KB per row group in Parquet's footer; more are data used as keys
 MAX_KEYS = 100  # objects with more are maps, not records
-MAX_DEPTH = 8  # what is nested deeper is a document, not a record
+MAX_DEPTH = 8  # a value that is nested deeper is a document, not a record
 EXACT = 2**53  # doubles hold every integer up to here
 
 _KINDS = {

@@ -187,7 +187,7 @@ class OldAnswers:
                 arrays.append(column.cast(field.type))
             except pa.ArrowException as error:
                 raise InputError(
-                    f"{self._path}: column {self._names[field.name]} is {column.type} where {field.type} is due; "
+                    f"{self._path}: column {self._names[field.name]} is {column.type} instead of {field.type}; "
                     "cast it, or leave it out"
                 ) from error
         ours = pa.Table.from_arrays(arrays, schema=OWN_COLUMNS)

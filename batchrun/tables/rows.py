@@ -201,7 +201,7 @@ def joined(table: pa.Table, own: pa.Table, schema: pa.Schema, parsed: Column = J
 
 
 def _typed(own: pa.Table, parsed: Column) -> pa.Table:
-    """Our columns with `parsed` in its type; rows of which it can't hold everything say so in `error`."""
+    """Our columns with `parsed` in its type; a row whose value does not fit has an `error`."""
     texts = cast(list[str | None], own.column("parsed").to_pylist())
     array, problems = array_of(parsed, texts)
     errors = with_problems(own.column("error").to_pylist(), problems)

@@ -270,7 +270,7 @@ def _without_secrets(text: str) -> str:
 
 
 def _resource() -> Resource:
-    """What the environment says that this process is; else `batchrun`."""
+    """The name that the environment gives this process; else `batchrun`."""
     resource = Resource.create({SERVICE_INSTANCE_ID: str(uuid.uuid4())})
     if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "batchrun", SERVICE_VERSION: __version__}))

@@ -7,7 +7,7 @@ WAIT_S = 1.0
 """A local file takes milliseconds. What calls may be a run's heartbeat."""
 
 
-class Aside:
+class SideThread:
     """One piece of work at a time. While one hangs, the newest of the others waits for its turn, and no caller does."""
 
     def __init__(self, hangs: Callable[[], None], wait_s: float = WAIT_S) -> None:
