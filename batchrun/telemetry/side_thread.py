@@ -25,7 +25,7 @@ class SideThread:
             self._next, self._ended = work, last
             self._changed.notify_all()
             if self._thread is None:  # a daemon: a process that ends does not wait for it
-                self._thread = threading.Thread(target=self._work, name="aside", daemon=True)
+                self._thread = threading.Thread(target=self._work, name="side thread", daemon=True)
                 self._thread.start()
             if self._hangs:
                 return

@@ -14,9 +14,9 @@ import msgspec
 
 from batchrun.durable import TEMP_SUFFIX
 from batchrun.records import Notice
-from batchrun.telemetry.side_thread import SideThread
 from batchrun.telemetry.prometheus import render
 from batchrun.telemetry.samples import Snapshot
+from batchrun.telemetry.side_thread import SideThread
 
 MODE = 0o644
 """node_exporter runs as another user and must read it; no prompt, answer or key is in it."""

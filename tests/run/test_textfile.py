@@ -203,10 +203,10 @@ def test_a_hanging_write_is_waited_for_once() -> None:
     done: list[int] = []
     hung: list[None] = []
     answers = threading.Event()
-    aside = SideThread(lambda: hung.append(None), wait_s=0.01)
-    aside.do(lambda: done.append(0) if answers.wait(60) else None)
+    side_thread = SideThread(lambda: hung.append(None), wait_s=0.01)
+    side_thread.do(lambda: done.append(0) if answers.wait(60) else None)
     for number in (1, 2, 3):
-        aside.do(lambda number=number: done.append(number))  # type: ignore[misc]
+        side_thread.do(lambda number=number: done.append(number))  # type: ignore[misc]
     assert (done, len(hung)) == ([], 1)
     answers.set()
     wait_until(lambda: done == [0, 3])
