@@ -166,7 +166,7 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
 
 
 def _checked(options: Options, host: Host | None) -> Callable[[int], None]:
-    """What the input check calls from time to time; there the host can stop it."""
+    """The input check calls this from time to time; the host can stop it there."""
     report: Callable[[int], None] = options.get("checked", lambda rows: None)
     if host is None:
         return report
@@ -226,7 +226,7 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Job
 
 @contextlib.contextmanager
 def _stream(job: Job, rows: Rows | None, directory: RunDirectory) -> Iterator[BinaryIO | None]:
-    """What is read if the input is "-": the given rows, else standard input."""
+    """The source for the input "-": the given rows, else standard input."""
     if rows is None:
         yield streams.standard_input() if job.input.path == "-" else None
         return

@@ -27,7 +27,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def next_step(error: OSError) -> str:
-    """What the user can do about an error of the disk, or about too many open files."""
+    """Advice on an error of the disk, or on too many open files."""
     if is_full(error):
         return "make room and run the same command again"
     if error.errno == errno.EMFILE:
@@ -59,7 +59,7 @@ def is_full(error: OSError) -> bool:
 
 
 def lacking(error: BaseException) -> str | None:
-    """What the machine lacks and what to do about it; None for errors of other kinds."""
+    """The resource that the machine lacks, with advice; None for errors of other kinds."""
     if isinstance(error, MemoryError):
         return "out of memory; give the process more, and run the same command again"
     if isinstance(error, OSError) and error.errno in _LACKS:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 class Runtime(msgspec.Struct, frozen=True):
-    """What makes the event loop (None: asyncio), and what opens the transports (None: this process sends)."""
+    """The factories of the event loop (None: asyncio) and of the transports (None: this process sends)."""
 
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     open_transports: "OpenTransports | None" = None

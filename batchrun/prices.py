@@ -20,7 +20,7 @@ PICO = Decimal("1e-12")  # the scale of decimal128(20, 12); prices per million w
 DAY_S = 86_400
 
 ORDINARY = frozenset({"", "auto", "default", "standard", "on_demand"})
-"""What vendors call the tier that the plain list price is for (OpenAI, Anthropic, Groq)."""
+"""The vendors' names for the tier of the plain list price (OpenAI, Anthropic, Groq)."""
 
 _REQUESTED_TIER = re.compile(rb'"service_tier"\s*:\s*("(?:[^"\\]|\\.)*"|[^",}\s]+)')
 """In a body as this project encodes it: inside a text the quotes are escaped, and don't match."""
@@ -48,7 +48,7 @@ Tiers = tuple[Tier, ...]
 
 
 class Hours(msgspec.Struct, frozen=True):
-    """What holds instead from `start_s` up to `end_s` of the day, seconds in UTC; over midnight where it ends first."""
+    """Other prices from `start_s` up to `end_s` of the day, seconds in UTC; past midnight if `end_s` is smaller."""
 
     start_s: int
     end_s: int
@@ -62,10 +62,10 @@ class Hours(msgspec.Struct, frozen=True):
 
 
 class PriceTable(msgspec.Struct, frozen=True):
-    """What one model costs, from which source, read on which day: `tiers` ascend and the first begins at 0.
+    """The prices of one model, their source, and the day they were read. `tiers` ascend and the first starts at 0.
 
-    `vendor` is whose price it is; None: the job states it. `upstream` names the model of the vendor's list whose price
-    stands in where the endpoint is not the vendor's own. `services` are the prices of service tiers by name, `hours`
+    `vendor` sets the price; None: the job states it. `upstream` names the model of the vendor's list whose price
+    is used where the endpoint is not the vendor's own. `services` are the prices of service tiers by name, `hours`
     those by the clock, of which the last that holds counts. The job's own price is for every tier but those that it has
     another price for (`every_tier`). `regional`: the
     endpoint is one of the vendor's regions, which may have another price.
@@ -126,7 +126,7 @@ def cost(
 
 
 def _surcharge(tier: Tier, usage: Usage, uncached: int) -> Decimal:
-    """What tokens written to a cache cost beyond what other tokens of the prompt cost."""
+    """The extra cost of tokens written to a cache, over other tokens of the prompt."""
     written = min(usage.cache_write_tokens or 0, uncached)
     for_an_hour = min(usage.cache_write_1h_tokens or 0, written)
     write = tier.input if tier.cache_write is None else tier.cache_write

@@ -26,7 +26,7 @@ class Notice(str):
 
 
 class Verdict(StrEnum):
-    """What one attempt's outcome means for its row and the run. docs/failures.md has the whole table."""
+    """The meaning of one attempt's outcome for its row and the run. docs/failures.md has the whole table."""
 
     OK = "ok"
     """A usable answer: settle the row by its finish_reason."""
@@ -63,7 +63,7 @@ class Status(StrEnum):
 
 
 FAILURES = frozenset({Status.EMPTY, Status.INVALID, Status.ERROR})
-"""What counts against `max_failures`; `truncated`, `filtered` and `refused` are answers."""
+"""The statuses that count against `max_failures`; `truncated`, `filtered` and `refused` are answers."""
 
 
 def replaces(new: str, old: str) -> bool:
@@ -189,7 +189,7 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
-    """What a 2xx body says, as far as it could be read. `flagged` = only the lenient reading worked.
+    """The content of a 2xx body, as far as it could be read. `flagged` = only the lenient reading worked.
 
     `completion` is False when there is no first choice with a message. `tool_calls` is JSON text; `choices` are there
     when they are several, the first one among them. `refusal` is the model's own text where it declined.
@@ -287,9 +287,9 @@ class Discarded(msgspec.Struct, frozen=True, gc=False):
 
 
 class Restored(msgspec.Struct, frozen=True, gc=False):
-    """What an earlier attempt used and cost, which was booked as discarded, and whose answer settles its row after all.
+    """Usage and cost of an earlier attempt that was booked as discarded, but whose answer settles its row after all.
 
-    `last_at` is when the row's last attempt ended (Unix time, seconds), which brought no answer.
+    `last_at` is when the row's last attempt ended (Unix time, seconds); it got no answer.
     """
 
     usage: Usage | None
@@ -338,7 +338,7 @@ class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     @property
     def answer_cost_usd(self) -> Decimal | None:
-        """What the row's answer alone cost."""
+        """The cost of the row's answer alone."""
         return self.last_cost_usd if self.restored is None else self.restored.cost_usd
 
 

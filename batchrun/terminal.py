@@ -1,4 +1,4 @@
-"""What people see while a command works, on stderr: plain lines and a bar, or JSON lines. Sole importer of tqdm."""
+"""Output on stderr for people while a command works: plain lines and a bar, or JSON lines. Sole importer of tqdm."""
 
 import os
 import sys

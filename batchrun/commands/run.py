@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 ACCEPT_INPUT = "--accept-changes-of-input"
-"""What `--accept-changes=input` is to click."""
+"""Click's name for `--accept-changes=input`."""
 
 
 class RunCommand(click.Command):

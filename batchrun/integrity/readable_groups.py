@@ -22,7 +22,7 @@ from batchrun.tables.rows import OWN_COLUMNS, as_own, own_schema
 _STATUSES = pa.array([str(status) for status in Status])
 
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, OverflowError, pa.ArrowException)
-"""What pyarrow raises for a damaged file; a name in its footer may be invalid text."""
+"""The exceptions of pyarrow for a damaged file; a name in its footer may be invalid text."""
 
 Group = pa.Table
 """A row group: the columns of the input, null where they can't be read, then ours as `OWN_COLUMNS` has them."""

@@ -35,7 +35,7 @@ _KEPT_ENTRIES = (
 
 
 class Account:
-    """What the kept rows add up to: their chunks, how they ended, what they cost."""
+    """The sums over the kept rows: their chunks, their statuses, their cost."""
 
     def __init__(self, flying: Sequence[InFlight], spilled: Sequence[Frame]) -> None:
         """`flying` were in flight when the old run's last process ended; no start has stored `spilled` yet."""
@@ -85,7 +85,7 @@ class Account:
         return own if self.cost_usd() > last_known else list(lines)
 
     def replaced(self, totals: Sequence[TotalsLine]) -> list[TotalsLine]:
-        """What to add to the totals so that they count the kept rows' answers, and the rest as discarded."""
+        """The lines to add to the totals so that they count the kept rows' answers, and the rest as discarded."""
         booked_as = {line.key: line for line in totals if line.status != DISCARDED}
         changes: dict[LineKey, TotalsLine] = {}
         for key in {**booked_as, **self._answers}:

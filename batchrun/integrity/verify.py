@@ -36,7 +36,7 @@ REWRITE = "remove it and run the same command again, which rewrites it"
 
 
 def verify(directory: RunDirectory) -> Findings:
-    """What is intact and what is damaged.
+    """The findings: intact files and damages.
 
     Raises: as `inspected`.
     """

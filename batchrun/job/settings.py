@@ -31,7 +31,7 @@ VENDOR_ID_HEADER = "X-Request-Id"
 """The header in which the vendor accepts a caller's id (docs/api.md, "Request"): its logs can be searched by our id."""
 
 PATHS = {"chat": "/chat/completions", "responses": "/responses"}
-"""Where each dialect of the API is served, behind a base such as `…/v1`."""
+"""The path of each dialect of the API, after a base such as `…/v1`."""
 
 FROM_COLUMNS = frozenset({"model", "reasoning_effort", "max_tokens", "temperature", "top_p"})
 """The parameters that a column can set for each row."""
@@ -173,7 +173,7 @@ class RequestTemplate(Table, frozen=True):
 
 
 class Tiers(Table, frozen=True):
-    """Where a row goes that `request.service_tier` has no capacity for, or no time. None: it waits there."""
+    """The tier for rows for which `request.service_tier` has no capacity, or no time. None: they wait there."""
 
     fallback: Text | None = None
     after_refusals: AtLeastOne = 3
@@ -193,7 +193,7 @@ class Limits(Table, frozen=True):
 
 
 class Engine(Table, frozen=True):
-    """Which processes send: this one, or actors of a Ray cluster."""
+    """The processes that send: this one, or actors of a Ray cluster."""
 
     name: Literal["local", "ray"] = "local"
     ray_address: Text | None = None

@@ -36,7 +36,7 @@ class ShardsError(BatchrunError):
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """What is wrong, in one line. The exit code says what helps: 4 waiting, 2 other directories, 7 `verify`."""
+    """The problem in one line. The exit code says what helps: 4 waiting, 2 other directories, 7 `verify`."""
 
     line: str
     exit_code: ExitCode
@@ -124,7 +124,7 @@ def _read_one(place: Path) -> tuple[CompleteShard | None, InputShare | None, lis
 
 
 def _mismatches(found: Sequence[CompleteShard], unfinished: set[int]) -> Iterator[Problem]:
-    """What keeps the shards from being one run."""
+    """The problems that keep the shards from being one run."""
     if not found:
         return
     first = found[0]

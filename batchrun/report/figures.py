@@ -15,7 +15,7 @@ from batchrun.report.latencies import percentile
 
 
 class BillLine(msgspec.Struct, frozen=True):
-    """What one group used and cost. `wasted_usd` is the part of `cost_usd` paid for answers that are not in the output.
+    """Usage and cost of one group. `wasted_usd` is the part of `cost_usd` paid for answers that are not in the output.
 
     Figures of whole runs are None where groups divide runs: `complete`, `pending`, `possibly_billed`,
     `possibly_billed_usd`, `expected_usd` and the share of the limit. `expected_usd` is what complete runs were
@@ -110,7 +110,7 @@ def figure(line: BillLine, name: str) -> Value:
 
 
 def kind(name: str) -> str:
-    """What a figure is: `usd`, `share`, `seconds`, `ratio` or `count`."""
+    """The kind of a figure: `usd`, `share`, `seconds`, `ratio` or `count`."""
     if name.endswith("_usd"):
         return "usd"
     if name.endswith("_share") or name == "estimate_off":

@@ -1,4 +1,4 @@
-"""What is unusual in a job's newest run, each with its figures, a threshold and advice. PURE."""
+"""Findings: unusual things in a job's newest run, each with its figures, a threshold and advice. PURE."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -77,7 +77,7 @@ def thresholds(settings: Sequence[str]) -> dict[str, float]:
 
 
 def findings(now: Night, before: Sequence[Night], limits: Mapping[str, float]) -> list[Finding]:
-    """What is unusual in `now`. `before` are the job's earlier nights, the newest first."""
+    """The findings in `now`. `before` are the job's earlier nights, the newest first."""
     return [
         Finding(name, now.account.job, now.account.run_id, text, advice)
         for name, find in _FINDERS.items()

@@ -1,5 +1,5 @@
 """A bill in each of its formats. All have the same content: figures, what the figures do not cover, and what was left
-out. PURE, except that it checks what a target file is.
+out. PURE, except that it looks at a target file.
 """
 
 import csv
@@ -237,7 +237,7 @@ def cell(value: Value, name: str) -> str:
 
 
 def remarks(bill: Bill) -> Iterator[str]:
-    """What the figures do not cover, a line each."""
+    """The costs that the figures do not cover, a line each."""
     if bill.supposed is not None:
         yield _one_line(bill.supposed)
     if bill.possibly_billed:

@@ -1,4 +1,4 @@
-"""What a bill is grouped by, and the time zone of its days. PURE, except for the machine's own time zone."""
+"""The keys that a bill is grouped by, and the time zone of its days. PURE, except for the machine's own time zone."""
 
 import os
 import re

@@ -24,7 +24,7 @@ MOST_SHOWN = 2_000
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """Which rows to show: those that meet every condition, at most `most` (0: all), and their `columns` (none: all)."""
+    """The rows to show: those that match every condition, at most `most` (0: all), and their `columns` (none: all)."""
 
     statuses: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()

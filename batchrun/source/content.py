@@ -125,7 +125,7 @@ def blocks(file: InputFile, offset: int, block_bytes: int) -> Iterator[bytes]:
 
 
 DAMAGED = (OSError, EOFError, zlib.error)
-"""What a cut or damaged compressed stream raises."""
+"""The exceptions for a cut or damaged compressed stream."""
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def _matches(path: str) -> list[Path]:
 
 
 def _glob(path: str) -> Iterable[str]:
-    """What the pattern matches. `**` follows no link to a folder above it, which `glob` would follow forty times."""
+    """Files that the pattern matches. `**` follows no link to a folder above it; `glob` would follow it forty times."""
     above, stars, rest = path.partition("**")
     if not stars or (above and not above.endswith("/")) or (rest and not rest.startswith("/")):
         return glob.glob(path)  # noqa: PTH207

@@ -100,7 +100,7 @@ def _depth(line: bytes) -> int:
 
 
 def _problem(line: bytes, error: Exception) -> str:
-    """What is wrong with a line that can't be decoded, most telling cause first."""
+    """The error in a line that can't be decoded, the most specific cause first."""
     if (problem := _encoding_problem(line)) is not None:
         return problem
     if isinstance(error, RecursionError):

@@ -151,12 +151,12 @@ def refuse_table(folder: Path) -> None:
 
 
 def unpack_hint(tool: str, path: Path) -> str:
-    """What to do with a compressed file whose content is not text."""
+    """Advice for a compressed file whose content is not text."""
     return "unpack it first: " + _filled(f"{tool} -dc {{file}} > {{new}}", path, None)
 
 
 def encoding_hint(encoding: str, path: Path) -> str:
-    """What to do with a text file in another encoding."""
+    """Advice for a text file in another encoding."""
     return "convert it with: " + _filled(_ICONV % encoding, path, None)
 
 

@@ -34,7 +34,7 @@ class Span(msgspec.Struct, frozen=True):
     records: int
 
     def enter(self, position: Position) -> Position:
-        """Where to read from if `position` is wanted: not before the span."""
+        """The first place to read for `position`: not before the span."""
         return position if position.ordinal > self.start.ordinal else self.start
 
 
@@ -54,7 +54,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def place(self) -> str:
-        """Where a person finds the record in the input."""
+        """The record's place in the input, for people."""
         return f"{self.origin}{self.number}"
 
 

@@ -1,4 +1,4 @@
-"""Which rows take an answer without a request: found once, from the request keys of the input that was just checked.
+"""Finds the rows that take an answer without a request: once, from the request keys of the input that was just checked.
 
 Keys are spread over buckets, so equal ones are together. Against each bucket every earlier result is read once, keys
 only: nothing of it is held but the places of the answers that are wanted. Memory does not grow with the number of
@@ -33,7 +33,7 @@ MOST_READS = 48
 
 
 def wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | None:
-    """What the origins of a run's rows are made of, as the job says now; None where every row is to be sent."""
+    """The settings for the origins of a run's rows, by the present job; None where every row is sent."""
     named = sources(job)
     if not (named or job.input.dedupe):
         return None
@@ -41,7 +41,7 @@ def wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | No
 
 
 def still_holds(made: Origins | None, now: Origins | None, path: Path) -> bool:
-    """Whether the origins that were found before are those that would be found now."""
+    """Whether a search for origins would find the same again."""
     if made is None or now is None:
         return now is None
     if made.made_of() != now or not all(map(is_unchanged, made.files)):
@@ -149,7 +149,7 @@ def _matches(file: OldFile, keys: "pa.Array[Any]", now: Origins) -> Iterator[tup
 
 
 def in_words(made: Origins) -> str | None:
-    """What a start says of the rows that are not sent; None where all are."""
+    """The start's line on the rows that are not sent; None where all are sent."""
     parts = []
     if made.reused:
         parts.append(f"{made.reused:,} reused")

@@ -32,7 +32,7 @@ from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table
 
 
 class Changes(msgspec.Struct, frozen=True):
-    """What changed, and what it means for answers: `kept` still fit, no row needs the `dropped` ones.
+    """The changes, and their effect on answers: the `kept` ones still fit, no row needs the `dropped` ones.
 
     A row that ended as `error` is not an answer: it stays with its request, and nothing is lost without it. `in_place`:
     every answer stays in its row. `fewer`: so many rows less than `before`, of which some were `pending`.
@@ -157,7 +157,7 @@ def examine(
     mean_cost_usd: Decimal | None,
     scratch: Path,
 ) -> tuple[Changes, Matches]:
-    """What the change means, and the matches that say so. `questions` are (key, row) of the new input's rows."""
+    """The effect of the change, and the matches behind it. `questions` are (key, row) of the new input's rows."""
     matches = match(answers.questions(), questions, rows, scratch)
     kept = kept_answers = in_place = 0
     for new, old in enumerate(matches):

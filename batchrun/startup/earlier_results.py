@@ -26,7 +26,7 @@ class EarlierResult(msgspec.Struct, frozen=True):
 
 
 def sources(job: Job) -> tuple[str, ...]:
-    """What the job wants to reuse, in its order."""
+    """The results that the job reuses, in its order."""
     named = job.input.reuse_from
     return (named,) if isinstance(named, str) else tuple(named)
 
@@ -82,7 +82,7 @@ def _paths(source: str, job: Job) -> Iterator[Path]:
 
 
 def _results(path: Path) -> Iterator[EarlierResult]:
-    """What a path holds: a file, a run, a folder of Parquet files, or a folder of such folders, the last name first."""
+    """The results at a path: a file, a run, a folder of Parquet files, or a folder of these, the last name first."""
     if path.is_file():
         if path.suffix == ".parquet" or not glob.has_magic(str(path)):
             yield EarlierResult(str(path), tuple(_old_file(file, path) for file in result_files.of(path)))

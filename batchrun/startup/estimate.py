@@ -1,4 +1,4 @@
-"""What a run, or the rest of one, will take: tokens, money, time. PURE; guesses are bracketed by bounds.
+"""Estimates the tokens, money and time of a run, or of the rest of one. PURE; guesses are bracketed by bounds.
 
 low         prompts of as few tokens as their bytes can hold, answers of one
 expected    the mean of the answers so far; before there are any, of the job's newest run; else usual ratios
@@ -82,7 +82,7 @@ def estimate(
 
 
 def run_in_words(summary: Summary, changes: Changes | None) -> Iterator[str]:
-    """What a run has so far: rows kept, failed and pending, and what changed."""
+    """The run so far: rows kept, failed and pending, and the changes."""
     failed = failures(summary)
     kept = summary.done
     spent = headline_usd(summary, ",.4f")
@@ -158,7 +158,7 @@ def _cost(
 def _bound(
     found: Survey, tables: Mapping[str, PriceTable | None], to_send: int, tiers: tuple[str | None, ...]
 ) -> Decimal | None:
-    """What any `to_send` of the rows can cost at most: all of them, or that many of the largest."""
+    """The most that any `to_send` of the rows can cost: all of them, or that many of the largest."""
     whole = largest = Decimal(0)
     for model in found.models:
         fees = Decimal(0) if (table := tables.get(model)) is None else table.per_request * (found.models[model] - 1)

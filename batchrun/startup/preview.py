@@ -26,7 +26,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 def of_run(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Found:
-    """What a start with this job would resume.
+    """The run that a start with this job would resume.
 
     Raises:
         InputError: there is no run.

@@ -201,7 +201,7 @@ def _with_scheme(address: str, scheme: str) -> str:
 
 
 _PACKAGES = {"hf": "huggingface_hub"}
-"""What fsspec needs for a scheme, where it has another name than fsspec says itself."""
+"""The packages that fsspec needs for a scheme, where their names differ from those in fsspec's own message."""
 
 
 def _fsspec(url: Url) -> tuple[pafs.FileSystem, str]:

@@ -1,4 +1,4 @@
-"""What an error of a store means, in one line: whether it passes by itself, and what to do."""
+"""The meaning of an error of a store, in one line: whether it passes by itself, and what to do."""
 
 import contextlib
 import re
@@ -32,7 +32,7 @@ _HINTS = (
     ),
     (_DENIED, "check the credentials and what they may do (docs/storage.md)"),
 )
-"""What to do about an error; the first that fits."""
+"""Advice on an error; the first that fits."""
 
 _AWS = Pattern(
     r"AWS Error (\w+|\[code \d+\])(?: \((HTTP status \d+)\))? during (\w+) operation: "

@@ -21,7 +21,7 @@ CONTROL = "_batchrun"
 
 COPY_BYTES = 4 << 20  # read and written at a time
 LARGEST_COPY_BYTES = 5 << 30
-"""What S3 copies by one request (CopyObject)."""
+"""The most that S3 copies in one request (CopyObject)."""
 
 
 class RemoteObject(msgspec.Struct, frozen=True):

@@ -19,7 +19,7 @@ RUNS = f"{CONTROL}/runs"
 """The replicas of runs that keep their parts in the store while they work."""
 
 RECORD = f"{CONTROL}/run.json"
-"""What the published result answers, for a start on a machine without the run's directory."""
+"""The question that the published result answers, for a start on a machine without the run's directory."""
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -36,7 +36,7 @@ class Published(msgspec.Struct, frozen=True):
 
 
 class RunRecord(msgspec.Struct, frozen=True):
-    """Which question a result answers: the run, its job's fingerprint, the digests of its input, and
+    """The question that a result answers: the run, its job's fingerprint, the digests of its input, and
     who published it.
     """
 

@@ -119,7 +119,7 @@ def assemble(
 
 
 def part_in(folder: Path, number: int) -> Path:
-    """Where a part is when the parts themselves are the result."""
+    """The path of a part when the parts themselves are the result."""
     return folder / f"part-{number:06d}.parquet"
 
 

@@ -221,7 +221,7 @@ def with_problems(errors: list[Any], problems: Mapping[int, str]) -> list[Any]:
 
 
 def as_own(ours: pa.Table) -> pa.Table:
-    """Our columns as a file has them, as `OWN_COLUMNS` has them: what was parsed is the text that `content` is."""
+    """Converts our columns from a file's types to `OWN_COLUMNS`: `parsed` is again the text of `content`."""
     named = ours.rename_columns(OWN_COLUMNS.names)
     if named.schema.field("parsed").type == OWN_COLUMNS.field("parsed").type:
         return named.cast(OWN_COLUMNS)

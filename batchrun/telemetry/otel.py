@@ -182,7 +182,7 @@ class OpenTelemetry:
             self._warn(_without_secrets(str(error)))
 
     def _meters(self, histograms: Sequence[Counted]) -> tuple[metrics.MeterProvider, bool]:
-        """What makes the instruments, and whether it exports what the `histograms` count."""
+        """The provider of the instruments, and whether it exports the `histograms`."""
         if isinstance(existing := metrics.get_meter_provider(), MeterProvider):
             return existing, False
         if (made := exporter("metrics")) is None:

@@ -45,7 +45,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 def samples_of(snapshot: Snapshot) -> Samples:
-    """What is known of each metric; an unknown figure has no sample."""
+    """The known value of each metric; an unknown figure has no sample."""
     summary, limits, live = snapshot.summary, snapshot.summary.limits, snapshot.summary.live
     per_minute = None if limits is None else limits.requests_per_minute
     request_limits = (None if limits is None else limits.requests_per_second, per_minute and per_minute / 60)

@@ -4,11 +4,11 @@ import threading
 from collections.abc import Callable
 
 WAIT_S = 1.0
-"""A local file takes milliseconds. What calls may be a run's heartbeat."""
+"""A local file takes milliseconds. The caller may be a run's heartbeat."""
 
 
 class SideThread:
-    """One piece of work at a time. While one hangs, the newest of the others waits for its turn, and no caller does."""
+    """Does one piece of work at a time. While one hangs, the newest other one waits, and no caller does."""
 
     def __init__(self, hangs: Callable[[], None], wait_s: float = WAIT_S) -> None:
         """`hangs` is called when a piece of work takes longer than `wait_s`. No work may raise anything."""
