@@ -1,4 +1,4 @@
-"""What `run`, `check` and `estimate` read first: the job with the command line's settings, and its input."""
+"""Reads what `run`, `check` and `estimate` need first: the job with the command line's settings, and its input."""
 
 import json
 import re

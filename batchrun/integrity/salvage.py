@@ -47,7 +47,7 @@ ANY_LENGTH = 1 << 40  # of a line: longer ones were rejected at the first start
 
 
 class Salvaged(msgspec.Struct, frozen=True):
-    """What was kept, and how many rows of opened chunks were not. `problem`: why the new directory can't be resumed;
+    """The kept rows, and the number of lost rows of opened chunks. `problem`: why the new directory can't be resumed;
     None: it can.
     """
 
@@ -315,7 +315,7 @@ class Salvage:
 
 
 def in_words(salvaged: Salvaged) -> Iterator[str]:
-    """What was kept, and how to resume."""
+    """The lines that say what was kept, and how to resume."""
     kept = f"{plural(salvaged.rows, 'row')} that cost ${salvaged.cost_usd:,.6f}"
     yield f"kept     {salvaged.path / NAME}: {kept}"
     if salvaged.missing:

@@ -35,13 +35,13 @@ _SEARCHING = re.compile(r"-search-(preview|api)\b|-deep-research\b|-pro-search\b
 """Models that search the web for each answer, at a fee that the list leaves out (developers.openai.com, "Pricing")."""
 
 _LOCAL_TAG = re.compile(r":(latest|(e?[\d.]+|\dx\d+)[bm]\b.*)$", re.IGNORECASE)
-"""How Ollama names the weights that it runs, by their size: `deepseek-r1:70b`. No vendor sells those."""
+"""Ollama's names for the weights that it runs, by their size: `deepseek-r1:70b`. No vendor sells those."""
 
 _REGION = re.compile(r"(^|[.-])(eu|us|[a-z]{2,}(-[a-z]+)*-(north|south|east|west|central)+[a-z]*-?\d+)([.-]|$)")
-"""How hosts name a region: `eu.api.…`, `bedrock-runtime.eu-west-1.…`, `europe-west4-aiplatform.…`."""
+"""Regions in the names of hosts: `eu.api.…`, `bedrock-runtime.eu-west-1.…`, `europe-west4-aiplatform.…`."""
 
 _COMPACT_DATE = re.compile(r"-(20\d{6})(?=[-:]|$)")
-"""How gateways write the date in a model's name: `gpt-5.2-20251211`, where the list has dashes."""
+"""Dates in a model's name as gateways write them: `gpt-5.2-20251211`, where the list has dashes."""
 
 
 def resolve(model: str, overrides: Mapping[str, Override], today: str, url: str) -> prices.PriceTable | None:
@@ -151,7 +151,7 @@ def _own_vendor(model: str) -> tuple[Vendor, Model] | None:
 def table_of(
     model: str, vendor: Vendor, found: Model, today: date, upstream: str | None, *, regional: bool = False
 ) -> prices.PriceTable | None:
-    """What the vendor's list says of the model today; None where that is not a whole price."""
+    """The vendor's list price of the model today; None where a part of it is missing."""
     standard, clock = _standard(found, today)
     if not _complete(standard) or _SEARCHING.search(model.lower()):
         return None

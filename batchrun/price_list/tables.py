@@ -42,9 +42,9 @@ class Rate(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Price(msgspec.Struct, frozen=True):
-    """What one model costs: from the day `since`, or at some `hours` (first and end, seconds of the day in UTC).
+    """The price of one model: from the day `since`, or at some `hours` (first and end, seconds of the day in UTC).
 
-    `tier`: for answers that name this service tier; what the price leaves out is then as without a tier. `uncounted`:
+    `tier`: for answers that name this service tier; prices that it lacks are those without a tier. `uncounted`:
     a part of it depends on what no usage counts.
     """
 

@@ -25,10 +25,10 @@ from batchrun.ray_engine.sender import Answered, Parcel, Ready, Sender, Setup
 from batchrun.records import Attempt
 
 CALL_BYTES = 4_000_000
-"""How many bytes of bodies one call has: Ray sends 10 MB of arguments with it."""
+"""The most bytes of bodies in one call: Ray sends 10 MB of arguments with it."""
 
 MOST_CALLS_PER_S = 1_000
-"""How often the driver calls actors, in all. A call costs it about 0.5 ms of CPU, however much it carries (measured:
+"""How often the driver calls actors, in all. A call costs it about 0.5 ms of CPU, of any size (measured:
 docs/ray.md), so what comes sooner waits for the next one: 2 ms with one actor, 32 ms with 16."""
 
 SILENT_S = 60.0
@@ -38,7 +38,7 @@ REPEAT_S = 1.0
 """When a call is repeated whose connection was lost."""
 
 UNSENT_S = 30.0
-"""How long requests wait without any actor until they fail as not sent, which the gate takes for an outage."""
+"""Requests that wait this long without any actor fail as not sent, which the gate treats as an outage."""
 
 SURPLUS_S = 60.0
 """An actor that has not been needed for so long is ended, down to `engine.actors`."""
@@ -203,7 +203,7 @@ class Fleet:
 
     @property
     def _pause_s(self) -> float:
-        """How long after one call for each direction an actor gets the next."""
+        """Seconds from one call in each direction until an actor gets the next."""
         return 2 * len(self._actors) / MOST_CALLS_PER_S
 
     @property

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 AGENTS = "Agent"
-"""What the names of these helpers end with: ray::DashboardAgent, ray::RuntimeEnvAgent (Ray 2.60)."""
+"""The ends of these helpers' names: ray::DashboardAgent, ray::RuntimeEnvAgent (Ray 2.60)."""
 
 
 def end_agents_with(raylet: int) -> None:

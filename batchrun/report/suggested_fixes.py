@@ -101,7 +101,7 @@ def fix_for(message: str, settings: Collection[str] | None = None) -> Fix | None
 
 
 def fix_for_key(reason: str, endpoint: Endpoint) -> Fix | None:
-    """Where to look for the API key that the server rejected; None if the run stopped for another reason."""
+    """Advice on the API key that the server rejected; None if the run stopped for another reason."""
     if re.search(r"\bHTTP 401\b", reason) is None:
         return None
     rejected = "the server rejects the key"
@@ -115,7 +115,7 @@ def fix_for_key(reason: str, endpoint: Endpoint) -> Fix | None:
 
 
 def fix_for_address(reason: str) -> Fix | None:
-    """Where to look if the address is wrong or can't be trusted; None if the run stopped for another reason."""
+    """Advice if the address is wrong or can't be trusted; None if the run stopped for another reason."""
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         what = "the certificate file of the authority that signed for the server, or for the proxy, if you trust it"
         return Fix("endpoint.ca_file", what, same_command=True)

@@ -18,10 +18,10 @@ import msgspec
 from batchrun.errors import InputError
 
 USUAL_TOKENS = {"auto": 765, "low": 85, "high": 765}
-"""What the upstream counts for an image of common size, by detail: for estimates only."""
+"""The tokens that the upstream counts for an image of common size, by detail: for estimates only."""
 
 Source = str | bytes
-"""What says an image that must be looked at: a path, a `data:` URL, or its bytes."""
+"""The source of an image that must be looked at: a path, a `data:` URL, or its bytes."""
 
 _SIGNATURES: dict[str, re.Pattern[bytes]] = {
     "image/png": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -148,7 +148,7 @@ def path_in(source: str) -> str:
 
 
 def too_large(size: int, max_bytes: int) -> str:
-    """What to say of an image of so many bytes."""
+    """The error for an image of so many bytes."""
     return f"has {size:,} bytes, more than input.max_image_bytes ({max_bytes:,})"
 
 

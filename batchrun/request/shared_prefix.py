@@ -97,7 +97,7 @@ class SharedTextSurvey:
                 del self._single[next(iter(self._single))]
 
     def result(self) -> SharedText:
-        """What was found."""
+        """The shared text that was found."""
         groups = sorted(self._groups.values(), key=lambda group: -group.rows * len(group.common))
         behind = _behind_row_data(self._sample)
         size = sum(len(sentence.encode()) for sentence in behind)

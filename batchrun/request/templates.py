@@ -165,7 +165,7 @@ def _joined(pieces: _Pieces, columns: Columns) -> str | None:
 
 
 def _null_in_words(text: str, columns: Columns) -> str:
-    """Which column is null, or which of them hold the null, and what to write instead."""
+    """Names the column that is null, or those that hold the null, and what to write instead."""
     used = sorted(_used_names(text) & columns.keys())
     if nulls := [name for name in used if columns[name] is None]:
         columns_are = f"column {nulls[0]!r} is" if len(nulls) == 1 else f"columns {', '.join(map(repr, nulls))} are"
@@ -175,7 +175,7 @@ def _null_in_words(text: str, columns: Columns) -> str:
 
 
 def _odd_in_words(text: str, columns: Columns, what: str) -> str:
-    """Which columns hold the value, and what to do about it."""
+    """Names the columns that hold the value, with advice."""
     used = sorted(_used_names(text) & columns.keys())
     where = f", in column {' or '.join(map(repr, used))}" if used else ""
     return f"{what}{where}; convert it in the input, or write something else in its place"

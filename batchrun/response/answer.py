@@ -28,12 +28,12 @@ _COMMENTS = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s*+:[^\r\n]*+[\r\n]++)++\s*+(?=[{
 _ENVELOPES = ("data", "result", "response", "body", "output")
 
 _GLUE = re.compile(r"(?:\s|\0|data:|event: ?\w*|:[^\n]*|\[DONE\]|0(?=\r?\n))*+")
-"""What gateways leave behind a whole JSON answer: a stream's end, its comments, a chunk's size, a NUL. No words.
+"""Left by gateways after a complete JSON answer: a stream's end, its comments, a chunk's size, a NUL. No words.
 Possessive: no tail of a server's makes it try again and again."""
 
 
 def read(stored: bytes, choices: int = 1) -> Answer:
-    """What a body in its stored form says: a chat completion as JSON or as server-sent events, an error object, or
+    """The content of a body in its stored form: a chat completion as JSON or as server-sent events, an error object, or
     nothing usable. `choices`: how many the request wants. A stream without `[DONE]` is whole only when all have ended.
     """
     return typed.read(stored) or read_carefully(stored, choices)
@@ -227,7 +227,7 @@ def has_token(data: bytes) -> bool:
 
 
 _DELTA_PARTS = ("content", "function_call", "tool_calls", "reasoning_content", "reasoning", "refusal")
-"""What servers call the parts of a delta (practice)."""
+"""The servers' names for the parts of a delta (practice)."""
 
 
 _DONE = b"[DONE]"
@@ -275,7 +275,7 @@ _LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata", "
 
 
 class _StreamedAnswer:
-    """What the events of a stream add up to."""
+    """The sum of a stream's events."""
 
     def __init__(self) -> None:
         self._last: dict[str, Any] = {}

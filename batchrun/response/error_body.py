@@ -1,4 +1,4 @@
-"""What an error body says, in whichever envelope a vendor or gateway puts it. PURE. One reader for all of them.
+"""Reads an error body in any envelope of a vendor or gateway. PURE. One reader for all of them.
 
 The shapes (docs/api.md, "Errors"): an `error` object, text or list; `errors`; a bare string; the vendor's own
 `{"status": {"code", "message", "error_code"}, "data": null}`; FastAPI's `detail`; RFC 9457's `title` and `detail`;

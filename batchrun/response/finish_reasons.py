@@ -1,4 +1,4 @@
-"""What a finish_reason means, in any vendor's words. PURE: one table; unknown words are judged by their parts.
+"""The meaning of a finish_reason, in any vendor's words. PURE: one table; unknown words are judged by their parts.
 
 The API has four (docs/api.md, "Response"). The others are what vendors and servers send in the same place; docs/api.md,
 "Finish reasons", has their sources. Upper case, hyphens and prefixes such as `FINISH_REASON_` make no difference.
@@ -13,7 +13,7 @@ from batchrun.patterns import Pattern
 
 
 class Meaning(StrEnum):
-    """What a finish_reason says of its answer; `[finish]` has a setting for each but FAILURE, which is retried."""
+    """Meaning of a finish_reason for its answer; `[finish]` has a setting for each but FAILURE, which is retried."""
 
     STOP = "stop"
     """The model came to its end."""
@@ -33,7 +33,7 @@ class Meaning(StrEnum):
 
 
 NO_REASON = frozenset({None, "", "null", "none", "None"})
-"""What servers send where they give no reason; Qwen's say "null"."""
+"""Values that servers send without a reason; Qwen's say "null"."""
 
 
 _NAMES: Mapping[Meaning, str] = {
@@ -103,7 +103,7 @@ _PARTS: tuple[tuple[Meaning, Pattern], ...] = (
     ),
     (Meaning.FAILURE, Pattern(r"error|(^|_)err(_|$)|fail|exceed|internal|corrupt|malform|invalid|(^|_)fault")),
 )
-"""What a part of an unknown word means; the first that fits counts. A failure that is taken for an answer is a lost
+"""Meanings of the parts of an unknown word; the first that fits counts. A failure that is taken for an answer is a lost
 answer, so words of failure are on both ends: first those of a broken connection, last a general "error"."""
 
 _DENIED = Pattern(r"(^|_)(no|not|non|un|without)(_|$)")

@@ -88,7 +88,7 @@ _PASSED_AS = {"function": "arguments", "custom": "input"}
 
 
 class _Called(msgspec.Struct):
-    """What a stream's deltas call: a name, and the pieces of what is passed."""
+    """The call in a stream's deltas: a name, and the pieces of its arguments."""
 
     name: str = ""
     passed: list[str] = []

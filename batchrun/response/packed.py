@@ -67,7 +67,7 @@ def plain(answer: bytes) -> bytes:
 
 
 def size(answer: bytes) -> int:
-    """How many plain bytes a stored answer has."""
+    """The number of plain bytes in a stored answer."""
     if not answer.startswith(MARK):
         return len(answer)
     return int.from_bytes(answer[len(MARK) : len(MARK) + SIZE_BYTES], "big")

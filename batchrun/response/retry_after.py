@@ -1,4 +1,4 @@
-"""How long a server wants the client to wait: Retry-After (RFC 9110, section 10.2.3), and durations in words. PURE."""
+"""Reads the wait that a server wants: Retry-After (RFC 9110, section 10.2.3), and durations in words. PURE."""
 
 import email.utils
 import re
@@ -22,7 +22,7 @@ RESETS = (
     ("x-rate-limit-remaining", "x-rate-limit-reset"),
     ("ratelimit-remaining", "ratelimit-reset"),
 )
-"""What is left of a limit, and when it resets (docs/servers.md has who sends which)."""
+"""The rest of a limit, and its reset (docs/servers.md has who sends which)."""
 
 _DURATION = re.compile(
     r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>ms|milliseconds?|s|sec(?:ond)?s?|m|min(?:ute)?s?|h|hours?)"
@@ -72,7 +72,7 @@ def reset_s(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def _stated(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """What each limit has left and when it resets, as texts."""
+    """The rest and the reset of each limit, as texts."""
     for remaining, reset in RESETS:
         if text := headers.get(reset, "").strip():
             yield headers.get(remaining, "").strip(), text

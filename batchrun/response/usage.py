@@ -1,4 +1,4 @@
-"""What an answer says that it used and cost, in the words of any vendor. PURE.
+"""Reads the usage and cost that an answer states, in any vendor's words. PURE.
 
 The common shape, OpenAI's, is read at once. All others are read by tables of names, drawn from the extractors of the
 price list `genai-prices` and the vendors' pages; docs/golden_bills.md has an example of each with its bill.
@@ -146,7 +146,7 @@ def found_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, Any]:
-    """What two events of one stream state together: the later counts, except nulls and zeros.
+    """The usage of two events of one stream: the later counts, except nulls and zeros.
 
     A later event that states a prompt of 0 and a completion leaves the prompt as it was (proxies of Anthropic's
     streams). Where its completion is smaller than the one before, it states what is new, and both are added.

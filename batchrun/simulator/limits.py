@@ -52,7 +52,7 @@ class Bucket:
         self._level = min(self.capacity, self._level)
 
     def level(self, now_s: float) -> float:
-        """What can be taken now; below 0 after an amount larger than the bucket was taken."""
+        """The amount that can be taken now; below 0 after an amount larger than the bucket was taken."""
         self._level = min(self.capacity, self._level + (now_s - self._at_s) * self._per_s)
         self._at_s = now_s
         return self._level

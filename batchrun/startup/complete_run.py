@@ -1,4 +1,4 @@
-"""What another start reports of a run that is already complete, and the exit code of a complete run."""
+"""The report of another start on a complete run, and the exit code of a complete run."""
 
 import msgspec
 

@@ -39,7 +39,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     shard: str | None = None
 
     def labels(self, prefix: str = "") -> Labels:
-        """What every sample has."""
+        """The labels that every sample has."""
         job = {f"{prefix}job": self.summary.job}
         return job if self.shard is None else {**job, f"{prefix}shard": self.shard}
 
