@@ -38,8 +38,8 @@ Answered = tuple[int, Attempt | Exception]
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """An actor's settings to send by. `authorities` hold the endpoints' `ca_file`, which its machine may
-    not have.
+    """An actor's settings for sending. `authorities` has the contents of the endpoints' `ca_file`, which its
+    machine may not have.
     """
 
     version: str
