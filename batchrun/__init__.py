@@ -1,6 +1,6 @@
 """batchrun: a file of prompts in, a Parquet file of completions and their cost out.
 
-What a program may use of it is named here, and described in docs/library.md. Each name loads what it needs when it is
+Names the public API, which docs/library.md describes. Each name loads what it needs when it is
 first used, so that `import batchrun` costs next to nothing.
 """
 

@@ -68,7 +68,7 @@ class Options(TypedDict, total=False):
 class RunIncompleteError(RunStoppedError):
     """The run started and stopped before it was complete: because of its budget, the provider or a signal.
 
-    `summary` says where it stands, `exit_code` why it stopped. The same call resumes it.
+    `summary` has its progress, `exit_code` why it stopped. The same call resumes it.
     """
 
     def __init__(self, summary: Summary) -> None:
@@ -80,7 +80,7 @@ def run(job: Job | str | Path, rows: Rows | None = None, **options: Unpack[Optio
     """Sends every row and writes the result. The same call again resumes where this one stopped. Blocks.
 
     `job` is a Job or the path of a job file; `rows` replace `input.path`. Too many failed rows raise nothing: the
-    summary's `exit_code` says so, and `by_status` how many.
+    summary has them in `exit_code` and `by_status`.
 
     In the main thread a first SIGINT, SIGTERM or SIGHUP drains the run, a second one ends it at once; afterwards the
     former handlers are back. In other threads signals are not touched.
@@ -166,7 +166,7 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
 
 
 def _checked(options: Options, host: Host | None) -> Callable[[int], None]:
-    """What the input check calls from time to time; there the host can stop it."""
+    """The input check calls this from time to time; the host can stop it there."""
     report: Callable[[int], None] = options.get("checked", lambda rows: None)
     if host is None:
         return report
@@ -226,7 +226,7 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Job
 
 @contextlib.contextmanager
 def _stream(job: Job, rows: Rows | None, directory: RunDirectory) -> Iterator[BinaryIO | None]:
-    """What is read if the input is "-": the given rows, else standard input."""
+    """The source for the input "-": the given rows, else standard input."""
     if rows is None:
         yield streams.standard_input() if job.input.path == "-" else None
         return

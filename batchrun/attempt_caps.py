@@ -29,10 +29,10 @@ REFUSED_S = 300.0
 """The same after a 429: limits of a minute and of five minutes are lifted by then."""
 
 LEFT_PER_PATIENCE = 8
-"""For each so many rows left, the patience grows by its own length."""
+"""The patience grows by its own length for every so many rows left."""
 
 MOST_LEFT = 1_000
-"""With more untried rows than that the end of the run is not reached, whatever fails."""
+"""While more untried rows than this are left, the run is not at its end, no matter how many rows fail."""
 
 REFUSALS = 4
 """A row is given up after so many times `retry.max_attempts` 429s while others are answered. That takes ten minutes
@@ -49,9 +49,9 @@ class History(msgspec.Struct, frozen=True):
     """A row's attempts, and those that count against its caps.
 
     `corrected`: how often the model was sent what was wrong with its answer. `corroborated`: the counted attempts
-    during which another row was answered. `refused`: 429s while other rows were answered; `refused_alone`: 429s in a
-    row at the end of the run, while none was. `capacity_refusals`: by a service tier that was full. None of these
-    counts against the other caps.
+    during which another row was answered. `refused`: 429s while other rows were answered; `refused_alone`: consecutive
+    429s at the end of the run, while no row was answered. `capacity_refusals`: by a service tier that was full. None
+    of these counts against the other caps.
     """
 
     attempts: int = 0
@@ -82,7 +82,7 @@ def after(history: History, judgement: Judgement, *, corroborated: bool, at_end:
 
     It counts against the row only if another row succeeded meanwhile (`corroborated`), so that an outage fails no row;
     or if only rows that have failed are left (`at_end`), since no other row can succeed then. A wait after a 429 never
-    counts; an overload that only this row meets does.
+    counts; an overload that only this row gets does.
     """
     status, chargeable = judgement.http_status, judgement.is_chargeable
     counts = (corroborated or at_end) and chargeable

@@ -1,4 +1,4 @@
-"""The process: its commands, and the documented exit code whatever happens. With `commands` the only importer of click.
+"""The process: its commands, and a documented exit code in every case. Only this and `commands` import click.
 
 Everything heavy is imported by the command that needs it: `batchrun --help` answers in a twentieth of a second.
 """

@@ -27,7 +27,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def next_step(error: OSError) -> str:
-    """What the user can do about an error of the disk, or about too many open files."""
+    """Advice on an error of the disk, or on too many open files."""
     if is_full(error):
         return "make room and run the same command again"
     if error.errno == errno.EMFILE:
@@ -43,7 +43,7 @@ FILE_SIZE_STEP = "raise the limit on file sizes with ulimit -f and run the same 
 
 
 def is_at_size_limit(*files: Path) -> bool:
-    """Whether one of the files is so near the process's limit on file sizes that a write may have met it.
+    """Whether one of the files is so near the process's limit on file sizes that a write may have failed by it.
 
     For libraries that hide EFBIG, such as SQLite, whose writes are of 64 KiB at most.
     """
@@ -59,7 +59,7 @@ def is_full(error: OSError) -> bool:
 
 
 def lacking(error: BaseException) -> str | None:
-    """What the machine lacks and what to do about it; None for errors of other kinds."""
+    """The resource that the machine lacks, with advice; None for errors of other kinds."""
     if isinstance(error, MemoryError):
         return "out of memory; give the process more, and run the same command again"
     if isinstance(error, OSError) and error.errno in _LACKS:
@@ -113,7 +113,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def exchange_in_steps(new: Path, folder: Path) -> None:
-    """The two folders have changed places; after a kill one of them may stand beside as `.old.tmp`."""
+    """The two folders are swapped; after a kill one of them may be left beside the other as `.old.tmp`."""
     aside = folder.with_name(folder.name + ".old" + TEMP_SUFFIX)
     remove_folder(aside)
     folder.rename(aside)

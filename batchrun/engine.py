@@ -1,4 +1,4 @@
-"""One start of a run, from the lock to the result. Begin reading here.
+"""One start of a run, from the lock to the result. Start reading here.
 
     source ─→ request ─→ gate ─→ transport ─→ policy ─→ checkpoint ─→ output ─→ report
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 class Runtime(msgspec.Struct, frozen=True):
-    """What makes the event loop (None: asyncio), and what opens the transports (None: this process sends)."""
+    """The factories of the event loop (None: asyncio) and of the transports (None: this process sends)."""
 
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
     open_transports: "OpenTransports | None" = None
@@ -202,7 +202,7 @@ class Invocation(msgspec.Struct, frozen=True):
         return any(summary.by_status.get(status) for status in self.options.retry)
 
     def at_first_chunk(self, store: Store) -> Store:
-        """The store, with none of its chunks opened in this process yet."""
+        """The store. This process has not opened any of its chunks yet."""
         return msgspec.structs.replace(store, chunks=self._chunks(store.plan))
 
     def _chunks(self, plan: Plan) -> Chunks:

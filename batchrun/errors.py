@@ -8,7 +8,7 @@
     │   └── DiskError           the disk refused a write: full, failing, read-only
     ├── StorageError            the object store refused, failed or can't be reached
     ├── RunStoppedError         the run ended before it was complete, for a reason outside its rows
-    └── APIConnectionError      one HTTP exchange brought no whole answer
+    └── APIConnectionError      one HTTP exchange ended without a complete answer
         └── APITimeoutError     not within its deadline
 
 A failed row is data, not an exception: an `APIConnectionError` travels as a value inside an `Attempt`. Only a failed
@@ -54,7 +54,7 @@ class JobError(BatchrunError):
 
 
 class InputError(BatchrunError):
-    """An input file or record is wrong. The message begins with `file:line` or `file` if there is one."""
+    """An input file or record is wrong. The message starts with `file:line` or `file` if there is one."""
 
     exit_code = ExitCode.USAGE
 

@@ -10,9 +10,9 @@ BLOCK_BYTES = 1_000_000  # setting it turns off glibc's own adjustment, which go
 
 
 def share_one_arena() -> None:
-    """Call it before threads are started, in a process of our own: it concerns everything that the process allocates.
+    """Call it before threads are started, in a process of our own: it affects all allocations of the process.
 
-    With an arena for each thread, as glibc has them by default, what one thread has freed is of no use to another: a
+    With an arena for each thread, as glibc has them by default, one thread can't use memory that another has freed: a
     run of 200,000 rows grew by 50 MB (docs/scale.md). Other C libraries have no such parameters, so nothing is set.
     """
     with contextlib.suppress(OSError, AttributeError):
@@ -23,6 +23,6 @@ def share_one_arena() -> None:
 
 
 def give_back() -> None:
-    """What was freed is the system's again: 11 MB when all rows are settled (measured). Takes a few milliseconds."""
+    """Returns freed memory to the system: 11 MB when all rows are settled (measured). Takes a few milliseconds."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

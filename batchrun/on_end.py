@@ -79,7 +79,7 @@ def _environment(job: Job, directory: RunDirectory, end: End) -> dict[str, str]:
 
 
 def _run(job: Job, content: bytes, environment: dict[str, str]) -> str | None:
-    """What went wrong, in words that follow the command's name; None if nothing did."""
+    """The error, in words that follow the command's name; None if there was none."""
     try:
         process = subprocess.Popen(  # noqa: S603  (the user's own command)
             job.on_end, stdin=subprocess.PIPE, stdout=2, env=environment, start_new_session=True

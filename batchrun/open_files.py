@@ -11,7 +11,7 @@ SPARE = 16
 connections that are closed while others take their place. Measured: 10 at once, with small chunks."""
 
 BEFORE = 20
-"""Files open when a run begins to send, its simulator included (measured)."""
+"""Files open when a run sends its first request, its simulator included (measured)."""
 
 FEWEST = BEFORE + SPARE
 """The lowest limit with which a run works, with one connection."""

@@ -143,7 +143,7 @@ IN_PLAIN_TEXT = frozenset({403, 429, 503})
 class Judgement(msgspec.Struct, frozen=True):
     """The verdict on one attempt. `error` is None exactly if the verdict is OK.
 
-    `in_doubt`: the attempt may have been billed, whatever happens to its row.
+    `in_doubt`: the attempt may have been billed, no matter how its row ends.
     """
 
     verdict: Verdict
@@ -290,7 +290,7 @@ def _should_retry(header: str | None, verdict: Verdict) -> Verdict:
 
 
 _MARKUP = Pattern(r"<(script|style)\b.*?(</\1\s*>|$)|<!--.*?(-->|$)|<[^>]*(>|$)", re.IGNORECASE)
-"""What of a web page is no text."""
+"""The parts of a web page that are not text."""
 
 _PAGE = Pattern(r"<(!doctype|html|head|body|title|center|h\d|p|div|\?xml|error)\b.*", re.IGNORECASE)
 
@@ -300,10 +300,10 @@ def _excerpt(body: bytes, size: int = 300) -> str:
 
 
 def _in_words(body: bytes) -> str:
-    """The beginning of a body; of a web page, which proxies and gateways send, its words without tags and styles."""
+    """The beginning of a body. Of a web page, as proxies and gateways send it: its words without tags and styles."""
     if not _PAGE.fullmatch(beginning := _excerpt(body)):
         return beginning
-    from html import unescape  # late: few runs meet a page
+    from html import unescape  # imported here: few runs get a page
 
     words = unescape(_MARKUP.sub(" ", _excerpt(body, 8192)))
     return " ".join(words.split())[:300] or beginning
@@ -312,7 +312,7 @@ def _in_words(body: bytes) -> str:
 def _why_unreadable(attempt: Attempt) -> str:
     if not packed.size(attempt.body):
         return "the answer is empty"
-    what = "the stream spells no whole answer" if attempt.streamed else "the answer is no chat completion"
+    what = "the stream holds no complete answer" if attempt.streamed else "the answer is not a chat completion"
     if _PAGE.fullmatch(_excerpt(attempt.body)):
         what += ", but a web page"
     return f"{what}: {_in_words(attempt.body)}"

@@ -20,9 +20,9 @@ PICO = Decimal("1e-12")  # the scale of decimal128(20, 12); prices per million w
 DAY_S = 86_400
 
 ORDINARY = frozenset({"", "auto", "default", "standard", "on_demand"})
-"""What vendors call the tier that the plain list price is for (OpenAI, Anthropic, Groq)."""
+"""The vendors' names for the tier of the plain list price (OpenAI, Anthropic, Groq)."""
 
-_TIER_ASKED_FOR = re.compile(rb'"service_tier"\s*:\s*("(?:[^"\\]|\\.)*"|[^",}\s]+)')
+_REQUESTED_TIER = re.compile(rb'"service_tier"\s*:\s*("(?:[^"\\]|\\.)*"|[^",}\s]+)')
 """In a body as this project encodes it: inside a text the quotes are escaped, and don't match."""
 
 
@@ -39,7 +39,7 @@ class Tier(msgspec.Struct, frozen=True):
     cache_write: Decimal | None = None
     cache_write_1h: Decimal | None = None
 
-    def dearest_input(self) -> Decimal:
+    def highest_input(self) -> Decimal:
         """The most that a token of the prompt can cost."""
         return max(self.input, self.cached_input, self.cache_write or self.input, self.cache_write_1h or self.input)
 
@@ -48,7 +48,7 @@ Tiers = tuple[Tier, ...]
 
 
 class Hours(msgspec.Struct, frozen=True):
-    """What holds instead from `start_s` up to `end_s` of the day, seconds in UTC; over midnight where it ends first."""
+    """Other prices from `start_s` up to `end_s` of the day, seconds in UTC; past midnight if `end_s` is smaller."""
 
     start_s: int
     end_s: int
@@ -62,13 +62,13 @@ class Hours(msgspec.Struct, frozen=True):
 
 
 class PriceTable(msgspec.Struct, frozen=True):
-    """What one model costs, from which source, read on which day: `tiers` ascend and the first begins at 0.
+    """The prices of one model, their source, and the day they were read. `tiers` ascend and the first starts at 0.
 
-    `vendor` is whose price it is; None: the job states it. `upstream` names the model of the vendor's list whose price
-    stands in where the endpoint is not the vendor's own. `services` are the prices of service tiers by name, `hours`
+    `vendor` sets the price; None: the job states it. `upstream` names the model of the vendor's list whose price
+    is used where the endpoint is not the vendor's own. `services` are the prices of service tiers by name, `hours`
     those by the clock, of which the last that holds counts. The job's own price is for every tier but those that it has
     another price for (`every_tier`). `regional`: the
-    endpoint is one of the vendor's regions, which may have a price of its own.
+    endpoint is one of the vendor's regions, which may have another price.
     """
 
     model: str
@@ -91,7 +91,7 @@ class PriceTable(msgspec.Struct, frozen=True):
     def describe(self) -> str:
         """For the run's summary: the first tier; then, behind "; ", whose price it is, the source and its date."""
         tier = self.tiers[0]
-        more = f", dearer beyond {self.tiers[1].above_prompt_tokens:,} tokens" if len(self.tiers) > 1 else ""
+        more = f", higher beyond {self.tiers[1].above_prompt_tokens:,} tokens" if len(self.tiers) > 1 else ""
         more += f", ${self.per_request} a request" if self.per_request else ""
         more += ", other prices at some hours" if self.hours else ""
         more += f", other prices for {', '.join(sorted(self.services))}" if self.services else ""
@@ -126,7 +126,7 @@ def cost(
 
 
 def _surcharge(tier: Tier, usage: Usage, uncached: int) -> Decimal:
-    """What tokens written to a cache cost beyond what other tokens of the prompt cost."""
+    """The extra cost of tokens written to a cache, over other tokens of the prompt."""
     written = min(usage.cache_write_tokens or 0, uncached)
     for_an_hour = min(usage.cache_write_1h_tokens or 0, written)
     write = tier.input if tier.cache_write is None else tier.cache_write
@@ -137,7 +137,8 @@ def _surcharge(tier: Tier, usage: Usage, uncached: int) -> Decimal:
 def upper_bound(
     max_prompt_tokens: int, max_output_tokens: int, table: PriceTable | None, *requested_tiers: str | None
 ) -> Decimal | None:
-    """The most one attempt can cost, USD: the dearest hour, and the dearest service tier that `requested_tiers` allow.
+    """The most one attempt can cost, USD: at the highest price of any hour and service tier that
+    `requested_tiers` allow.
 
     A request that names no tier, or `auto`, gets the one that the account is set to, which is unknown here.
     None where the price is unknown.
@@ -162,9 +163,9 @@ class Dearest(msgspec.Struct, frozen=True):
 
 
 def dearest(table: PriceTable, *requested_tiers: str | None) -> Dearest:
-    """The dearest hour and service tier that any of `requested_tiers` allows; none of them: that None allows."""
-    every = [tier for asked in requested_tiers or (None,) for tiers in _allowed(table, asked) for tier in tiers]
-    prompt, output = max(tier.dearest_input() for tier in every), max(tier.output for tier in every)
+    """The highest prices of any hour and service tier that `requested_tiers` allow; without any, that None allows."""
+    every = [tier for requested in requested_tiers or (None,) for tiers in _allowed(table, requested) for tier in tiers]
+    prompt, output = max(tier.highest_input() for tier in every), max(tier.output for tier in every)
     usd_each = prompt / PER_TOKEN, output / PER_TOKEN, table.per_request
     in_tokens, out_tokens, request = (math.ceil(usd.scaleb(PICO_DIGITS)) for usd in usd_each)
     return Dearest(prompt, output, table.per_request, (in_tokens, out_tokens, request))
@@ -176,13 +177,13 @@ def asked_tier(table: PriceTable | None, body: bytes) -> str | None:
         return None
     if body.find(b'"service_tier"') < 0:
         return None
-    found = _TIER_ASKED_FOR.findall(body)
+    found = _REQUESTED_TIER.findall(body)
     return found[0].strip(b'"').decode("utf-8", "replace") if len(found) == 1 else None
 
 
 def named_tier(body: bytes) -> str | None:
     """The service tier that an encoded body names first; None: it names none."""
-    found = _TIER_ASKED_FOR.search(body)
+    found = _REQUESTED_TIER.search(body)
     return None if found is None else found[1].strip(b'"').decode("utf-8", "replace")
 
 
@@ -207,7 +208,7 @@ def _of_tier(own: TierPrice) -> Tier:
 
 
 def plain_tier(table: PriceTable, service_tier: str | None) -> Tier:
-    """The price of a short prompt in that service tier; the ordinary one where the tier has none of its own."""
+    """The price of a short prompt in that service tier; the ordinary one where the tier has no other."""
     return table.services.get(service_tier or "", table.tiers)[0]
 
 

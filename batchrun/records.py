@@ -1,4 +1,4 @@
-"""The frozen values of a row on its way through the stages. What is known of a run is in `run_summary`."""
+"""The frozen values of a row on its way through the stages. Those of a whole run are in `run_summary`."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ class Notice(str):
 
 
 class Verdict(StrEnum):
-    """What one attempt's outcome means for its row and the run. docs/failures.md has the whole table."""
+    """The meaning of one attempt's outcome for its row and the run. docs/failures.md has the whole table."""
 
     OK = "ok"
     """A usable answer: settle the row by its finish_reason."""
@@ -63,7 +63,7 @@ class Status(StrEnum):
 
 
 FAILURES = frozenset({Status.EMPTY, Status.INVALID, Status.ERROR})
-"""What counts against `max_failures`; `truncated`, `filtered` and `refused` are answers."""
+"""The statuses that count against `max_failures`; `truncated`, `filtered` and `refused` are answers."""
 
 
 def replaces(new: str, old: str) -> bool:
@@ -76,7 +76,7 @@ def utc_day(at: float) -> str:
     return _named_day(int(at // DAY_S))
 
 
-@lru_cache(maxsize=8)  # every ending asks for its day: nearly always the same one
+@lru_cache(maxsize=8)  # called for every ended row, nearly always with the same day
 def _named_day(day: int) -> str:
     return datetime.fromtimestamp(day * DAY_S, UTC).date().isoformat()
 
@@ -147,19 +147,19 @@ class Request(msgspec.Struct, frozen=True, gc=False):
 
 
 class Correction(msgspec.Struct, frozen=True, gc=False):
-    """An invalid answer, and what the model reads about it in the next request."""
+    """An invalid answer, and what the next request says to the model about it."""
 
     answer: str
     complaint: str
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """One HTTP exchange as it ended: either `http_status` with `body`, or `error` with whatever bytes had come.
+    """One HTTP exchange as it ended: either `http_status` with `body`, or `error` with the bytes received so far.
 
     `body` is decompressed, redacted, and in its stored form (`packed`), which matters for what is `streamed`: a 2xx of
     server-sent events. `started_at` is wall time; durations are monotonic seconds. `time_to_first_token_s`: until a
     stream's first text, call or reasoning. `request_id` is the server's id for the exchange, to reconcile an invoice;
-    where none came, the one that we sent.
+    if it sent none, our own id.
     """
 
     started_at: float
@@ -189,7 +189,7 @@ class Choice(msgspec.Struct, frozen=True, gc=False):
 
 
 class Answer(msgspec.Struct, frozen=True, gc=False):
-    """What a 2xx body says, as far as it could be read. `flagged` = only the lenient reading worked.
+    """The content of a 2xx body, as far as it could be read. `flagged` = only the lenient reading worked.
 
     `completion` is False when there is no first choice with a message. `tool_calls` is JSON text; `choices` are there
     when they are several, the first one among them. `refusal` is the model's own text where it declined.
@@ -197,7 +197,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     `error_*` is what the body, or the first choice, says went wrong (`answer.error_body`): `error_words` is what it
     says besides message and code, `error_status` the HTTP status it names, `error_wait_s` the seconds it asks to wait.
 
-    `service_tier` is the one that served it, `reported_cost_usd` what the server itself says that it cost,
+    `service_tier` is the one that served it, `reported_cost_usd` the cost that the server states,
     `billed_apart` what it used that no price of text covers (`response.billed_apart`).
     """
 
@@ -254,7 +254,7 @@ class SetAside(msgspec.Struct, frozen=True):
 class Discarded(msgspec.Struct, frozen=True, gc=False):
     """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps.
 
-    `at` is when it ended (Unix time, seconds): its cost is booked on that day. `maybe_billed`: no answer came, yet it
+    `at` is when it ended (Unix time, seconds): its cost is booked on that day. `maybe_billed`: no answer came, but it
     may have been billed, at most `possibly_billed_usd` (None: price unknown) for at most `possibly_billed_tokens`.
     `said` is the text of an answer that was set aside, None where there was no answer.
     """
@@ -287,9 +287,9 @@ class Discarded(msgspec.Struct, frozen=True, gc=False):
 
 
 class Restored(msgspec.Struct, frozen=True, gc=False):
-    """What an earlier attempt used and cost, which was booked as discarded, and whose answer settles its row after all.
+    """Usage and cost of an earlier attempt that was booked as discarded, but whose answer settles its row after all.
 
-    `last_at` is when the row's last attempt ended (Unix time, seconds), which brought no answer.
+    `last_at` is when the row's last attempt ended (Unix time, seconds); it got no answer.
     """
 
     usage: Usage | None
@@ -338,7 +338,7 @@ class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     @property
     def answer_cost_usd(self) -> Decimal | None:
-        """What the row's answer alone cost."""
+        """The cost of the row's answer alone."""
         return self.last_cost_usd if self.restored is None else self.restored.cost_usd
 
 

@@ -1,4 +1,4 @@
-"""What is known of a run: `Summary`, which summary.json holds, and the frozen values that it consists of."""
+"""The figures of a run: `Summary`, which summary.json holds, and the frozen values in it."""
 
 from datetime import datetime
 from decimal import Decimal
@@ -9,7 +9,7 @@ from batchrun.records import PossiblyBilled
 
 
 class TotalsLine(msgspec.Struct, frozen=True):
-    """What one invocation spent on one model with one outcome on one UTC day (`2026-11-28`; "": unknown). `status` is a
+    """Spending of one invocation on one model and outcome on one UTC day (`2026-11-28`; "": unknown). `status` is a
     row status, `discarded`: attempts whose answers are not in the output, or `lost`. `service_tier` is the one that the
     answers name; "": none.
 
@@ -46,7 +46,7 @@ class TotalsLine(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> "LineKey":
-        """What distinguishes the line from the run's other lines."""
+        """The key that distinguishes the line from the run's other lines."""
         return self.invocation, self.model, self.status, self.day, self.service_tier
 
 
@@ -55,7 +55,7 @@ LineKey = tuple[int, str, str, str, str]
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """What so many `rows` will take; USD are None where a price is unknown. `basis`: what `expected` rests on; `short`:
+    """The estimate for `rows` rows; USD are None where a price is unknown. `basis`: what `expected` rests on; `short`:
     the caps of the budget that are less than that, in words.
     """
 
@@ -87,7 +87,7 @@ class InForce(msgspec.Struct, frozen=True):
 
 
 class EndpointTotals(msgspec.Struct, frozen=True):
-    """What one of several endpoints did in this process; `set_aside` is why it gets no more requests."""
+    """The figures of one of several endpoints in this process; `set_aside` is why it gets no more requests."""
 
     label: str
     requests: int
@@ -96,7 +96,7 @@ class EndpointTotals(msgspec.Struct, frozen=True):
 
 
 class BudgetUse(msgspec.Struct, frozen=True):
-    """What is used of a cap over time: `spent_usd`, and `in_doubt_usd` that may have been billed.
+    """The use of a cap over time: `spent_usd`, and `in_doubt_usd` that may have been billed.
 
     `setting` is the cap's name in `[budget]`; `period` is the day, the month, or `start`; `opens_at` is when it
     opens again, None: with the next start.
@@ -112,7 +112,7 @@ class BudgetUse(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> tuple[str, str]:
-        """What distinguishes it from the run's other caps and periods."""
+        """The key that distinguishes it from the run's other caps and periods."""
         return self.setting, self.period
 
     @property
@@ -125,7 +125,7 @@ NEARLY = Decimal("0.8")
 
 
 class Tuned(msgspec.Struct, frozen=True):
-    """What became of the last control.json, by its id; `refused` says why it was ignored, None: it was taken."""
+    """The result of the last control.json, by its id; `refused` says why it was ignored, None: it was applied."""
 
     id: str
     refused: str | None
@@ -154,7 +154,7 @@ class Shard(msgspec.Struct, frozen=True):
 
     @property
     def suffix(self) -> str:
-        """What its run directory's name ends in: shards sort in their order."""
+        """The end of its run directory's name: names sort in the order of shards."""
         return f".shard-{self.number:0{len(str(self.count - 1))}d}-of-{self.count}"
 
 
@@ -182,7 +182,7 @@ class Live(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """`summary.json`: what is known of a run, from its first second to its last. Its schema is in docs/output.md."""
+    """`summary.json`: state and figures of a run, from its first second on. Its schema is in docs/output.md."""
 
     version: int
     job: str

@@ -57,7 +57,7 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._news, self._started, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._results = ResultQueue(lambda: self._call(self._news))
-        # a loop of its own in a thread of its own: a busy program delays no request
+        # a separate loop in a separate thread: a busy program delays no request
         threading.Thread(target=self._work, name="batchrun", daemon=True).start()
         try:
             await self._started.wait()
@@ -93,7 +93,7 @@ class Runner:
 
     @property
     def summary(self) -> Summary:
-        """Where the run stands, at most half a second old; after its end, the last summary."""
+        """The state of the run, at most half a second old; after its end, the last summary."""
         if self._summary is None:
             raise RuntimeError("the run has not started: enter the block first")
         return self._summary
@@ -155,5 +155,5 @@ class Runner:
             self._on_progress(summary)
 
     def _call(self, event: asyncio.Event) -> None:
-        with contextlib.suppress(RuntimeError):  # what a closed loop raises: the program is gone
+        with contextlib.suppress(RuntimeError):  # a closed loop raises this: the program has ended
             self._loop.call_soon_threadsafe(event.set)

@@ -24,7 +24,7 @@ def open_all() -> None:
     """Opens closed descriptors 0 to 2 as /dev/null, and escapes characters that the encoding lacks.
 
     Otherwise the next file opened would get that number, and a message would be written into the checkpoint.
-    (libuv aborts on a descriptor of its own below 3.)
+    (libuv aborts if one of its descriptors is below 3.)
     """
     for descriptor in range(3):
         try:

@@ -1,4 +1,4 @@
-"""What people see while a command works, on stderr: plain lines and a bar, or JSON lines. Sole importer of tqdm."""
+"""Output on stderr for people while a command works: plain lines and a bar, or JSON lines. Sole importer of tqdm."""
 
 import os
 import sys
@@ -85,7 +85,7 @@ def result(line: str) -> str:
 
 
 def ended(summary: "Summary") -> None:
-    """How a start ended, as a JSON line; without JSON the account at the end says so."""
+    """The end of a start as a JSON line; without JSON the closing lines report it."""
     if _Format.json is not None:
         _Format.json.run = summary.run_id or None
         write_json(_Format.json.ended(summary, _now()))
@@ -131,7 +131,7 @@ class Progress:
                 self._bar.set_description_str(f"checking the input: {plural(rows, 'row')} so far")
 
     def show(self, summary: "Summary") -> None:
-        """Shows where the run stands."""
+        """Shows the state of the run."""
         from batchrun.report import progress
 
         if _Format.json is not None:

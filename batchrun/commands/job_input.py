@@ -1,4 +1,4 @@
-"""What `run`, `check` and `estimate` read first: the job with the command line's settings, and its input."""
+"""Reads what `run`, `check` and `estimate` need first: the job with the command line's settings, and its input."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def read_job(
     overrides: tuple[str, ...] = (),
     flags: Mapping[str, int | str | Decimal | tuple[str, ...] | None] | None = None,
 ) -> Job:
-    """The job, with `--set` and then the flags laid over it. `flags` are settings by their path."""
+    """The job, with `--set` and then the flags applied to it. `flags` are settings by their path."""
     given = {"input.path": input_path, "output.path": output_path, **(flags or {})}
     return load(path, [*overrides, *(f"{name}={_toml(value)}" for name, value in given.items() if value is not None)])
 

@@ -26,7 +26,7 @@ class ResultPath(click.ParamType):  # type: ignore[type-arg]  # generic only for
 
 
 def _fetched(text: str, *, whole: bool) -> Path:
-    """Where the result that the URL names is now; without `whole`, the summaries of all runs below it.
+    """The local place of the result that the URL names; without `whole`, of the summaries of all runs below it.
 
     Raises:
         InputError, StorageError: there is none, or the store can't be read.

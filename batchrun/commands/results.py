@@ -1,4 +1,4 @@
-"""Where the results of commands go: stdout, or a file."""
+"""Writes the results of commands to stdout or a file."""
 
 import contextlib
 import sys

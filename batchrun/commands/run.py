@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 ACCEPT_INPUT = "--accept-changes-of-input"
-"""What `--accept-changes=input` is to click."""
+"""Click's name for `--accept-changes=input`."""
 
 
 class RunCommand(click.Command):
@@ -53,7 +53,7 @@ class RunCommand(click.Command):
     help="Resume with a changed input or job: send rows without an answer. --accept-changes=input: not a changed job.",
 )
 @click.option(ACCEPT_INPUT, "accept_input", is_flag=True, hidden=True)
-@click.option("--accept-canary", is_flag=True, help="Send the rest, whatever the canary shows.")
+@click.option("--accept-canary", is_flag=True, help="Send the other rows even if the canary fails.")
 @click.option("--retry-failed", is_flag=True, help="Retry failed rows of a complete run; --set may vary request.*.")
 @click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
 @SKIP

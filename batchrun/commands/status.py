@@ -1,4 +1,4 @@
-"""`batchrun status` and `batchrun watch`: where runs stand. Neither changes anything."""
+"""`batchrun status` and `batchrun watch`: the state of runs. Neither changes anything."""
 
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from batchrun.terminal import harmless
 @click.option("--json", "as_json", is_flag=True, help="A JSON array with an object for each run.")
 @click.option("--exit-code", is_flag=True, help="Exit 4 if a run is unfinished and no process works on it.")
 def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
-    """Where a run stands, or many runs, a line each. Unfinished ones come first."""
+    """Show the state of a run, or of many runs, a line each. Unfinished ones come first."""
     from datetime import UTC, datetime
 
     from batchrun.report import run_list, status

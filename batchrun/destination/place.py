@@ -108,7 +108,7 @@ def elsewhere(job: Job) -> tuple[Path, str] | None:
     for path, date in rundir.dates_among(rundir.pattern_of(job.output), job.name, folders)[:1]:
         url = rundir.published_at(job.output, path)
         folder = None if url is None else RemoteFolder(url, job.storage)
-        if folder is not None and publish.standing(folder) is None and folder.below(publish.RUNS).objects():
+        if folder is not None and publish.published_run(folder) is None and folder.below(publish.RUNS).objects():
             return path, date
     return None
 
@@ -139,7 +139,7 @@ def _complete_there(job: Job, directory: RunDirectory, folder: RemoteFolder, min
     completed the run of this directory.
     """
     record, run_id = publish.record_of(folder), _run_id(directory)
-    if record is None or record.writer == mine.writer or publish.standing(folder) is None:
+    if record is None or record.writer == mine.writer or publish.published_run(folder) is None:
         return None
     if (run_id is not None and run_id != record.run_id) or not _answers(record, job):
         return None

@@ -8,8 +8,8 @@ of the checkpoint, whose totals are the bill. Every name has the digest of its c
     000000042.DIGEST.db          the checkpoint after the 42nd of these steps; the highest counts
     owner.json                   the writer that works on the run
 
-Whenever a machine is lost, the highest checkpoint and what it names are there, and the inputs tell which rows may have
-been sent since.
+If the machine is lost at any time, the highest checkpoint and the objects it names are there, and the inputs show which
+rows may have been sent since.
 """
 
 import re

@@ -31,8 +31,8 @@ CAUSE = "machine"
 
 
 def restore(job: Job, place: RemoteFolder, directory: RunDirectory) -> str | None:
-    """The directory is that of the unfinished run in the store; a line that says what was found and what is sent again.
-    None if the store has none.
+    """Restores the directory of the unfinished run in the store. Returns a line on what was found and what is sent
+    again; None if the store has no such run.
 
     Raises:
         StorageError: the store can't be read, or what it holds is damaged.
@@ -57,7 +57,7 @@ def restore(job: Job, place: RemoteFolder, directory: RunDirectory) -> str | Non
         checkpoint.add_possibly_billed(doubts)
     finally:
         checkpoint.close(finished=True)  # nothing of it is in a log beside the file
-    local.rename(directory.checkpoint)  # last: a restore that is cut begins again
+    local.rename(directory.checkpoint)  # last: an interrupted restore starts again
     sealed = [chunk for chunk in chunks if not chunk.open]
     return _in_words(folder, sealed, doubts)
 

@@ -1,1 +1,1 @@
-"""What a damaged run still has: `verify` finds the damage, `salvage` saves what is sound."""
+"""Damaged runs: `verify` finds the damage, `salvage` copies everything intact."""

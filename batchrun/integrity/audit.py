@@ -24,7 +24,7 @@ from batchrun.tables import booked, files
 from batchrun.tables.rows import USAGE_COLUMNS
 
 RATE_STEP = 0.1
-"""Rates are rounded to this, and `elapsed_s` to a thousandth, so a rate computed from them is no more exact."""
+"""Rates are rounded to this, and `elapsed_s` to a thousandth, so a rate computed from them is not more exact."""
 
 
 class RowSums(msgspec.Struct):
@@ -75,7 +75,7 @@ def totals_problem(known: DbRecords, sums: RowSums, *, finished: bool) -> str | 
 
 
 def usage_problem(directory: RunDirectory, known: DbRecords) -> str | None:
-    """What is wrong with the usage.parquet of a finished run; None if it has the totals' lines."""
+    """The error in the usage.parquet of a finished run; None if it has the totals' lines."""
     usage = result.finished(known.manifest).beside[-1]
     try:
         files.require_digest(directory.usage, usage.digest)
@@ -120,7 +120,7 @@ def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
 
 
 def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifest, prices: Tables) -> str | None:
-    """What is wrong with summary.json. The figures of an incomplete run may be seconds old and are not checked.
+    """The error in summary.json. The figures of an incomplete run may be seconds old and are not checked.
 
     `updated_at`, `last_answer_at`, `requests_per_minute`, `limits`, `tuned`, `deadline`, `command` and, to its
     rounding, `elapsed_s` have no second source.
@@ -160,7 +160,7 @@ def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifes
 
 
 def _agrees(name: str, summary: Summary, again: Summary, known: DbRecords) -> bool:
-    """Whether a field of the summary is what it should be; `again` is made of the database's records."""
+    """Whether a field of the summary is right; `again` is made of the database's records."""
     written: Any = getattr(summary, name)
     counted: Any = getattr(again, name)
     match name:

@@ -1,6 +1,6 @@
 """Reads what SQLite can still read of a damaged checkpoint. Every record is checked by its CRC.
 
-Two views are read, the older one first: the database file alone, and the file with every page of its log laid over it.
+Two views are read, the older one first: the database file alone, and the file with all pages of its log applied.
 (SQLite drops whatever follows the first wrong frame of a log.) The first page comes from a new database: tables are
 created in one order, so their root pages are always the same, and a damaged header or schema costs nothing.
 In each table, ranges of keys that raise are halved until only the damaged pages are left out.

@@ -30,7 +30,7 @@ class DbRecords(msgspec.Struct, frozen=True):
     """The database's records as values. `records` counts them; `whole` is False if the database is damaged.
 
     `torn`: the log's last commit can't be read. `attempts` and `possibly_billed` before the invocation `since` are
-    about other rows: the input was laid out again then.
+    about other rows: the input got a new layout then.
     """
 
     manifest: dict[str, str]
@@ -69,7 +69,7 @@ def read(path: Path) -> DbRecords:
 
 
 def left(path: Path) -> DbRecords:
-    """What can still be read of a damaged database at `path`: the newest version of each record."""
+    """The readable records of a damaged database at `path`: the newest version of each."""
     with disk_errors(path):
         database, log = (file.read_bytes() if file.exists() else b"" for file in (path, wal_of(path)))
     found: dict[str, dict[Record, Record]] = {name: {} for name in _TABLES}
@@ -99,7 +99,7 @@ def _as_values(records: dict[str, list[Record]], *, whole: bool) -> DbRecords:
 
 
 def _key(name: str, record: Record) -> Record:
-    """What identifies a record of the table in all its versions."""
+    """The key that all versions of a record share."""
     match name:
         case "attempts":
             return (*record[:2], record[-1])

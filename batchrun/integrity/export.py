@@ -33,7 +33,7 @@ from batchrun.tables.rows import output_schema, own_schema
 
 
 class Exported(msgspec.Struct, frozen=True):
-    """Where the rows are, and how many of them are pending. `problem`: why pending rows lack their input."""
+    """The file with the rows, and the number of pending ones. `problem`: why pending rows lack their input."""
 
     path: Path
     rows: int
@@ -75,7 +75,7 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
 
 
 def in_words(exported: Exported) -> Iterator[str]:
-    """What was written, and what is missing."""
+    """The lines that say what was written, and what is missing."""
     if exported.complete:
         what = "written to" if exported.written else "all of them are in"
         yield f"the run is complete: {plural(exported.rows, 'row')}, {what} {exported.path}"
@@ -100,7 +100,7 @@ def _require_place(to: Path, directory: RunDirectory, known: Manifest) -> None:
         raise JobError(f"-o {to}: there is no directory {to.parent}; make it first")
     place = to.resolve()
     if place.is_relative_to(directory.path.resolve()):
-        raise JobError(f"-o {to}: lies in the run directory; leave out -o, or name a file elsewhere")
+        raise JobError(f"-o {to}: is in the run directory; leave out -o, or name a file elsewhere")
     if any(place == Path(file.path).resolve() for file in known.files):
         raise JobError(f"-o {to}: is the run's input; name another file")
 

@@ -1,4 +1,4 @@
-"""What `verify` finds, as values and as the lines that it prints."""
+"""The findings of `verify`, as values and as the lines that it prints."""
 
 from collections.abc import Iterable, Iterator
 
@@ -16,7 +16,7 @@ SALVAGE = "keep a copy of the directory; --salvage copies what is intact into a 
 
 
 class Damage(msgspec.Struct, frozen=True):
-    """What is wrong with one file, which rows it affects at most, and what to do."""
+    """One damaged file: the damage, the rows that it may affect, and advice."""
 
     file: str
     what: str
@@ -25,10 +25,10 @@ class Damage(msgspec.Struct, frozen=True):
 
 
 class Findings(msgspec.Struct, frozen=True):
-    """What is intact, in words, and what is damaged.
+    """The intact files, in words, and the damages.
 
-    `bill_usd` is the known cost of the whole run, `cost_usd` the part of it that no intact row accounts for. None: no
-    one can tell, because answers were replaced or have no known price.
+    `bill_usd` is the known cost of the whole run, `cost_usd` the part of it that no intact row accounts for. None:
+    unknown, because answers were replaced or have no known price.
     """
 
     sound: tuple[str, ...]

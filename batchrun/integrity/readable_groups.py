@@ -2,8 +2,8 @@
 
 A page's checksum covers its content, not its header or the file's footer. So a row group counts as intact only if all
 pages of our columns match their checksums, the types are ours, and its rows are in order and within their bounds.
-(Measured: of 10,000 flipped bits none brought a wrong value. The footer's statistics are no help: pyarrow 26 aborts the
-process when they are read from a damaged footer.)
+(Measured: 10,000 flipped bits never led to a wrong value. The footer's statistics can't be used: pyarrow 26 aborts
+the process when it reads them from a damaged footer.)
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from batchrun.tables.rows import OWN_COLUMNS, as_own, own_schema
 _STATUSES = pa.array([str(status) for status in Status])
 
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, OverflowError, pa.ArrowException)
-"""What pyarrow raises for a damaged file; a name in its footer may be invalid text."""
+"""The exceptions of pyarrow for a damaged file; a name in its footer may be invalid text."""
 
 Group = pa.Table
 """A row group: the columns of the input, null where they can't be read, then ours as `OWN_COLUMNS` has them."""

@@ -12,7 +12,7 @@ from batchrun.store.rundir import RunDirectory
 
 
 def rebuild(directory: RunDirectory) -> str:
-    """The result is as it was written, whatever became of it since; a line about it. Sends nothing.
+    """Writes the result again as it was, even if it was changed or deleted; returns a line about it. Sends nothing.
 
     Raises:
         InputError: the run is not complete.

@@ -35,7 +35,7 @@ _KEPT_ENTRIES = (
 
 
 class Account:
-    """What the kept rows add up to: their chunks, how they ended, what they cost."""
+    """The sums over the kept rows: their chunks, their statuses, their cost."""
 
     def __init__(self, flying: Sequence[InFlight], spilled: Sequence[Frame]) -> None:
         """`flying` were in flight when the old run's last process ended; no start has stored `spilled` yet."""
@@ -58,11 +58,11 @@ class Account:
         pending = {again.row for again in reopened}
         for row, answer in zip(own.select(["row", "attempts", "cost_usd"]).to_pylist(), booked.lines(own), strict=True):
             self.rows += 1
-            stands = row["row"] not in pending
-            self.standing[answer.status] += stands
+            is_kept = row["row"] not in pending
+            self.standing[answer.status] += is_kept
             if row["row"] in self._watched:
                 self._ended[row["row"]] = row["attempts"]
-            _add(self._answers, msgspec.structs.replace(answer, rows=int(stands)))
+            _add(self._answers, msgspec.structs.replace(answer, rows=int(is_kept)))
             beyond = (row["cost_usd"] or answer.cost_usd) - answer.cost_usd
             key = answer.invocation, answer.model, DISCARDED, answer.day, answer.service_tier
             _add(self._discarded, TotalsLine(*key, attempts=row["attempts"] - answer.attempts, cost_usd=beyond))
@@ -85,7 +85,7 @@ class Account:
         return own if self.cost_usd() > last_known else list(lines)
 
     def replaced(self, totals: Sequence[TotalsLine]) -> list[TotalsLine]:
-        """What to add to the totals so that the kept rows' answers stand, and the rest counts as discarded."""
+        """The lines to add to the totals so that they count the kept rows' answers, and the rest as discarded."""
         booked_as = {line.key: line for line in totals if line.status != DISCARDED}
         changes: dict[LineKey, TotalsLine] = {}
         for key in {**booked_as, **self._answers}:

@@ -47,7 +47,7 @@ ANY_LENGTH = 1 << 40  # of a line: longer ones were rejected at the first start
 
 
 class Salvaged(msgspec.Struct, frozen=True):
-    """What was kept, and how many rows of opened chunks were not. `problem`: why the new directory can't be resumed;
+    """The kept rows, and the number of lost rows of opened chunks. `problem`: why the new directory can't be resumed;
     None: it can.
     """
 
@@ -254,7 +254,7 @@ class Salvage:
             batch = joined(given, own, schema, self._parsed)
             part_digest = files.write_part(part, schema, [batch], self._settings, len(rows))
             chunk = msgspec.structs.replace(chunk, generation=1, part_digest=part_digest)
-        # Rows that a retry was about to send, if that is certain; otherwise their old records stand.
+        # Rows that a retry was about to send, if that is certain; otherwise their old records are kept.
         reopened = self._known.reopened if self._known.whole else {}
         there = set(rows) - self._known.rows.keys()
         again = tuple(reopened[row] for row in reopened if row in there)
@@ -278,8 +278,8 @@ class Salvage:
                 request = self._builders[variant].build(row)
             except (InputError, IndexError):
                 continue
-            # With images the key can't be computed here; but if the input was never laid out again, the row can hold no
-            # other answer.
+            # With images the key can't be computed here; but in the run's first layout, the row can hold no other
+            # answer.
             is_first_layout = self._manifest is not None and not self._manifest.layout
             if is_first_layout if request.pictures else request.key == key:
                 right.add(row.row)
@@ -315,7 +315,7 @@ class Salvage:
 
 
 def in_words(salvaged: Salvaged) -> Iterator[str]:
-    """What was kept, and how to resume."""
+    """The lines that say what was kept, and how to resume."""
     kept = f"{plural(salvaged.rows, 'row')} that cost ${salvaged.cost_usd:,.6f}"
     yield f"kept     {salvaged.path / NAME}: {kept}"
     if salvaged.missing:
@@ -323,4 +323,4 @@ def in_words(salvaged: Salvaged) -> Iterator[str]:
     if salvaged.problem is None:
         yield f"next     run the same command with -o {salvaged.path}: it sends only the missing rows"
     else:
-        yield f"next     it can't be resumed ({salvaged.problem}): send the missing rows with a job of their own"
+        yield f"next     it can't be resumed ({salvaged.problem}): send the missing rows with a separate job"

@@ -36,7 +36,7 @@ REWRITE = "remove it and run the same command again, which rewrites it"
 
 
 def verify(directory: RunDirectory) -> Findings:
-    """What is intact and what is damaged.
+    """The findings: intact files and damages.
 
     Raises: as `inspected`.
     """
@@ -146,7 +146,7 @@ class Inspection:
         row = manifest.first_row
         for number, chunk in enumerate(self.known.chunks):
             if (chunk.chunk, chunk.first_row) != (number, row) or chunk.rows < 1:
-                self._damaged(self.directory.checkpoint, f"chunk {number} should begin at row {row:,}")
+                self._damaged(self.directory.checkpoint, f"chunk {number} should start at row {row:,}")
                 return
             row = chunk.end_row
         rows = row - manifest.first_row
@@ -197,8 +197,8 @@ class Inspection:
         for group in groups:
             rows, statuses, costs = (cast(list[Any], group.column(name).to_pylist()) for name in names)
             found.update(rows)
-            standing = [row not in elsewhere for row in rows]
-            self.sums.add(itertools.compress(statuses, standing), itertools.compress(costs, standing))
+            is_kept = [row not in elsewhere for row in rows]
+            self.sums.add(itertools.compress(statuses, is_kept), itertools.compress(costs, is_kept))
         lost = merged((row, row + 1) for row in range(*span) if row not in found and row not in elsewhere)
         if problem is not None or (lost and all_rows):
             self._damaged(path, problem or "rows are missing", lost)
@@ -236,7 +236,7 @@ class Inspection:
                 else:
                     self.sound.append(f"{file.name}: {plural(file.rows, 'row')}")
         for path in result.unknown_files(self.directory, written):
-            self._damaged(path, "is no file of the result", then="move it away: readers of the folder would read it")
+            self._damaged(path, "is not a file of the result", then="move it away: readers of the folder would read it")
 
     def _partial(self) -> None:
         """Nothing depends on the partial result, so it is only read."""

@@ -33,7 +33,7 @@ KINDS = frozenset({"invalid_json", "schema", "unknown_function"})
 
 
 class Offered(msgspec.Struct, frozen=True):
-    """What an answer may call.
+    """The calls that an answer may make.
 
     `functions`: functions and function tools by name, each with the check of its arguments (None: any JSON).
     `bare`: those of them without parameters. `texts`: custom tools, which take any text.
@@ -47,7 +47,7 @@ class Offered(msgspec.Struct, frozen=True):
 
 
 class Expected:
-    """What a valid answer to a request looks like. All requests with the same expectation share one object.
+    """The form of a valid answer to a request. All requests with the same expectation share one object.
 
     `in_json`: the content must be JSON. `schema`: the schema that the content must match, if there is one.
     `offered`: what the answer may call; None for a request without functions or tools, whose calls are not validated.
@@ -125,7 +125,7 @@ def of(response_format: Any, functions: Any, tools: Any = None) -> Expected:
 
 
 def _offered(functions: Any, tools: Any) -> Offered | None:
-    """What a request with these fields offers; None for a request with neither.
+    """The tools of a request with these fields; None for a request with neither.
 
     A tool that is neither a function nor a custom tool counts as a kind that only the server knows.
     """

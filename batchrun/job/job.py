@@ -38,7 +38,7 @@ SIMULATOR = "simulator"
 
 
 class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What to send, where, and within which limits. Holds no secret. `name` is the job file's stem."""
+    """A job: its requests, endpoints and limits. Holds no secret. `name` is the job file's stem."""
 
     endpoint: Endpoint
     request: RequestTemplate = RequestTemplate()
@@ -68,7 +68,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
 
     @property
     def labels(self) -> list[str]:
-        """What messages call each endpoint: its label, else the variable or file of its key, else its host; unique."""
+        """The unique name of each endpoint in messages: its label, else its key's variable or file, else its host."""
         labels: list[str] = []
         for each in self.endpoints:
             file = None if each.api_key_file is None else PurePath(each.api_key_file).name
@@ -174,7 +174,7 @@ def all_settings() -> Iterator[tuple[str, object]]:
 _WIRE_ONLY = (
     *("request.stream", "request.extra.stream_options"),
     *("request.service_tier", "request.cache_prefix", "request.extra.prompt_cache_key"),
-)  # change how a request is served and its answer sent, not what is asked
+)  # change how a request is served and its answer is sent, not the question
 
 
 def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -24,14 +24,14 @@ Role = Literal["user", "assistant", "system", "developer"]
 HeaderName = Annotated[str, Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}$")]  # RFC 9110, section 5.6.2
 
 ID_HEADER = "X-Client-Request-Id"
-"""The header that carries our id of each attempt. A name of its own, so it replaces no other client's header."""
+"""The header that carries our id of each attempt. Its name is ours alone, so it replaces no other client's header."""
 
 VENDOR = ".vtrix.ai"
 VENDOR_ID_HEADER = "X-Request-Id"
 """The header in which the vendor accepts a caller's id (docs/api.md, "Request"): its logs can be searched by our id."""
 
 PATHS = {"chat": "/chat/completions", "responses": "/responses"}
-"""Where each dialect of the API is served, behind a base such as `…/v1`."""
+"""The path of each dialect of the API, after a base such as `…/v1`."""
 
 FROM_COLUMNS = frozenset({"model", "reasoning_effort", "max_tokens", "temperature", "top_p"})
 """The parameters that a column can set for each row."""
@@ -107,7 +107,7 @@ class Input(Table, frozen=True):
     dialect: Literal["auto", "columns", "messages", "openai-batch"] = "auto"
     min_rows: Count = 1  # an empty input usually means that a pipe broke
     max_line_bytes: AtLeastOne = 64_000_000
-    dedupe: bool = True  # equal requests are sent once, whatever the temperature: who wants samples says so
+    dedupe: bool = True  # equal requests are sent once at any temperature; set it to false for several samples
     reuse_from: Text | tuple[Text, ...] = ()
     reuse_status: tuple[Reusable, ...] = ("ok", "filtered", "refused")
     max_changed: Text | Count | None = None
@@ -173,7 +173,7 @@ class RequestTemplate(Table, frozen=True):
 
 
 class Tiers(Table, frozen=True):
-    """Where a row goes that `request.service_tier` has no capacity for, or no time. None: it waits there."""
+    """The tier for rows for which `request.service_tier` has no capacity, or no time. None: they wait there."""
 
     fallback: Text | None = None
     after_refusals: AtLeastOne = 3
@@ -193,7 +193,7 @@ class Limits(Table, frozen=True):
 
 
 class Engine(Table, frozen=True):
-    """Which processes send: this one, or actors of a Ray cluster."""
+    """The processes that send: this one, or actors of a Ray cluster."""
 
     name: Literal["local", "ray"] = "local"
     ray_address: Text | None = None
@@ -250,7 +250,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class Canary(Table, frozen=True):
-    """How many rows are sent first, and what must come of them before the rest is."""
+    """How many rows are sent first, and the results required before the other rows are sent."""
 
     rows: Annotated[int, Meta(ge=1, le=10_000)] | None = None
     min_ok_share: Share = 0.9

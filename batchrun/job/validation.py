@@ -33,7 +33,7 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def problems(job: Job) -> Iterator[str]:
-    """Every problem of the job, each in one line that begins with the setting's path."""
+    """Every problem of the job, each in one line that starts with the setting's path."""
     request = job.request
     several = len(job.endpoints) > 1
     for place, endpoint in enumerate(job.endpoints):

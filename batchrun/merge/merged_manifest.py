@@ -52,7 +52,7 @@ def merged_manifest(shards: Sequence[CompleteShard], target: RunDirectory) -> Ma
 
 
 def _estimate(every: Sequence[Estimate]) -> Estimate | None:
-    """What all rows were expected to take: shards work side by side."""
+    """The estimate for all rows: shards work side by side."""
     if not every:
         return None
 

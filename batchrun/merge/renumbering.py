@@ -9,7 +9,7 @@ from batchrun.store.variants import Variant
 
 
 class Renumbering(msgspec.Struct, frozen=True):
-    """What is added to a shard's numbers. `rows` is negative where earlier shards set records aside. `variants` are the
+    """Added to a shard's numbers. `rows` is negative where earlier shards set records aside. `variants` are the
     new numbers by the old ones.
     """
 

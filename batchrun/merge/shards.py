@@ -36,7 +36,7 @@ class ShardsError(BatchrunError):
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """What is wrong, in one line. The exit code says what helps: 4 waiting, 2 other directories, 7 `verify`."""
+    """The problem in one line. The exit code says what helps: 4 waiting, 2 other directories, 7 `verify`."""
 
     line: str
     exit_code: ExitCode
@@ -86,7 +86,7 @@ def read(places: Sequence[Path]) -> list[CompleteShard]:
 
 
 def _read_one(place: Path) -> tuple[CompleteShard | None, InputShare | None, list[Problem]]:
-    """The shard there; what it is a share of, if that is known; and what is wrong with it."""
+    """The shard; the input it is a share of, if known; and its problems."""
     directory = RunDirectory(place)
     try:
         with inspected(directory) as inspection:
@@ -105,7 +105,7 @@ def _read_one(place: Path) -> tuple[CompleteShard | None, InputShare | None, lis
         return None, None, [Problem(f"{place}: no row of it was sent yet; run it to its end", ExitCode.STOPPED)]
     manifest = Manifest.decode(known.manifest)
     if (share := manifest.share) is None:
-        return None, None, [Problem(f"{place}: is no shard; name runs with --shard", ExitCode.USAGE)]
+        return None, None, [Problem(f"{place}: is not a shard; name runs with --shard", ExitCode.USAGE)]
     left = manifest.rows - known.totals.settled()
     if left or result.FINISHED not in known.manifest:
         what = f"{plural(left, 'row')} {are(left)} pending" if left else "its result is not written yet"
@@ -124,7 +124,7 @@ def _read_one(place: Path) -> tuple[CompleteShard | None, InputShare | None, lis
 
 
 def _mismatches(found: Sequence[CompleteShard], unfinished: set[int]) -> Iterator[Problem]:
-    """What keeps the shards from being one run."""
+    """The problems that keep the shards from being one run."""
     if not found:
         return
     first = found[0]

@@ -118,13 +118,13 @@ def _rate(rate: Any) -> list[object]:
     if isinstance(rate, Decimal):
         return [_usd(rate)]
     if any(tier.start <= 0 for tier in rate.tiers):
-        raise ValueError(f"a price has a step that begins at no token: {rate}")
+        raise ValueError(f"a price step has no first token: {rate}")
     return [_usd(rate.base), [[tier.start, _usd(tier.price)] for tier in rate.tiers]]
 
 
 def _usd(price: Decimal) -> str:
     if not price.is_finite() or price < 0:
-        raise ValueError(f"a price is no amount of money: {price}")
+        raise ValueError(f"a price is not an amount of money: {price}")
     return str(price)
 
 

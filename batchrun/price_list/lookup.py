@@ -1,7 +1,7 @@
 """The price of a model at an endpoint, as a table of our own. Resolved once per model and run.
 
 Whose price counts is decided by the host of the endpoint's URL:
-- a vendor on the list: that vendor's price, or none. Never another's. The list has none of its own for regions.
+- a vendor on the list: that vendor's price, or none, and never another vendor's. It has no prices for regions.
 - any other host (a gateway, a reseller, localhost): the list price of the model's own vendor, named as such. A model
   that no vendor on the list calls its own, open weights above all, has no price: hosts of it differ up to tenfold.
 """
@@ -29,19 +29,19 @@ _PREFIXES = {"gemini": "google", "vertex_ai": "google", "xai": "x-ai", "moonshot
 """Vendors by the names that gateways put before a model's, where they differ from the list's."""
 
 _OPEN_WEIGHTS = ("gpt-oss",)
-"""Models on their maker's list that the maker does not serve: every host has a price of its own."""
+"""Models on their maker's list that the maker does not serve: every host sets its price."""
 
 _SEARCHING = re.compile(r"-search-(preview|api)\b|-deep-research\b|-pro-search\b")
 """Models that search the web for each answer, at a fee that the list leaves out (developers.openai.com, "Pricing")."""
 
 _LOCAL_TAG = re.compile(r":(latest|(e?[\d.]+|\dx\d+)[bm]\b.*)$", re.IGNORECASE)
-"""How Ollama names the weights that it runs, by their size: `deepseek-r1:70b`. No vendor sells those."""
+"""Ollama's names for the weights that it runs, by their size: `deepseek-r1:70b`. No vendor sells those."""
 
 _REGION = re.compile(r"(^|[.-])(eu|us|[a-z]{2,}(-[a-z]+)*-(north|south|east|west|central)+[a-z]*-?\d+)([.-]|$)")
-"""How hosts name a region: `eu.api.…`, `bedrock-runtime.eu-west-1.…`, `europe-west4-aiplatform.…`."""
+"""Regions in the names of hosts: `eu.api.…`, `bedrock-runtime.eu-west-1.…`, `europe-west4-aiplatform.…`."""
 
 _COMPACT_DATE = re.compile(r"-(20\d{6})(?=[-:]|$)")
-"""How gateways write the date in a model's name: `gpt-5.2-20251211`, where the list has dashes."""
+"""Dates in a model's name as gateways write them: `gpt-5.2-20251211`, where the list has dashes."""
 
 
 def resolve(model: str, overrides: Mapping[str, Override], today: str, url: str) -> prices.PriceTable | None:
@@ -101,12 +101,12 @@ def vendor_at(url: str) -> Vendor | None:
 
 
 def _is_at(pattern: str, origin: str, path: str) -> bool:
-    """Whether the list's pattern stands for this address. The patterns have no end: `https://api\\.openai\\.com` also
-    matches the beginning of a name that is somebody else's. So one must match the whole host, with or without a path.
+    """Whether the list's pattern matches this address. Patterns have no end: `https://api\\.openai\\.com` also matches
+    the beginning of another owner's host. So a pattern must match the whole host, with or without a path.
     """
     if (found := re.match(pattern, origin)) is not None:
         rest = origin[found.end() :]
-        return not rest or (pattern.endswith(r"\.") and rest.isalpha())  # `api\.moonshot\.`, whatever its country
+        return not rest or (pattern.endswith(r"\.") and rest.isalpha())  # `api\.moonshot\.`, in any country
     if "/" not in pattern.replace("(https?://)?", "").removeprefix("https://"):
         return False  # it names no path, and its wildcards must not find the host in one
     found = re.match(pattern, address := origin + path)
@@ -151,7 +151,7 @@ def _own_vendor(model: str) -> tuple[Vendor, Model] | None:
 def table_of(
     model: str, vendor: Vendor, found: Model, today: date, upstream: str | None, *, regional: bool = False
 ) -> prices.PriceTable | None:
-    """What the vendor's list says of the model today; None where that is not a whole price."""
+    """The vendor's list price of the model today; None where a part of it is missing."""
     standard, clock = _standard(found, today)
     if not _complete(standard) or _SEARCHING.search(model.lower()):
         return None
@@ -190,7 +190,7 @@ def _standard(found: Model, today: date) -> tuple[Price, list[prices.Hours]]:
 
 
 def _steps(price: Price, instead: Price | None = None) -> prices.Tiers:
-    """A price of the list, which has its steps by kind of token, as steps of all kinds; what it leaves out is taken
+    """A price of the list, which has its steps by kind of token, as steps of all kinds. Missing prices are taken
     from the other.
     """
     kinds = [mine or other for mine, other in zip(price.rates, (instead or price).rates, strict=True)]

@@ -1,4 +1,4 @@
-"""Which price list counts: the one that was built into the package, or a newer `genai-prices` that is installed."""
+"""Chooses the price list: the one that is built into the package, or a newer `genai-prices` that is installed."""
 
 import re
 from contextlib import suppress

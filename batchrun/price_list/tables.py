@@ -1,4 +1,4 @@
-"""The price list as it stands in `prices.json`, which `convert` writes and `lookup` reads. PURE."""
+"""The price list as `prices.json` has it, which `convert` writes and `lookup` reads. PURE."""
 
 import re
 from datetime import date
@@ -19,7 +19,7 @@ class Match(msgspec.Struct, frozen=True):
     all_of: "tuple[tuple[Match, ...], ...]" = ()
 
     def fits(self, name: str) -> bool:
-        """True if it stands for that name, which is lower case."""
+        """True if it matches that name, which is lower case."""
         return (
             name in self.equals
             or name.startswith(self.starts_with)
@@ -42,9 +42,9 @@ class Rate(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Price(msgspec.Struct, frozen=True):
-    """What one model costs: from the day `since`, or at some `hours` (first and end, seconds of the day in UTC).
+    """The price of one model: from the day `since`, or at some `hours` (first and end, seconds of the day in UTC).
 
-    `tier`: for answers that name this service tier; what the price leaves out is then as without a tier. `uncounted`:
+    `tier`: for answers that name this service tier; prices that it lacks are those without a tier. `uncounted`:
     a part of it depends on what no usage counts.
     """
 
@@ -73,7 +73,7 @@ class Model(msgspec.Struct, frozen=True):
 
 
 class Vendor(msgspec.Struct, frozen=True, dict=True):
-    """Who sells: at the addresses that the pattern matches; `makes` are the models that are its own.
+    """A seller of models, at the addresses that the pattern matches; `makes` are its own models.
 
     For models that it does not list, the lists of the vendors in `also_sells` count.
     """

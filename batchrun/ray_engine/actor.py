@@ -6,7 +6,7 @@ from typing import Any
 from batchrun.ray_engine.sender import Parcel, Ready
 
 PIECE_BYTES = 64_000
-"""How many bytes of bodies one argument of a call has, unless one body alone has more. Ray sends arguments below 100 KB
+"""The most bytes of bodies in one argument of a call, unless one body alone has more. Ray sends arguments below 100 KB
 with the call; larger ones pass through the object store, which may spill them to disk."""
 
 OPTIONS = {"max_restarts": 0, "max_task_retries": 0}
@@ -30,7 +30,7 @@ class Actor:
 
     @property
     def room(self) -> int:
-        """How many more requests it can have in flight; 0 while a call hands over some, and if it is leaving."""
+        """The further requests it can have in flight; 0 while a call hands over some, and if it is leaving."""
         if self.ready is None or self.handing_over or self.leaving:
             return 0
         return self.ready.room - len(self.in_flight)
@@ -40,7 +40,7 @@ class Actor:
 
 
 def pieces(batch: list[Parcel]) -> Iterator[list[Parcel]]:
-    """The batch in lists that are small enough to be sent with the call; a large body has one of its own."""
+    """The batch in lists that are small enough to be sent with the call; a large body gets its own list."""
     piece: list[Parcel] = []
     size = 0
     for parcel in batch:

@@ -174,7 +174,7 @@ class ActorTransport:
 
 @contextlib.contextmanager
 def _environ_for_ray(endpoints: Sequence[Endpoint]) -> Iterator[None]:
-    """The environment that a local Ray's processes get: without the job's secrets, which come to actors by a call."""
+    """The environment that a local Ray's processes get: without the job's secrets, which actors receive in a call."""
     names = {endpoint.api_key_env for endpoint in endpoints if endpoint.api_key_env is not None}
     names |= {
         value.removeprefix("env:") for each in endpoints for value in each.headers.values() if value.startswith("env:")

@@ -1,4 +1,4 @@
-"""What the errors of Ray's calls mean, in a few words and as errors of ours."""
+"""Translates errors of Ray's calls into our errors, in a few words."""
 
 import re
 

@@ -1,7 +1,7 @@
 """The actors as the driver sees them: how many there are, which requests each has, and what the loss of one means.
 
-A request is in one of three places. While it waits here, it has not been sent, whatever happens to actors. From the
-call that hands it to an actor on it may have been sent: if that actor is lost, it may have been billed. When its
+A request is in one of three places. While it waits here, it has not been sent, even if actors die. After the call
+that hands it to an actor, it may have been sent: if that actor is lost, it may have been billed. When its
 attempt has arrived here, the actor no longer matters.
 """
 
@@ -25,10 +25,10 @@ from batchrun.ray_engine.sender import Answered, Parcel, Ready, Sender, Setup
 from batchrun.records import Attempt
 
 CALL_BYTES = 4_000_000
-"""How many bytes of bodies one call has: Ray sends 10 MB of arguments with it."""
+"""The most bytes of bodies in one call: Ray sends 10 MB of arguments with it."""
 
 MOST_CALLS_PER_S = 1_000
-"""How often the driver calls actors, in all. A call costs it about 0.5 ms of CPU, however much it carries (measured:
+"""How often the driver calls actors, in all. A call costs it about 0.5 ms of CPU, of any size (measured:
 docs/ray.md), so what comes sooner waits for the next one: 2 ms with one actor, 32 ms with 16."""
 
 SILENT_S = 60.0
@@ -38,7 +38,7 @@ REPEAT_S = 1.0
 """When a call is repeated whose connection was lost."""
 
 UNSENT_S = 30.0
-"""How long requests wait without any actor until they fail as not sent, which the gate takes for an outage."""
+"""Requests that wait this long without any actor fail as not sent, which the gate treats as an outage."""
 
 SURPLUS_S = 60.0
 """An actor that has not been needed for so long is ended, down to `engine.actors`."""
@@ -98,11 +98,11 @@ class Fleet:
             if self._last_failure is not None:
                 why = f"no Ray actor could start: {self._last_failure}; run the same command again"
                 raise RunStoppedError(why, ExitCode.PAUSED) from None
-            free, all_of_them = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
+            free, all_cpus = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
             raise RunStoppedError(
                 f"no Ray actor could start within {self._engine.start_timeout_s:g} s: each needs "
                 f"{self._engine.cpus_per_actor:g} CPU (engine.cpus_per_actor), and {free:g} of the cluster's "
-                f"{all_of_them:g} are free; run the same command again when there are more",
+                f"{all_cpus:g} are free; run the same command again when there are more",
                 ExitCode.PAUSED,
             ) from None
 
@@ -130,7 +130,7 @@ class Fleet:
         most, busy = self._engine.max_actors or self._engine.actors, len(self._replies)
         wanted = min(most, max(self._engine.actors, math.ceil(busy / self._engine.requests_per_actor)))
         if len(self._actors) < wanted:
-            self._start_one()  # one a second: a fleet whose actors die at once is no busy loop
+            self._start_one()  # one a second: so that actors that die at once don't cause a busy loop
         self._end_surplus(wanted, now)
         if any(actor.ready is not None for actor in self._actors):
             self._no_actor_since = None
@@ -161,7 +161,7 @@ class Fleet:
         self._run(self._open(actor))
 
     async def _open(self, actor: Actor) -> None:
-        """The actor begins to send as soon as Ray has found a place for it."""
+        """The actor starts to send as soon as Ray has found a place for it."""
         actor.key_version = self._version
         try:
             ready: Ready = await actor.handle.open.remote(self._setup, self._credentials)
@@ -203,7 +203,7 @@ class Fleet:
 
     @property
     def _pause_s(self) -> float:
-        """How long after one call for each direction an actor gets the next."""
+        """Seconds from one call in each direction until an actor gets the next."""
         return 2 * len(self._actors) / MOST_CALLS_PER_S
 
     @property
@@ -277,7 +277,7 @@ class Fleet:
                 return
 
     async def _collect(self, actor: Actor) -> None:
-        """Brings the actor's attempts home until it ends."""
+        """Collects the actor's attempts until it ends."""
         received: list[int] = []
         while actor in self._actors:
             next_s = self._loop.time() + self._pause_s

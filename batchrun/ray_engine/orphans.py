@@ -7,12 +7,12 @@ import threading
 from pathlib import Path
 
 AGENTS = "Agent"
-"""What the names of these helpers end with: ray::DashboardAgent, ray::RuntimeEnvAgent (Ray 2.60)."""
+"""The ends of these helpers' names: ray::DashboardAgent, ray::RuntimeEnvAgent (Ray 2.60)."""
 
 
 def end_agents_with(raylet: int) -> None:
-    """The agents of this raylet are killed as soon as it is dead. They would live for another minute, in which they try
-    to report its death to a cluster that is gone.
+    """Kills the agents of this raylet as soon as it is dead. They would live for another minute and try to report its
+    death to a cluster that is gone.
 
     A raylet dies with its driver, by the kernel. Without pidfds (before Linux 5.3) nothing happens.
     """

@@ -1,4 +1,4 @@
-"""What runs in an actor: the transports of the run, and the answers that the driver has not confirmed yet.
+"""The part that runs in an actor: the transports of the run, and the answers that the driver has not confirmed yet.
 
 Nothing is decided here: no retry, no rate, no verdict. Both calls that carry requests and answers may be repeated after
 a lost connection without sending anything twice, and without losing an answer.
@@ -22,10 +22,10 @@ from batchrun.records import Attempt
 from batchrun.transport.transport import Choice, Transport, choose, opened
 
 POLL_S = 2.0
-"""How long a call for answers waits for the first one: so often at least an actor is heard from."""
+"""How long a call for answers waits for the first one: an actor answers at least this often."""
 
 REPLY_BYTES = 64_000
-"""How much one reply carries, unless one answer alone is more. Ray sends results below 100 KB directly; larger ones
+"""The most bytes in one reply, unless one answer alone is larger. Ray sends results below 100 KB directly; larger ones
 pass through the object store of the actor's node, and are lost with it."""
 
 SWEEP_S = 1.0  # as often as the driver calls `Transport.expire` where it sends itself
@@ -38,8 +38,8 @@ Answered = tuple[int, Attempt | Exception]
 
 
 class Setup(msgspec.Struct, frozen=True):
-    """What an actor needs to send. `authorities` are the contents of the endpoints' `ca_file`, which its machine may
-    not have.
+    """An actor's settings for sending. `authorities` has the contents of the endpoints' `ca_file`, which its
+    machine may not have.
     """
 
     version: str

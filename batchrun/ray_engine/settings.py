@@ -1,4 +1,4 @@
-"""What the settings of `[engine]` require, and where the cluster is. Imports nothing heavy."""
+"""The requirements of the settings of `[engine]`, and the cluster's address. Imports nothing heavy."""
 
 import importlib.util
 from collections.abc import Mapping

@@ -1,1 +1,1 @@
-"""What a run reports: its summary, where it stands, and the bill over many runs."""
+"""Reports on runs: the summary and state of one, and the bill over many."""

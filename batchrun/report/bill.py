@@ -41,7 +41,7 @@ class WithoutUsage(msgspec.Struct, frozen=True):
 
 
 class Expected(msgspec.Struct, frozen=True):
-    """What complete runs were estimated to cost before their first request, and what they cost."""
+    """The estimated cost of complete runs before their first request, and their real cost."""
 
     runs: int
     expected_usd: Decimal
@@ -91,7 +91,7 @@ class Counted(NamedTuple):
 
 
 class Query(msgspec.Struct, frozen=True):
-    """What a bill includes: `limits` adds findings by these thresholds, `against` a comparison with earlier runs."""
+    """The options of a bill: `limits` adds findings by these thresholds, `against` a comparison with earlier runs."""
 
     by: tuple[str, ...] = ("job", "model")
     span: Span = Span()
@@ -100,7 +100,7 @@ class Query(msgspec.Struct, frozen=True):
 
 
 def collect(paths: Sequence[Path], by: tuple[str, ...], span: Span | None = None) -> Bill:
-    """The bill over every run that the paths name or hold, each run counted once, whatever their order.
+    """The bill over every run that the paths name or hold, each run counted once, in any order.
 
     Raises:
         InputError: a path holds no run, or one that can't be read.

@@ -56,7 +56,7 @@ def _drawn(chart: Chart, width: int, height: int, shape: str) -> str:
         margin_bottom=70 if crowded else 8,
         spacing=6,
         show_dots=False,
-        include_x_axis=True,  # values begin at 0
+        include_x_axis=True,  # values start at 0
         max_scale=6,
         x_label_rotation=45 if crowded else 0,
         truncate_label=24,

@@ -91,7 +91,7 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
 
 
 def _rate(summary: Summary, requests_per_minute: float | None) -> str:
-    """What this start sent, against the limit."""
+    """The requests that this start sent, compared with the limit."""
     allowed = f"{rounded(float(requests_per_minute)):,}" if requests_per_minute else ""
     if summary.elapsed_s < RATE_S:
         sent = plural(round(summary.requests_per_minute * summary.elapsed_s / 60), "request")

@@ -204,7 +204,7 @@ def _tables(result: Result, key: str) -> Iterator[pa.Table]:
 
 
 def _divide(tables: Iterator[pa.Table], folder: Path, count: int, rows_each: int | None) -> None:
-    """Each row is in the file of its piece: so many consecutive ones, or, with None, those whose ids hash alike."""
+    """Writes each row into its piece's file: `rows_each` consecutive rows, or, with None, rows whose ids hash alike."""
     writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     try:

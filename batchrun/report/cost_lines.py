@@ -80,7 +80,7 @@ def up_to(count: int, usd: Decimal, doubts: Iterable[PossiblyBilled]) -> str:
 
 
 def estimate_in_words(summary: Summary) -> str | None:
-    """What the run was estimated to cost before its first request, compared with what the same rows did cost."""
+    """The estimated cost of the run before its first request, compared with the real cost of the same rows."""
     if (estimate := summary.estimate) is None:
         return None
     done, rows = summary.done, plural(estimate.rows, "row")

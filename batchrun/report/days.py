@@ -1,6 +1,6 @@
 """A run's totals by the days of a time zone other than UTC. PURE, except that it may read rows.
 
-Totals are kept by UTC day. If the run's part of a UTC day lies within one local day, that is its day. Otherwise the
+Totals are kept by UTC day. If the run's part of a UTC day is within one local day, that is its day. Otherwise the
 rows are read, which have the time of their end. Attempts without a row (discarded ones, or all if rows can't be read)
 can't be divided: their day reads `2026-11-27 or 2026-11-28`, and they count in the month and span of the first.
 """
@@ -56,7 +56,7 @@ def _days(found: Found, line: TotalsLine, zone: str) -> list[str]:
 
 
 def _divided(found: Found, lines: list[TotalsLine], zone: str) -> list[TotalsLine]:
-    """These lines by the local days on which their rows ended, and what rows do not tell on one of several days."""
+    """These lines by the local days on which their rows ended; attempts without a row are on one of several days."""
     rows: dict[LineKey, list[TotalsLine]] = defaultdict(list)
     read = run_rows.if_readable(found.place, lambda result: list(_rows_by_day(result, zone)))
     for utc_day, line in read or ():

@@ -33,7 +33,7 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 class Jump(msgspec.Struct, frozen=True):
-    """A figure and those of the nights before. `allowed` is the distance from their mean that is no jump."""
+    """A figure and those of the nights before. `allowed` is the largest distance from their mean that is not a jump."""
 
     name: str
     now: float

@@ -17,7 +17,7 @@ NIGHTS = 7
 
 
 class Against(msgspec.Struct, frozen=True):
-    """What the newest run of each job is compared with: the `nights` before it, or the newest run at a `path`."""
+    """The runs to compare each job's newest run with: the `nights` before it, or the newest run at a `path`."""
 
     nights: int = NIGHTS
     path: Path | None = None
@@ -41,7 +41,7 @@ def against(text: str) -> Against:
     """`last`, a number of nights, or a path.
 
     Raises:
-        JobError: it is none of these.
+        JobError: it is something else.
     """
     if text == "last":
         return Against(1)
@@ -53,7 +53,7 @@ def against(text: str) -> Against:
 
 
 def unusual(found: Sequence[Found], limits: Mapping[str, float]) -> list[Finding]:
-    """What is unusual in the newest run of each job."""
+    """The unusual figures in the newest run of each job."""
     return [
         finding
         for newest, *before in _by_job(found)

@@ -15,7 +15,7 @@ from batchrun.report.latencies import percentile
 
 
 class BillLine(msgspec.Struct, frozen=True):
-    """What one group used and cost. `wasted_usd` is the part of `cost_usd` paid for answers that are not in the output.
+    """Usage and cost of one group. `wasted_usd` is the part of `cost_usd` paid for answers that are not in the output.
 
     Figures of whole runs are None where groups divide runs: `complete`, `pending`, `possibly_billed`,
     `possibly_billed_usd`, `expected_usd` and the share of the limit. `expected_usd` is what complete runs were
@@ -89,7 +89,7 @@ DERIVED: dict[str, Callable[[BillLine], Decimal | float | None]] = {
     "limit_share": lambda line: _share(line.limit_used_s, line.limit_s),
     "estimate_off": _off,
 }
-"""Computed from a line's sums, so those of the total are no mean of means."""
+"""Computed from a line's sums, so the total's figures are not means of means."""
 
 _HELD = ("latencies", "limit_used_s", "limit_s")
 SUMS = tuple(name for name in BillLine.__struct_fields__[1:] if name not in _HELD)
@@ -110,7 +110,7 @@ def figure(line: BillLine, name: str) -> Value:
 
 
 def kind(name: str) -> str:
-    """What a figure is: `usd`, `share`, `seconds`, `ratio` or `count`."""
+    """The kind of a figure: `usd`, `share`, `seconds`, `ratio` or `count`."""
     if name.endswith("_usd"):
         return "usd"
     if name.endswith("_share") or name == "estimate_off":

@@ -1,4 +1,4 @@
-"""What is unusual in a job's newest run, each with its figures, a threshold and advice. PURE."""
+"""Findings: unusual things in a job's newest run, each with its figures, a threshold and advice. PURE."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -77,7 +77,7 @@ def thresholds(settings: Sequence[str]) -> dict[str, float]:
 
 
 def findings(now: Night, before: Sequence[Night], limits: Mapping[str, float]) -> list[Finding]:
-    """What is unusual in `now`. `before` are the job's earlier nights, the newest first."""
+    """The findings in `now`. `before` are the job's earlier nights, the newest first."""
     return [
         Finding(name, now.account.job, now.account.run_id, text, advice)
         for name, find in _FINDERS.items()
@@ -211,7 +211,7 @@ def _unfinished(now: Night, before: Sequence[Night], limit: float) -> _Found:
         left, reason = now.account.pending, f": {now.account.reason}" if now.account.reason else ""
         yield (
             f"the run is not complete, {plural(left, 'row')} {are(left)} left{reason}",
-            "batchrun status DIR shows where it stands; run the same command again to resume",
+            "batchrun status DIR shows its state; run the same command again to resume",
         )
 
 

@@ -1,5 +1,5 @@
 """A bill in each of its formats. All have the same content: figures, what the figures do not cover, and what was left
-out. PURE, except that it checks what a target file is.
+out. PURE, except that it looks at a target file.
 """
 
 import csv
@@ -93,7 +93,7 @@ def render(bill: Bill, form: str, columns: Sequence[str] | None = None) -> bytes
             for line in bill.lines:
                 values = (figure(line, name) for name in columns or FIGURES)
                 amounts = ("" if value is None else exact(value) for value in values)
-                # a spreadsheet would run a text that begins like a formula
+                # a spreadsheet would run a text that starts like a formula
                 names = (f"'{name}" if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name for name in line.group)
                 writer.writerow([*names, *amounts])
             return text.getvalue().encode()
@@ -237,7 +237,7 @@ def cell(value: Value, name: str) -> str:
 
 
 def remarks(bill: Bill) -> Iterator[str]:
-    """What the figures do not cover, a line each."""
+    """The costs that the figures do not cover, a line each."""
     if bill.supposed is not None:
         yield _one_line(bill.supposed)
     if bill.possibly_billed:

@@ -1,4 +1,4 @@
-"""What a bill is grouped by, and the time zone of its days. PURE, except for the machine's own time zone."""
+"""The keys that a bill is grouped by, and the time zone of its days. PURE, except for the machine's own time zone."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from batchrun.report.runs import Found
 from batchrun.run_summary import TotalsLine
 
 KEYS = ("night", "day", "month", "job", "model", "service_tier", "status", "tag", "run")
-"""`tag` stands for all tags of a job, `tag.team` for one of them."""
+"""`tag` means all tags of a job, `tag.team` one of them."""
 
 OF_LINES = frozenset({"day", "month", "model", "service_tier", "status"})
 """The keys that divide a run. Grouped by the others, a run is in one group, with its whole-run figures."""

@@ -1,4 +1,4 @@
-"""What holds a run back, in words: its limits, its waits, its retries. PURE."""
+"""What limits a run's speed, in words: its limits, waits and retries. PURE."""
 
 from datetime import datetime
 from decimal import Decimal
@@ -42,7 +42,7 @@ def waiting_to_retry(retrying: Retrying) -> str:
 
 
 def retrying_in_words(retrying: Retrying) -> str:
-    """Which rows are retried, how often they were sent, and why."""
+    """The rows that are retried, how often they were sent, and why."""
     more = "…" if retrying.rows > len(retrying.first) else ""
     rows = f"{plural(retrying.rows, 'row')} ({', '.join(map(str, retrying.first))}{more})"
     reasons = ", ".join(f"{reason} ({count:,})" for reason, count in retrying.reasons.items())

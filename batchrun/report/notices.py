@@ -1,4 +1,4 @@
-"""What a run reports once about the answers it gets: unknown finish reasons, service tiers without a price, budgets
+"""Warnings that a run reports once, about its answers: unknown finish reasons, service tiers without a price, budgets
 that are nearly used. PURE.
 """
 
@@ -7,7 +7,7 @@ from batchrun.run_summary import BudgetUse
 
 
 def unknown_reason(reason: str) -> str:
-    """What happens to answers that end with a finish_reason that batchrun does not know."""
+    """The treatment of answers with a finish_reason that batchrun does not know."""
     seen = f"answers ended with the finish_reason {reason!r}, which batchrun does not know"
     match meaning_of(reason):
         case Meaning.OTHER:
@@ -28,7 +28,7 @@ def nearly_used(use: BudgetUse) -> str:
 
 
 def unpriced_tier(tier: str) -> str:
-    """What it means for the cost that a service tier has no known price, and what to do."""
+    """The effect on the cost of a service tier without a known price, and advice."""
     return (
         f"answers came from the service tier {tier!r}, whose price is unknown, while the model's plain price is known: "
         'their cost_usd is null; a price in [pricing."MODEL"] applies to every tier'
@@ -36,7 +36,7 @@ def unpriced_tier(tier: str) -> str:
 
 
 def unpriced_usage(what: str) -> str:
-    """What it means for the cost that answers used more than text, and what to do."""
+    """The effect on the cost of answers that used more than text, and advice."""
     return (
         f"answers used {what}, which the price list has no price for: their cost_usd is what the server states, else "
         'null; a price in [pricing."MODEL"] applies to all that the model does'

@@ -1,4 +1,4 @@
-"""The bill as one HTML page, which loads nothing and runs no script, whatever a model, server or job name contains."""
+"""The bill as one HTML page, which loads nothing and runs no script, even if a model, server or job name has one."""
 
 import base64
 import hashlib

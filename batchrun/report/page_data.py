@@ -1,4 +1,4 @@
-"""What the page shows besides the bill: cost and tokens by night, throughput, failures, the most expensive rows.
+"""The page's data besides the bill: cost and tokens by night, throughput, failures, the most expensive rows.
 
 It reads no row's question or answer: the page is mailed, and prompts are data.
 """
@@ -54,7 +54,7 @@ class CostlyRow(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is collected from the rows of every run."""
+    """Data collected from the rows of every run."""
 
     failures: list[Failure]
     costliest: list[CostlyRow]

@@ -126,7 +126,7 @@ def _half_of_last_digit(amount: Decimal) -> Decimal:
 
 
 def _invoice(path: Path) -> tuple[str, dict[str, Decimal]]:
-    """What identifies its lines, and the amount for each key; lines with the same key are added."""
+    """The column that identifies its lines, and the amount for each key; lines with the same key are added."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file)

@@ -1,4 +1,4 @@
-"""What the runs would have cost at other prices: `report --reprice prices.toml`. PURE, except for reading it."""
+"""The cost of the runs at other prices: `report --reprice prices.toml`. PURE, except for reading it."""
 
 import tomllib
 from collections.abc import Mapping, Sequence

@@ -33,7 +33,7 @@ class RowFilter:
         """Parses the expression.
 
         Raises:
-            JobError: it is no such expression, or names an unknown column.
+            JobError: the expression is invalid, or names an unknown column.
         """
         self._text = text
         self._schema = schema

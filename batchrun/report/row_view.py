@@ -24,7 +24,7 @@ MOST_SHOWN = 2_000
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """Which rows to show: those that meet every condition, at most `most` (0: all), and their `columns` (none: all)."""
+    """The rows to show: those that match every condition, at most `most` (0: all), and their `columns` (none: all)."""
 
     statuses: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
@@ -132,7 +132,7 @@ def _in_json(value: Any, name: str = "") -> Any:
 
 
 def lines(row: dict[str, Any], inputs: Sequence[str], chosen: Sequence[str]) -> Iterator[str]:
-    """A row for people: headline, question, answer. A text's further lines begin with `|`, to tell them from ours."""
+    """A row for people: headline, question, answer. A text's further lines start with `|`, unlike ours."""
     headline = [f"row {row['row']:,}" if "row" in row else "row"]
     if "status" in row:
         headline.append(str(row["status"]))

@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 
 class Result(NamedTuple):
-    """The files of a result in the order of their rows; our columns' names in them begin with `prefix`."""
+    """The files of a result in the order of their rows; our columns' names in them start with `prefix`."""
 
     files: tuple[Path, ...]
     prefix: str
@@ -65,7 +65,7 @@ def result_of(place: Path) -> Result | None:
 
 
 def if_readable(place: Path, read: Callable[[Result], _T]) -> _T | None:
-    """What `read` returns for the run's rows; None if they can't be read, which a bill does not need."""
+    """The result of `read` on the run's rows; None if they can't be read: a bill can do without."""
     try:
         result = result_of(place)
         return None if result is None else read(result)

@@ -1,4 +1,4 @@
-"""Where a run stands: as its last process wrote it, or, if that process was killed, as the disk shows it."""
+"""The state of a run: as its last process wrote it, or, if that process was killed, as the disk shows it."""
 
 from datetime import UTC, datetime
 
@@ -25,7 +25,7 @@ class RunState(msgspec.Struct, frozen=True):
 
 
 def run_state(directory: RunDirectory) -> RunState:
-    """Where the run stands now. Reading holds no lock, so it never blocks a start.
+    """The state of the run now. Reading takes no lock, so it never blocks a start.
 
     Raises: as `summary.read`.
     """

@@ -182,7 +182,7 @@ def _copy(other: Account, newest: Found) -> str:
 
 
 def _shown(path: Path) -> str:
-    """The path as one line of text, whatever its bytes."""
+    """The path as one line of text, for any bytes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
 
 

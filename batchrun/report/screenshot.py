@@ -26,7 +26,7 @@ WIDTH = 1_112
 """CSS pixels: the page's column and its margins."""
 
 _HIDDEN = "Math.max(0, ...Array.from(document.querySelectorAll('.scroll'), e => e.scrollWidth - e.clientWidth))"
-"""How much of the widest table lies beyond its scroll bar: a picture can't be scrolled."""
+"""The width of the widest table that is hidden without scrolling: a picture can't be scrolled."""
 
 _WIDEN = "document.querySelector('main').style.maxWidth = 'none'"
 

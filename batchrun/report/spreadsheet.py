@@ -1,4 +1,4 @@
-"""A bill as a workbook (XLSX). Sole importer of xlsxwriter, which the extra `report` brings."""
+"""A bill as a workbook (XLSX). Sole importer of xlsxwriter, from the extra `report`."""
 
 import io
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ from batchrun.store.rundir import RunDirectory
 
 
 def lines(directory: RunDirectory, found: RunState) -> Iterator[str]:
-    """Where the run stands; if a process works on it, also its rate, ETA and limits."""
+    """The state of the run; if a process works on it, also its rate, ETA and limits."""
     summary = found.summary
     state = "died; run the same command again to resume" if found.died else summary.state
     yield f"{summary.job}  {state}" + (f" (pid {summary.pid} on {summary.host})" if found.working else "")

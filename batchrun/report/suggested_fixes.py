@@ -38,7 +38,7 @@ _REQUEST = (
     *("reasoning_effort", "temperature", "top_p", "functions", "function_call", "response_format"),
     "image_detail",
 )
-"""Parameters with a setting of their own; any other is in `request.extra`."""
+"""Parameters that have a setting; any other is in `request.extra`."""
 
 _EXTRA = (
     *("tools", "tool_choice", "parallel_tool_calls", "seed", "stop", "logprobs", "top_logprobs", "logit_bias", "n"),
@@ -101,7 +101,7 @@ def fix_for(message: str, settings: Collection[str] | None = None) -> Fix | None
 
 
 def fix_for_key(reason: str, endpoint: Endpoint) -> Fix | None:
-    """Where to look for the API key that the server rejected; None if the run stopped for another reason."""
+    """Advice on the API key that the server rejected; None if the run stopped for another reason."""
     if re.search(r"\bHTTP 401\b", reason) is None:
         return None
     rejected = "the server rejects the key"
@@ -115,7 +115,7 @@ def fix_for_key(reason: str, endpoint: Endpoint) -> Fix | None:
 
 
 def fix_for_address(reason: str) -> Fix | None:
-    """Where to look if the address is wrong or can't be trusted; None if the run stopped for another reason."""
+    """Advice if the address is wrong or can't be trusted; None if the run stopped for another reason."""
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         what = "the certificate file of the authority that signed for the server, or for the proxy, if you trust it"
         return Fix("endpoint.ca_file", what, same_command=True)
@@ -125,7 +125,7 @@ def fix_for_address(reason: str) -> Fix | None:
         return Fix("endpoint.url", what, same_command=True)
     if "the server redirects to" in reason:
         return Fix("endpoint.url", "the address of the API itself, which redirects nowhere", same_command=True)
-    if re.search(r"^no answer for .*\bthe answer is (no chat completion|empty)", reason) is None:
+    if re.search(r"^no answer for .*\bthe answer is (not a chat completion|empty)", reason) is None:
         return None
     what = "is it the address of chat completions? A base such as https://host/v1 gets /chat/completions appended"
     return Fix("endpoint.url", what, same_command=True)

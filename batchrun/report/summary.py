@@ -62,7 +62,7 @@ class Moment(msgspec.Struct, frozen=True):
 
     @property
     def eta(self) -> datetime | None:
-        """When every row will be settled; None if no one can say yet."""
+        """When every row will be settled; None if that can't be estimated yet."""
         if self.forecast is None or self.forecast.done_in_s is None or self.forecast.seen_s < FIRST_S:
             return None
         return self.now + timedelta(seconds=round(self.forecast.done_in_s))
@@ -104,7 +104,7 @@ _OF_THE_RUN = (
     "invocation",
     *("reused", "duplicates", "saved_usd", "shard", "merged"),
 )
-"""The fields that describe the run and not one start of it."""
+"""The fields that describe the whole run, not one start of it."""
 
 _NOT_IN_CHECKPOINT = (
     "unknown_finish_reasons",
@@ -165,7 +165,7 @@ def summarise(
 
 
 _OF_THE_MOMENT = tuple(name for name in Moment.__struct_fields__ if name in Summary.__struct_fields__)
-"""The fields that the summary has as the moment has them, but for `elapsed_s` and `deadline`."""
+"""The fields that the summary has as the moment has them, except `elapsed_s` and `deadline`."""
 
 
 def _summary(moment: Moment, spent: Totals, directory: RunDirectory, rows: int, run: dict[str, Any]) -> Summary:

@@ -15,7 +15,7 @@ def frame(summary: Summary, lines: list[str], columns: int, rows: int, harmless:
     """One screen: the status lines, cut to the width, a progress bar, and how rows ended."""
     shown = [*lines, ""]
     if summary.rows:
-        room = max(4, min(60, columns - 24))  # a name and a number stand beside the bar
+        room = max(4, min(60, columns - 24))  # a name and a number are beside the bar
         shown.append(_bar("done", summary.done, summary.rows, room))
         shown += [_bar(str(status), count, summary.rows, room) for status, count in summary.by_status.items()]
         reasons = {} if summary.retrying is None else summary.retrying.reasons

@@ -28,7 +28,7 @@ from batchrun.request.responses_body import append_message, responses_body
 from batchrun.request.templates import Columns, among, template, text_template
 
 _JUDGED_BY = ("response_format", "functions", "tools")
-"""The fields of a body that say what its answer is to be, as `answer_schema.of` takes them."""
+"""The fields of a body that specify its answer, as `answer_schema.of` takes them."""
 
 MAX_EXPECTED = 64
 """Different schemas of a batch file's lines that are kept compiled at a time."""
@@ -38,7 +38,7 @@ Body = dict[str, Any]
 _KEY = hashlib.blake2b(digest_size=16)
 
 _SERVED_BY = frozenset({"service_tier", "prompt_cache_key"})
-"""Fields that change how a request is served, and what it costs, but not what is asked."""
+"""Fields that change how a request is served, and what it costs, but not the question."""
 
 _SIZES = frozenset({*OUTPUT_LIMITS, "n"})
 """The fields that bound an answer's tokens."""
@@ -197,7 +197,7 @@ class RequestBuilder:
         return key.digest()
 
     def _expected_by(self, body: Body) -> Expected:
-        """What the answer is validated against; each line of a batch file may bring its own."""
+        """The schema for the answer; each line of a batch file may have its own."""
         if self.dialect != "openai-batch":
             return self._expected
         wanted = tuple(map(body.get, _JUDGED_BY))
@@ -233,7 +233,7 @@ class RequestBuilder:
         return body
 
     def _with_images(self, messages: list[Any], columns: Columns) -> list[Any]:
-        """The messages with the images of the columns that the job names; a row that has none of them is refused."""
+        """The messages with the images of the columns that the job names; a row without any of them is refused."""
         sources: list[Source] = []
         for column in self._request.images:
             if column not in columns:
@@ -249,7 +249,7 @@ class RequestBuilder:
         """The body of a provider batch line; what it leaves open the job fills in."""
         given = as_json(columns.get("body"))
         if not isinstance(given, dict):
-            raise InputError("`body` is no JSON object")
+            raise InputError("`body` is not a JSON object")
         url = columns.get("url")
         if url is not None and not str(url).rstrip("/").endswith("/chat/completions"):
             raise InputError(f"`url` is {url!r}: only chat/completions is supported")
@@ -290,7 +290,7 @@ def corrected(request: Request, corrections: Sequence[Correction]) -> Request:
 
 
 def _unused_by_batch(request: RequestTemplate) -> str | None:
-    """A setting that would be ignored silently because each line brings its whole body."""
+    """A setting that would be ignored silently because each line has its whole body."""
     names = ("prompt", "system", "messages", "images", "from_columns")
     return next((name for name in names if getattr(request, name)), None)
 
@@ -362,7 +362,7 @@ def _message_maker(request: RequestTemplate, dialect: str) -> Callable[[Columns]
 
 
 def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[Any]]:
-    """Messages as the column holds them; the job's `system` comes first where a row has none of its own."""
+    """Messages as the column holds them; the job's `system` comes first where a row has none."""
     column = request.messages if isinstance(request.messages, str) else "messages"
     system = None if request.system is None else text_template(request.system, "request.system")
 

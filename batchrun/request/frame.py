@@ -19,7 +19,7 @@ _Pieces = list[bytes]
 
 class Frame:
     """The constant bytes of a job's bodies. `message_texts` are templates by role; `fields` is the rest of each body,
-    in its order, `unkeyed` those of them that are no part of the question, so of its key.
+    in its order; `unkeyed` names the fields that are not part of the question, so not of its key.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Images in a request: where they stand, and what stands for them until it is sent. PURE.
+"""Images in a request: their places, and the placeholders for them until it is sent. PURE.
 
 An image is given by its bytes, a `data:` URL, an http(s) URL, or a path. An http(s) URL stays as it is. The others are
 a `Picture` in the body, so that a waiting request holds no base64. The `request_key` has the digest of the bytes, so
@@ -18,10 +18,10 @@ import msgspec
 from batchrun.errors import InputError
 
 USUAL_TOKENS = {"auto": 765, "low": 85, "high": 765}
-"""What the upstream counts for an image of common size, by detail: for estimates only."""
+"""The tokens that the upstream counts for an image of common size, by detail: for estimates only."""
 
 Source = str | bytes
-"""What says an image that must be looked at: a path, a `data:` URL, or its bytes."""
+"""The source of an image that must be looked at: a path, a `data:` URL, or its bytes."""
 
 _SIGNATURES: dict[str, re.Pattern[bytes]] = {
     "image/png": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -94,7 +94,7 @@ _HOLE = b"\0"
 
 
 def whole(body: Any, end: bytes = b"}") -> bytes:
-    """A body as JSON with the content of its pictures, which must have been looked at. `end` stands in place of its
+    """A body as JSON with the content of its pictures, which must have been looked at. `end` replaces its
     last brace. Each byte is copied once: a copy of 27 MB holds up every other thread for 10 ms and more.
     """
     pictures: list[Picture] = []
@@ -115,12 +115,12 @@ def image_of(content: bytes) -> Image:
     """The image that these bytes are, by their first ones.
 
     Raises:
-        InputError: they are none that the endpoint takes.
+        InputError: they are not an image that the endpoint accepts.
     """
     for media_type, signature in _SIGNATURES.items():
         if signature.match(content):
             return Image(media_type, content)
-    raise InputError(f"no png, jpeg, gif or webp image (begins with {content[:8]!r})" if content else "is empty")
+    raise InputError(f"not a png, jpeg, gif or webp image (begins with {content[:8]!r})" if content else "is empty")
 
 
 def decoded(url: str, max_bytes: int) -> bytes:
@@ -148,7 +148,7 @@ def path_in(source: str) -> str:
 
 
 def too_large(size: int, max_bytes: int) -> str:
-    """What to say of an image of so many bytes."""
+    """The error for an image of so many bytes."""
     return f"has {size:,} bytes, more than input.max_image_bytes ({max_bytes:,})"
 
 

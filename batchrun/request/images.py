@@ -1,7 +1,7 @@
-"""Images read from where they lie: files under `input.image_root`, and nothing outside it.
+"""Reads images from files under `input.image_root`, and never from outside it.
 
 A path is resolved first, so that links within the root may be used, and then walked from the root down with no link
-followed: whoever swaps a folder for a link in between gets a refusal. What is no regular file is never opened.
+followed: a folder that is swapped for a link in between is refused. What is not a regular file is never opened.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from batchrun.errors import InputError, JobError
 from batchrun.job.settings import Input
 from batchrun.request.image_parts import Image, Source, decoded, image_of, path_in, shown, too_large
 
-# O_NOFOLLOW at each step: links were resolved and checked before, so one that is met here was put there since
+# O_NOFOLLOW at each step: links were resolved and checked before, so a link found here was put there since
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: what was a file when it was checked may be a pipe now, whose open would wait for a writer
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -25,18 +25,18 @@ class Images:
     def __init__(self, settings: Input) -> None:
         """
         Raises:
-            JobError: `input.image_root` is no folder.
+            JobError: `input.image_root` is not a folder.
         """
         self._max_bytes = settings.max_image_bytes
         self._root = None if settings.image_root is None else Path(os.path.realpath(settings.image_root))
         if self._root is not None and not self._root.is_dir():
-            raise JobError(f"input.image_root: {settings.image_root} is no folder")
+            raise JobError(f"input.image_root: {settings.image_root} is not a folder")
 
     def read(self, source: Source) -> Image:
         """The image as it is now.
 
         Raises:
-            InputError: it can't be had, is too large, or is no image; the message names it.
+            InputError: it can't be read, is too large, or is not an image; the message names it.
         """
         try:
             if isinstance(source, bytes):
@@ -60,19 +60,19 @@ class Images:
         try:
             place = os.path.realpath(self._root / path)
             if os.path.commonpath([self._root, place]) != str(self._root):
-                raise InputError(f"lies outside input.image_root ({self._root})")
+                raise InputError(f"is outside input.image_root ({self._root})")
             return read_below(self._root, os.path.relpath(place, self._root), self._max_bytes)
         except OSError as error:
             raise InputError(f"can't be read: {error.strerror or error}") from error
         except ValueError as error:  # NUL, or half a character
-            raise InputError("is no path") from error
+            raise InputError("is not a path") from error
 
 
 def read_below(root: Path, path: str, max_bytes: int) -> bytes:
     """The bytes of the regular file that the path leads to from the root, with no link on the way.
 
     Raises:
-        InputError: it is no regular file, or too large.
+        InputError: it is not a regular file, or too large.
         OSError: there is a link on the way, or none.
     """
     *folders, name = Path(path).parts or (".",)
@@ -97,4 +97,4 @@ def _kept(opened: contextlib.ExitStack, descriptor: int) -> int:
 
 def _require_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise InputError("is no regular file")
+        raise InputError("is not a regular file")

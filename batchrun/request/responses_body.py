@@ -54,7 +54,7 @@ def append_message(body: Body, role: str, content: str) -> None:
 
 
 def _items(messages: list[Any]) -> Iterator[Body]:
-    """The items of `input`. A call and its result are items of their own, not parts of a message."""
+    """The items of `input`. A call and its result are separate items, not parts of a message."""
     for place, message in enumerate(messages):
         role, content = message["role"], message.get("content")
         if role == "tool":

@@ -1,7 +1,7 @@
-"""What the prompts of a job have in common, and what a prompt cache can serve of it. PURE.
+"""The text that the prompts of a job share, and how much of it a prompt cache can serve. PURE.
 
 Providers cache the beginning of a prompt, from 1,024 tokens on and in steps of 128, and bill it at a fraction of the
-price (https://developers.openai.com/api/docs/guides/prompt-caching). So text that all rows share has to stand first.
+price (https://developers.openai.com/api/docs/guides/prompt-caching). So text that all rows share has to come first.
 """
 
 import re
@@ -17,14 +17,14 @@ CACHED_FROM_TOKENS = 1_024  # this and the step as OpenAI documents its prompt c
 CACHED_STEP_TOKENS = 128
 
 GROUP_BYTES = 3_072
-"""Requests whose bodies begin with the same bytes, this many, are a group. 1,024 tokens have about 4,096 bytes in
+"""Requests whose bodies share this many first bytes are a group. 1,024 tokens have about 4,096 bytes in
 English and 3,000 in languages with denser text; a group that proves too short for a cache costs nothing."""
 
 _TOKENS_PER_BYTE = 0.25  # English text, as OpenAI's rule of thumb has it: four characters a token
 _MOST_GROUPS = 256  # groups that are measured; a job with more of them is described by the others
 _MOST_COMMON_BYTES = 131_072  # of a shared beginning; longer ones count as this long
 _SAMPLE = 64  # rows whose texts are compared sentence by sentence
-_WORTH_MOVING_BYTES = 1_024  # shared text behind row data that is worth a warning
+_WARN_FROM_BYTES = 1_024  # shared text behind row data; more than this gets a warning
 _SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 _LEAST_SENTENCE = 12  # characters: shorter ones are shared by chance
 
@@ -41,7 +41,7 @@ def group_of(body: bytes) -> bytes | None:
 
 
 class Group(msgspec.Struct):
-    """Requests of one model that begin alike: `common` is what all of them begin with."""
+    """Requests of one model that start alike: `common` is their shared beginning."""
 
     model: str
     common: bytes
@@ -56,7 +56,7 @@ class Group(msgspec.Struct):
 
 class SharedText(msgspec.Struct, frozen=True):
     """`groups` have at least two rows each, the largest first. `behind_bytes`: text that all sampled rows share behind
-    their row data, where no cache finds it; `behind` is how it begins.
+    their row data, where no cache finds it; `behind` is its beginning.
     """
 
     rows: int
@@ -97,11 +97,11 @@ class SharedTextSurvey:
                 del self._single[next(iter(self._single))]
 
     def result(self) -> SharedText:
-        """What was found."""
+        """The shared text that was found."""
         groups = sorted(self._groups.values(), key=lambda group: -group.rows * len(group.common))
         behind = _behind_row_data(self._sample)
         size = sum(len(sentence.encode()) for sentence in behind)
-        if size < _WORTH_MOVING_BYTES or size + _leading_bytes(self._sample) < CACHED_FROM_TOKENS / _TOKENS_PER_BYTE:
+        if size < _WARN_FROM_BYTES or size + _leading_bytes(self._sample) < CACHED_FROM_TOKENS / _TOKENS_PER_BYTE:
             return SharedText(self._rows, self._bytes, tuple(groups))
         return SharedText(self._rows, self._bytes, tuple(groups), size, behind[0])
 
@@ -141,7 +141,7 @@ def _first_of_its_own(sample: list[list[str]], shared: set[str]) -> int:
 
 
 def _behind_row_data(sample: list[list[str]]) -> list[str]:
-    """The sentences that all rows of the sample share and that stand behind the first one that they don't."""
+    """The sentences that all rows of the sample share, after the first one that they don't share."""
     if len(sample) < 2:
         return []
     shared = _shared(sample)

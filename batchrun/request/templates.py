@@ -71,7 +71,7 @@ def _used_names(text: str) -> set[str]:
 
 
 ROW = "row"
-"""The whole row in a template, for columns whose names are no plain words. A column of that name stands before it."""
+"""The whole row in a template, for columns whose names are not plain words. A column named `row` takes precedence."""
 
 _ODD_NAME = 'A column whose name is not one plain word is written {{ row["its name"] }}'
 
@@ -119,14 +119,14 @@ def _compiled(text: str, place: str) -> Callable[[Columns], str]:
             raise InputError(f"{place}: {_odd_in_words(text, columns, str(error))}") from error
         except UndefinedError as error:
             raise InputError(f"{place}: {_missing_in_words(error.message or '', columns)}") from error
-        except Exception as error:  # a template runs user code over user data: whatever it raises is the row's
+        except Exception as error:  # a template runs user code over user data: any exception is an error of the row
             raise InputError(f"{place}: {type(error).__name__}: {error}") from error
 
     return make
 
 
 _Pieces = list[tuple[str, str | None]]
-"""Text, and the column that stands behind it; None behind the last."""
+"""Text, and the column that follows it; None after the last."""
 
 _MARKERS = ("{{", "{%", "{#")
 _NO_COLUMNS = frozenset({ROW, "true", "false", "none", "True", "False", "None", *keyword.kwlist})
@@ -165,7 +165,7 @@ def _joined(pieces: _Pieces, columns: Columns) -> str | None:
 
 
 def _null_in_words(text: str, columns: Columns) -> str:
-    """Which column is null, or which of them hold the null, and what to write instead."""
+    """Names the column that is null, or those that hold the null, and what to write instead."""
     used = sorted(_used_names(text) & columns.keys())
     if nulls := [name for name in used if columns[name] is None]:
         columns_are = f"column {nulls[0]!r} is" if len(nulls) == 1 else f"columns {', '.join(map(repr, nulls))} are"
@@ -175,7 +175,7 @@ def _null_in_words(text: str, columns: Columns) -> str:
 
 
 def _odd_in_words(text: str, columns: Columns, what: str) -> str:
-    """Which columns hold the value, and what to do about it."""
+    """Names the columns that hold the value, with advice."""
     used = sorted(_used_names(text) & columns.keys())
     where = f", in column {' or '.join(map(repr, used))}" if used else ""
     return f"{what}{where}; convert it in the input, or write something else in its place"
@@ -199,12 +199,12 @@ def _missing_in_words(message: str, columns: Columns) -> str:
 
 @lru_cache(maxsize=64)  # a million rows miss the same name; among 5,000 columns a guess takes 0.1 s
 def among(columns: tuple[str, ...], name: str | None) -> str:
-    """What to say behind "column `name` is missing": the column that was probably meant, and those that there are."""
+    """What follows "column `name` is missing" in the message: the column that was probably meant, and all columns."""
     guess = ""
     if name is not None:
         odd = [column for column in columns if not column.isidentifier() and re.match(rf"{re.escape(name)}\b", column)]
         near = odd[:1] or difflib.get_close_matches(name, columns, n=1)
-        # a template names a column whose name is no plain word by its position in `row`
+        # if a column's name is not a plain word, the template uses its position in `row`
         guess = f"; did you mean {near[0] if near[0].isidentifier() else f'row[{json_of(near[0])}]'}?" if near else ""
     shown = ", ".join(columns[:SHOWN_COLUMNS]) + (", …" if len(columns) > SHOWN_COLUMNS else "")
     return f"{guess} (columns: {shown or 'none'})"

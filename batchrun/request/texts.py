@@ -18,7 +18,7 @@ class NullError(NoTextError):
 
 
 def text_of(value: Any) -> Any:
-    """What stands in a text for the value: itself, where Python writes it as JSON does.
+    """What a text gets for the value: the value itself, where Python writes it as JSON does.
 
     A whole double is written as the integer it is: Parquet makes doubles of integers beside nulls, JSON lines do not.
 
@@ -51,11 +51,11 @@ def _checked(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_checked(item) for item in value]
     if isinstance(value, float | Decimal) and not math.isfinite(value):
-        raise NoTextError(f"a value is {value}, which is no number")
+        raise NoTextError(f"a value is {value}, which is not a number")
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:  # from there on Python writes exponents
         return int(value)
     if isinstance(value, Decimal):
         return msgspec.Raw(format(value, "f").encode())  # never 0E-10, with which a prompt would read as something else
     if isinstance(value, bytes):
-        raise NoTextError(f"a value is bytes ({value[:20]!r}), which are no text")
+        raise NoTextError(f"a value is bytes ({value[:20]!r}), which are not text")
     return value

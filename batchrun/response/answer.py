@@ -1,4 +1,4 @@
-"""The bytes of an answer → `Answer`. PURE. Strict first, then lenient; what neither reads is not a completion.
+"""The bytes of an answer → `Answer`. PURE. Strict first, then lenient; a body that neither reads is not a completion.
 
 Bodies come from anywhere: the API, a proxy's HTML, a cut stream. Nothing here raises for any bytes.
 """
@@ -17,10 +17,10 @@ from batchrun.response import usage as usages
 from batchrun.response.finish_reasons import Meaning, meaning_of
 
 MAX_CHOICES = 1024
-"""Of a stream: servers take an `n` of 128. What counts itself higher is in the raw answer only."""
+"""Of a stream: servers accept an `n` of 128. Choices with a higher index are in the raw answer only."""
 
 _STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\w-]*:")
-"""How a stream begins, and no JSON or HTML: with a field's name or none, and a colon."""
+"""The beginning of a stream, unlike any JSON or HTML: a colon, with or without a field's name before it."""
 
 _COMMENTS = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s*+:[^\r\n]*+[\r\n]++)++\s*+(?=[{\[])")
 """A stream's comments in front of whole JSON: gateways ping so while they wait for the answer."""
@@ -28,12 +28,12 @@ _COMMENTS = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s*+:[^\r\n]*+[\r\n]++)++\s*+(?=[{
 _ENVELOPES = ("data", "result", "response", "body", "output")
 
 _GLUE = re.compile(r"(?:\s|\0|data:|event: ?\w*|:[^\n]*|\[DONE\]|0(?=\r?\n))*+")
-"""What gateways leave behind a whole JSON answer: a stream's end, its comments, a chunk's size, a NUL. No words.
+"""Left by gateways after a complete JSON answer: a stream's end, its comments, a chunk's size, a NUL. No words.
 Possessive: no tail of a server's makes it try again and again."""
 
 
 def read(stored: bytes, choices: int = 1) -> Answer:
-    """What a body in its stored form says: a chat completion as JSON or as server-sent events, an error object, or
+    """The content of a body in its stored form: a chat completion as JSON or as server-sent events, an error object, or
     nothing usable. `choices`: how many the request wants. A stream without `[DONE]` is whole only when all have ended.
     """
     return typed.read(stored) or read_carefully(stored, choices)
@@ -200,7 +200,7 @@ def _choice(choice: dict[str, Any], place: int) -> Choice:
 
 
 def _failed(answer: Answer, failure: error_body.Failure | None) -> Answer:
-    """The answer with the failure that its body reports. It is then not a completion, whatever else it holds."""
+    """The answer with the failure that its body reports. It is then not a completion, even if it has choices."""
     if failure is None:
         return answer
     return msgspec.structs.replace(
@@ -215,7 +215,7 @@ def _failed(answer: Answer, failure: error_body.Failure | None) -> Answer:
 
 
 def has_token(data: bytes) -> bool:
-    """True when the event's data carries something of an answer, be it text, a call or reasoning: no mere role."""
+    """True when the event's data has some text, call or reasoning of an answer, not only a role."""
     event, _ = decode(data)
     if isinstance(event, dict) and str(event.get("type")).endswith(".delta"):
         return bool(event.get("delta"))  # text, arguments or reasoning of the Responses API
@@ -227,7 +227,7 @@ def has_token(data: bytes) -> bool:
 
 
 _DELTA_PARTS = ("content", "function_call", "tool_calls", "reasoning_content", "reasoning", "refusal")
-"""What servers call the parts of a delta (practice)."""
+"""The servers' names for the parts of a delta (practice)."""
 
 
 _DONE = b"[DONE]"
@@ -275,7 +275,7 @@ _LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata", "
 
 
 class _StreamedAnswer:
-    """What the events of a stream add up to."""
+    """The sum of a stream's events."""
 
     def __init__(self) -> None:
         self._last: dict[str, Any] = {}
@@ -288,13 +288,13 @@ class _StreamedAnswer:
 
     def take(self, event: sse.Event) -> None:
         decoded, lenient = _decode_piece(event.data)
-        if event.name == b"error":  # whatever it holds says what went wrong
+        if event.name == b"error":  # its data says what went wrong, in any form
             if not isinstance(decoded, dict):
                 decoded = {"error": event.data.decode("utf-8", "replace") or _NO_MESSAGE}
             elif not decoded.get("error"):
                 decoded = {"error": decoded or _NO_MESSAGE}
         if not isinstance(decoded, dict):
-            if event.whole:  # else it was cut, which is no oddity of its own
+            if event.whole:  # a cut event is not flagged as odd
                 self._flagged |= lenient
                 self._broken |= event.data.lstrip().startswith(b"{")  # a piece of the answer that can't be read
             return

@@ -1,4 +1,4 @@
-"""What an answer used that a vendor bills beside its tokens of text, or at another price than theirs. PURE.
+"""Finds usage that a vendor bills beside the tokens of text, or at another price than theirs. PURE.
 
 The price list has prices of text. An answer that also heard, spoke, drew or searched costs more than those say, so its
 cost is what the server states, or unknown. `audio`: OpenAI's and Google's audio tokens cost a multiple of text.

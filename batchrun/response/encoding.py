@@ -18,7 +18,7 @@ _AS_IS = frozenset(
 """Names of no encoding, or of another layer's, which servers put into the header all the same."""
 _WINDOWS = {"gzip": _GZIP, "x-gzip": _GZIP, "deflate": zlib.MAX_WBITS}
 _PLAIN = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:[{\[]|data:|event:|:)")
-"""How JSON and a stream of events begin, and neither gzip nor a deflated answer."""
+"""The beginning of JSON or a stream of events; gzip and deflated answers never start so."""
 
 
 class EncodingError(Exception):
@@ -36,7 +36,7 @@ class Unpacker:
         self._layers: list[_Layer] | None = None
 
     def unpack(self, piece: bytes, at_most: int) -> bytes:
-        """What the piece holds; no more than `at_most` bytes of it, the rest is dropped.
+        """The decoded piece, at most `at_most` bytes of it; the rest is dropped.
 
         Raises:
             EncodingError: it is not in that encoding, or in one that was not requested.
@@ -58,7 +58,7 @@ class Unpacker:
 
 
 def is_gzip(first: bytes) -> bool:
-    """True where the first piece of a body is gzip's, whatever its header says: no JSON or text begins so."""
+    """True where the first piece of a body is gzip, even if its header says otherwise: no JSON or text starts so."""
     return first[:1] == bytes([_GZIP_FIRST])
 
 

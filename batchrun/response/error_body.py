@@ -1,4 +1,4 @@
-"""What an error body says, in whichever envelope a vendor or gateway puts it. PURE. One reader for all of them.
+"""Reads an error body in any envelope of a vendor or gateway. PURE. One reader for all of them.
 
 The shapes (docs/api.md, "Errors"): an `error` object, text or list; `errors`; a bare string; the vendor's own
 `{"status": {"code", "message", "error_code"}, "data": null}`; FastAPI's `detail`; RFC 9457's `title` and `detail`;
@@ -59,7 +59,7 @@ _WAIT = Pattern(
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """What the body says went wrong. `words` is what it says besides message and code: types, states, reasons.
+    """The failure that the body reports. `words` is its text besides message and code: types, states, reasons.
 
     `status` is the HTTP status that the body itself names, `wait_s` the seconds to wait that it names.
     """
@@ -74,7 +74,7 @@ class Failure(msgspec.Struct, frozen=True):
 def read(body: Any) -> Failure | None:
     """The failure that a decoded body reports; None if it reports none.
 
-    Beside `choices` only `error` counts: an answer may have a `status` or a `message` of its own.
+    Beside `choices` only `error` counts: an answer may also have a `status` or a `message`.
     """
     match body:
         case str() if body.strip():
@@ -89,7 +89,7 @@ def read(body: Any) -> Failure | None:
 
 
 def _of_error(error: Any, body: Mapping[str, Any]) -> Failure:
-    """The failure in `error`, with what stands beside it."""
+    """The failure in `error`, with the fields beside it."""
     if isinstance(error, str):
         message = _first_text(body, _MESSAGE)
         if message is None:
@@ -194,7 +194,7 @@ def _status(fields: Mapping[str, Any], code: str | None) -> int | None:
 
 
 def _words(value: Any, depth: int) -> Iterator[str]:
-    """Every short text in an error object, but for what it repeats of the question."""
+    """Every short text in an error object, except what it repeats of the question."""
     if depth > MAX_DEPTH:
         return
     if isinstance(value, str) and 0 < len(value) <= 300:

@@ -1,4 +1,4 @@
-"""What a finish_reason means, in any vendor's words. PURE: one table; unknown words are judged by their parts.
+"""The meaning of a finish_reason, in any vendor's words. PURE: one table; unknown words are judged by their parts.
 
 The API has four (docs/api.md, "Response"). The others are what vendors and servers send in the same place; docs/api.md,
 "Finish reasons", has their sources. Upper case, hyphens and prefixes such as `FINISH_REASON_` make no difference.
@@ -13,7 +13,7 @@ from batchrun.patterns import Pattern
 
 
 class Meaning(StrEnum):
-    """What a finish_reason says of its answer; `[finish]` has a setting for each but FAILURE, which is retried."""
+    """Meaning of a finish_reason for its answer; `[finish]` has a setting for each but FAILURE, which is retried."""
 
     STOP = "stop"
     """The model came to its end."""
@@ -27,13 +27,13 @@ class Meaning(StrEnum):
     REFUSAL = "refusal"
     """The model itself declined."""
     FAILURE = "failure"
-    """The server broke off, or the model's output was unusable: what there is of it is no answer."""
+    """The server broke off, or the model's output was unusable: the text so far is not an answer."""
     OTHER = "other"
     """Unknown, or missing."""
 
 
 NO_REASON = frozenset({None, "", "null", "none", "None"})
-"""What servers send where they give no reason; Qwen's say "null"."""
+"""Values that servers send without a reason; Qwen's say "null"."""
 
 
 _NAMES: Mapping[Meaning, str] = {
@@ -80,7 +80,7 @@ _HUMP = Pattern(r"(?<=[a-z])(?=[A-Z])")
 
 _PARTS: tuple[tuple[Meaning, Pattern], ...] = (
     (
-        Meaning.FAILURE,  # whatever broke off: "context_deadline_exceeded" is no length, nor is "rate_limit"
+        Meaning.FAILURE,  # it broke off: "context_deadline_exceeded" does not mean LENGTH, nor does "rate_limit"
         Pattern(
             r"abort|cancel|timed?_?out|deadline|crash|(^|_)kill|(^|_)oom(_|$)|out_of_memory|shut_?down|disconnect|connection"
             r"|network|rate_?limit|throttl|quota|overload|unavailable|preempt|evict|interrupt|expired|exception|panic"
@@ -103,8 +103,8 @@ _PARTS: tuple[tuple[Meaning, Pattern], ...] = (
     ),
     (Meaning.FAILURE, Pattern(r"error|(^|_)err(_|$)|fail|exceed|internal|corrupt|malform|invalid|(^|_)fault")),
 )
-"""What a part of an unknown word means; the first that fits counts. A failure that was taken for an answer is a lost
-answer, so words of failure stand on both ends: what broke off before all, a mere "error" after what was filtered."""
+"""Meanings of the parts of an unknown word; the first that fits counts. A failure that is taken for an answer is a lost
+answer, so words of failure are on both ends: first those of a broken connection, last a general "error"."""
 
 _DENIED = Pattern(r"(^|_)(no|not|non|un|without)(_|$)")
 """`no_error` means none."""
@@ -112,7 +112,7 @@ _DENIED = Pattern(r"(^|_)(no|not|non|un|without)(_|$)")
 
 @lru_cache(maxsize=256)
 def meaning_of(reason: str | None) -> Meaning:
-    """What it means: by the table, else by the parts of the word; OTHER where none of them is known.
+    """Its meaning by the table, else by the parts of the word; OTHER where no part is known.
 
     Of a compound such as `content_filter: RECITATION` (Gemini's compatible endpoint) the last known part counts.
     """
@@ -126,7 +126,7 @@ def meaning_of(reason: str | None) -> Meaning:
 
 
 def is_known(reason: str | None) -> bool:
-    """False where its meaning is no more than a guess by its parts, or none."""
+    """False where its meaning is only guessed from its parts, or unknown."""
     return reason in NO_REASON or _in_table(reason) is not None
 
 

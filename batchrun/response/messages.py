@@ -8,7 +8,7 @@ from batchrun.records import FunctionCall
 from batchrun.response import usage as usages
 
 MAX_CALLS = 1024
-"""Of a stream. What counts itself higher is in the raw answer only."""
+"""Of a stream. Calls with a higher index are in the raw answer only."""
 
 
 def text(value: Any) -> str | None:
@@ -27,7 +27,7 @@ def of(choice: dict[str, Any]) -> dict[str, Any] | None:
 
 
 _WITHOUT_TEXT = ("thinking", "redacted_thinking", "reasoning", "refusal")
-"""Content parts that are no part of the answer's text."""
+"""Content parts that do not belong to the answer's text."""
 
 
 def content(value: Any) -> str | None:
@@ -88,7 +88,7 @@ _PASSED_AS = {"function": "arguments", "custom": "input"}
 
 
 class _Called(msgspec.Struct):
-    """What a stream's deltas call: a name, and the pieces of what is passed."""
+    """The call in a stream's deltas: a name, and the pieces of its arguments."""
 
     name: str = ""
     passed: list[str] = []
@@ -110,7 +110,7 @@ class _ToolCall(msgspec.Struct):
     called: dict[str, _Called] = {}
 
     def is_another(self, piece: dict[str, Any]) -> bool:
-        """True for the beginning of another call: it has a name of its own and another id. An id alone says nothing:
+        """True for the beginning of another call: it has a name and another id. An id alone says nothing:
         servers were seen that draw one for each piece.
         """
         named = any(isinstance(part := piece.get(kind), dict) and part.get("name") for kind in _PASSED_AS)
@@ -127,7 +127,7 @@ class _ToolCall(msgspec.Struct):
 
 
 class Message:
-    """The message that a stream's deltas add up to; what none of them has stays null."""
+    """The message that a stream's deltas add up to; fields that no delta has stay null."""
 
     def __init__(self) -> None:
         self._contents: list[str] = []
@@ -137,7 +137,7 @@ class Message:
         self._tool_calls: dict[int, list[_ToolCall]] = {}
 
     def add(self, delta: dict[str, Any], *, is_message: bool = False) -> None:
-        """`is_message`: it stands for a whole message, which may repeat all that came before."""
+        """`is_message`: it is a whole message, which may repeat all earlier text."""
         if (text := content(delta.get("content"))) is not None:
             if is_message and len(text) >= self._chars > 0 and text.startswith("".join(self._contents)):
                 self._contents, self._chars = [], 0

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator
 
 MARK = b"\x00zlib\x00"
-"""No JSON, HTML or event stream begins like this; a body that does is stored as a stream is."""
+"""No JSON, HTML or event stream starts with this; a body that does is stored as a stream is."""
 
 SIZE_BYTES = 8
 """The size of what is packed, big-endian."""
@@ -67,7 +67,7 @@ def plain(answer: bytes) -> bytes:
 
 
 def size(answer: bytes) -> int:
-    """How many plain bytes a stored answer has."""
+    """The number of plain bytes in a stored answer."""
     if not answer.startswith(MARK):
         return len(answer)
     return int.from_bytes(answer[len(MARK) : len(MARK) + SIZE_BYTES], "big")

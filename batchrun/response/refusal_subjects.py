@@ -1,7 +1,7 @@
-"""What the words of a refusal speak of: content, an empty account, a pace, a quota, the key, a parameter. PURE.
+"""The subject of a refusal by its words: content, an empty account, a pace, a quota, the key, a parameter. PURE.
 
 Vendors share status codes and differ in words, so the words decide where a status does not (policy.RULES). Each pattern
-stands beside the vendors whose bodies it was drawn from; tests/unit/test_refusals.py has those bodies.
+names the vendors whose bodies it was drawn from; tests/unit/test_refusals.py has those bodies.
 """
 
 import re
@@ -15,7 +15,7 @@ class Subject(StrEnum):
     CONTENT = "content"
     """The question or answer was blocked for what it says."""
     BROKE = "broke"
-    """There is no money left, in words that mean nothing else."""
+    """No money is left, in words that mean nothing else."""
     ACCOUNT = "account"
     """Money or a plan is mentioned; alone it means an empty account, beside a pace it is an offer to buy more."""
     QUOTA = "quota"
@@ -90,7 +90,7 @@ _PATTERNS: Mapping[Subject, Pattern] = {
         r"|invalidapikey",
         _I,
     ),
-    # llama.cpp says so with a 500 of what its model can't do, such as images: a retry is in vain
+    # llama.cpp sends this with a 500 for what its model can't do, such as images: a retry fails again
     Subject.UNABLE: Pattern(r"\bnot (supported|implemented)\b|\bunsupported\b", _I),
     # OpenAI's flex processing ("Resource Unavailable"), Groq's (498, "capacity_exceeded")
     Subject.CAPACITY: Pattern(
@@ -110,7 +110,7 @@ _PATTERNS: Mapping[Subject, Pattern] = {
 }
 
 _URL = Pattern(r"https?://[^\s\"'<>)\]]*", _I)
-"""Addresses are no words: a page on policies is named by outages as well."""
+"""Not searched for words: errors of an outage may also link to a page on policies."""
 
 _JUDGED = Pattern(
     r"content[ _-]?(management[ _-]?|filtering[ _-]?)?polic(y|ies)"
@@ -132,7 +132,7 @@ _JUDGED = Pattern(
     r"|контент.{0,40}(заблок|запрещ|наруша)|наруша.{0,40}(политик|правил)|недопустим",
     _I,
 )
-"""A judgement on what was said. `content_policy` is the vendor's own name for it."""
+"""A judgement on the text. `content_policy` is the vendor's own name for it."""
 
 _OF_CONTENT = Pattern(
     r"content[ _-]?(filter|moderation|safety|inspection|check|blocked|violation|restrict|not allowed|risk)"
@@ -152,7 +152,7 @@ _OUT_OF_ORDER = Pattern(
     # a policy for machines
     r"|\b(network|pod|security|authori[sz]ation|access|routing|latency|memory|data|admission|load|retry|cache|rate|egress"
     r"|shedding|scheduling|placement|resource|privacy|cors|origin|quota) (usage )?(polic|guideline)|\brbac\b"
-    # who is blocked is no text
+    # a blocked account or address, not a blocked text
     r"|\b(account|organi[sz]ation|team|project|region|country|location|access|address|ip|key|token|deployment|host|model"
     r"|thread|loop|queue|pool|worker|process|port)s? ((has|have) )?(is|are|was|were|been|being|got|gets|remains?) "
     r"(temporarily )?(blocked|flagged|suspended|restricted|banned|disabled)"
@@ -166,8 +166,8 @@ _OUT_OF_ORDER = Pattern(
     r"|manutenzione|tiempo de espera|недоступ|перегруж|временно",
     _I,
 )
-"""What only a server that is out of order says, or one that refuses an account, an address or a connection. It
-outweighs any word of content: to send a blocked row once more costs little, an outage taken for content loses answers.
+"""Words that only a broken server uses, or one that refuses an account, an address or a connection. They outweigh words
+of content: to send a blocked row again costs little, an outage mistaken for a content refusal loses answers.
 """
 
 _OF_TROUBLE = Pattern(

@@ -85,7 +85,7 @@ def _delta(delta: Body) -> Body:
 
 
 def _message(output: Any) -> Body:
-    """What the items of `output` say together: the text of its messages and the calls of functions. Reasoning, and
+    """The joined items of `output`: the text of its messages and the calls of functions. Reasoning, and
     what tools of the server's did, stay in the raw answer.
     """
     texts: list[str] = []

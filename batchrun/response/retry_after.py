@@ -1,4 +1,4 @@
-"""How long a server wants the client to wait: Retry-After (RFC 9110, section 10.2.3), and durations in words. PURE."""
+"""Reads the wait that a server wants: Retry-After (RFC 9110, section 10.2.3), and durations in words. PURE."""
 
 import email.utils
 import re
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 
 LEAST_EPOCH_S = 1.5e9
-"""A larger number of seconds is no wait but a moment, in seconds since 1970 or, a thousand times as large, in ms."""
+"""A larger number of seconds is not a wait but a time: seconds since 1970 or, if a thousand times as large, ms."""
 
 MOST_RESET_S = 86_400.0
 
@@ -22,7 +22,7 @@ RESETS = (
     ("x-rate-limit-remaining", "x-rate-limit-reset"),
     ("ratelimit-remaining", "ratelimit-reset"),
 )
-"""What is left of a limit, and when it resets (docs/servers.md has who sends which)."""
+"""The rest of a limit, and its reset (docs/servers.md has who sends which)."""
 
 _DURATION = re.compile(
     r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>ms|milliseconds?|s|sec(?:ond)?s?|m|min(?:ute)?s?|h|hours?)"
@@ -53,7 +53,7 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def reset_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds until the limit that a 429 met holds again, by its rate limit headers; None where they don't say.
+    """Seconds until the limit behind a 429 resets, by its rate limit headers; None where they don't say.
 
     The latest reset of the limits that are used up; without a `remaining` no one knows which one it is, and the
     earliest counts. A reset that is more than a day away is ignored: no limit lasts longer, and some units are unknown.
@@ -72,7 +72,7 @@ def reset_s(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def _stated(headers: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """What each limit has left and when it resets, as texts."""
+    """The rest and the reset of each limit, as texts."""
     for remaining, reset in RESETS:
         if text := headers.get(reset, "").strip():
             yield headers.get(remaining, "").strip(), text
@@ -102,7 +102,7 @@ def _reset_in_s(text: str, now: float) -> float | None:
 
 
 def duration_s(text: str) -> float | None:
-    """A number of seconds, `32s`, `7m12.5s` or `8 seconds`, in seconds; None where it is none of these."""
+    """A number of seconds, `32s`, `7m12.5s` or `8 seconds`, in seconds; None for any other text."""
     if len(text) > 60:
         return None
     if (seconds := _number(text)) is not None:
@@ -129,7 +129,7 @@ def _moment(text: str) -> float | None:
 
 
 def _timestamp(parse: Callable[[str], datetime], text: str) -> float | None:
-    """Seconds since 1970; None where `text` is no date."""
+    """Seconds since 1970; None where `text` is not a date."""
     try:
         date = parse(text)
         # a date without a zone is UTC too, as in asctime's form, which RFC 9110 still allows

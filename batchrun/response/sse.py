@@ -1,7 +1,7 @@
 """Server-sent events, decoded as their bytes arrive: however the bytes are split, they give the same events. PURE.
 
 Source: WHATWG HTML, section "Server-sent events", "Parsing an event stream": lines end with LF, CR or CRLF, a BOM may
-come first, a line that begins with a colon is a comment, the `data` lines of an event are joined by LF. Only `data` and
+come first, a line that starts with a colon is a comment, the `data` lines of an event are joined by LF. Only `data` and
 `event` mean something here.
 """
 

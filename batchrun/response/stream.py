@@ -1,6 +1,6 @@
-"""A streamed answer while it arrives: its first token and its end are noticed, its bytes are kept small and clean.
+"""A streamed answer while it arrives: detects its first token and its end, keeps its bytes packed and redacted.
 
-What it says is read when it has ended, as it is read from the disk (`answer.read`).
+Its content is parsed after its end, like an answer from the disk (`answer.read`).
 """
 
 from batchrun.credentials import Cleaner
@@ -9,7 +9,7 @@ from batchrun.response.answer import has_token, is_done
 from batchrun.response.packed import Packer
 
 PACK_BYTES = 16_384
-"""What is gathered before it is packed: packing event by event costs three times as much."""
+"""Bytes gathered before they are packed: packing event by event costs three times as much."""
 
 
 class Stream:
@@ -37,7 +37,7 @@ class Stream:
             self.done = self.done or is_done(event.data)
 
     def stored(self) -> bytes:
-        """All that came, as it is stored, without the key. Call it once, at the end."""
+        """All received bytes in their stored form, without the key. Call it once, at the end."""
         self._pack()
         self._packer.feed(self._cleaner.finish())
         return self._packer.finish()

@@ -1,5 +1,5 @@
 """An offline count of tokens for answers that came without usage. For a line of the report, and for nothing else: no
-row, total or cost is made of it. PURE, but for loading a tokenizer.
+row, total or cost is made of it. PURE, except for loading a tokenizer.
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 It takes what `answer.read` would read in the same way, at a fifth of the cost (docs/benchmarks.md), and leaves every
 surprise to it: a field of another type, a second choice, a call, an error, a usage in other words. The two agree
-wherever this one accepts (tests/unit/test_typed_reader.py), but for `flagged`: a number too large for a double is not
+wherever this one accepts (tests/unit/test_typed_reader.py), except `flagged`: a number too large for a double is not
 noticed in a field that neither reads.
 """
 
@@ -74,7 +74,7 @@ _decode = msgspec.json.Decoder(_Completion).decode
 
 
 def read(body: bytes) -> Answer | None:
-    """What the body says; None where it is not the common answer, whatever else it is."""
+    """The body as an answer; None where it does not have the common shape."""
     try:
         if not body.isascii():
             body.decode()  # msgspec does not look into the text of fields that it skips

@@ -1,4 +1,4 @@
-"""What an answer says that it used and cost, in the words of any vendor. PURE.
+"""Reads the usage and cost that an answer states, in any vendor's words. PURE.
 
 The common shape, OpenAI's, is read at once. All others are read by tables of names, drawn from the extractors of the
 price list `genai-prices` and the vendors' pages; docs/golden_bills.md has an example of each with its bill.
@@ -16,10 +16,10 @@ MAX_COUNT = 10**9
 MAX_UNSTATED = 65_536
 """Tokens that a total may have beyond prompt and completion where nothing states them. Gemini's compatible endpoint
 hides its thinking there, and answers with no more (ai.google.dev, "Models": output token limit). A larger total adds up
-several requests, and is not believed."""
+several requests, and is ignored."""
 
 MAX_USD = 1_000_000
-"""What no answer costs; a larger statement is not one of US dollars."""
+"""No answer costs this much; a larger figure is not in US dollars."""
 
 PICO = Decimal("1e-12")
 TICKS_PER_USD = 10**10
@@ -38,7 +38,7 @@ _READ_ONLY = frozenset({"cached_tokens", "audio_tokens", "text_tokens", "image_t
 Path = tuple[str, ...]
 
 _PROMPT: tuple[Path, ...] = (
-    ("prompt_tokens",),  # OpenAI and who follows it
+    ("prompt_tokens",),  # OpenAI and its imitators
     ("input_tokens",),  # Anthropic, OpenAI's Responses
     ("promptTokenCount",),  # Google
     ("prompt_token_count",),  # Google's own client
@@ -138,7 +138,7 @@ def of(usage: Any) -> Usage | None:
 
 
 def found_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The object that states a usage, or a part of one or a cost, in an event of a stream; but for those of choices."""
+    """The object that states a usage, or a part of one or a cost, in an event of a stream, except those of choices."""
     for usage in of_answer(body):
         if _first(usage, (*_PROMPT, *_COMPLETION)) is not None or _reported_cost({"usage": usage}) is not None:
             return usage
@@ -146,7 +146,7 @@ def found_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, Any]:
-    """What two events of one stream state together: the later counts, but for nulls and zeros.
+    """The usage of two events of one stream: the later counts, except nulls and zeros.
 
     A later event that states a prompt of 0 and a completion leaves the prompt as it was (proxies of Anthropic's
     streams). Where its completion is smaller than the one before, it states what is new, and both are added.
@@ -173,7 +173,7 @@ def _is_more_than_zero(value: Any) -> bool:
 
 
 def in_choice(choice: Any) -> dict[str, Any] | None:
-    """The object in which a choice states a usage of its own."""
+    """The object in which a choice states its usage."""
     usage = choice.get("usage") if isinstance(choice, dict) else None
     return usage if isinstance(usage, dict) else None
 
@@ -310,7 +310,7 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
 
 
 def _plausible(total: int, stated: int, reasoning: int | None) -> int:
-    """The total, or what is stated apart from it where it is too large for one answer."""
+    """The total; the counts stated beside it if the total is too large for one answer."""
     return stated if total - stated > max(MAX_UNSTATED, reasoning or 0) else total
 
 

@@ -1,4 +1,4 @@
-"""A strict local stand-in for the chat-completions API of docs/api.md, as a process of its own.
+"""A strict local stand-in for the chat-completions API of docs/api.md, as a separate process.
 
 It shares nothing with the rest of batchrun but the errors, so that it can check it: the simulator's ledger is the truth
 about what was served and billed.

@@ -48,7 +48,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     retry_after: str | None = None
     body: str = ""
     body_base64: bytes = b""
-    """What `body` sends where it is not text; replaces `body`."""
+    """The bytes of a body that is not text; replaces `body`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:

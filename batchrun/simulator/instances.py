@@ -11,7 +11,7 @@ from batchrun.simulator.refusal import Refused
 from batchrun.simulator.schemas import CompiledSchema, Schema, compiled
 
 _TRIES = 8  # draws at one place before it counts as impossible
-_SHALLOW = 4  # below this depth optional things are left out, so that recursive schemas come to an end
+_SHALLOW = 4  # below this depth optional things are left out, so that recursive schemas end
 _DEEPEST = 40  # far below Python's own limit on recursion, of which a level here takes several frames
 _MOST_NODES = 5_000  # bounds the work a hostile or huge schema may cause
 _LONGEST_TEXT = 100_000  # characters; bounds the same
@@ -217,7 +217,7 @@ def _may_nest(schema: Schema | bool) -> bool:
 
 
 def _join(left: Schema, right: Schema) -> dict[str, Any]:
-    """Both schemas' rules, as nearly as one rule can stand for two of a kind."""
+    """Both schemas' rules, as far as one rule can express two of a kind."""
     joined = dict(left)
     for keyword, operand in right.items():
         if keyword not in left:

@@ -46,9 +46,9 @@ class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_tokens: int
     """Part of `completion_tokens`."""
     connection: int
-    """Which connection, counted from 1."""
+    """The number of the connection, from 1."""
     connection_request: int
-    """Which request on that connection, counted from 1: above 1 it was reused."""
+    """The number of the request on that connection, from 1: above 1 it was reused."""
 
 
 class Ledger:

@@ -37,7 +37,7 @@ class Bucket:
 
     def __init__(self, per_minute: int, now_s: float, burst_s: float = BURST_S) -> None:
         self._burst_s = burst_s
-        self._level = math.inf  # `change` brings it down to the capacity
+        self._level = math.inf  # `change` lowers it to the capacity
         self._at_s = now_s
         self._per_s = 0.0
         self.capacity = math.inf
@@ -52,7 +52,7 @@ class Bucket:
         self._level = min(self.capacity, self._level)
 
     def level(self, now_s: float) -> float:
-        """What can be taken now; below 0 after an amount larger than the bucket was taken."""
+        """The amount that can be taken now; below 0 after an amount larger than the bucket was taken."""
         self._level = min(self.capacity, self._level + (now_s - self._at_s) * self._per_s)
         self._at_s = now_s
         return self._level
@@ -154,5 +154,5 @@ def duration_text(seconds: float) -> str:
 
 
 def _milliseconds(seconds: float) -> int:
-    """Rounded up, but for the last bits of floating point."""
+    """Rounded up, ignoring the last bits of floating point."""
     return max(0, math.ceil(seconds * 1_000 - 1e-6))

@@ -23,7 +23,7 @@ _MACHINES = 500  # so many that a machine chosen by chance is rarely warm, as be
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """Where a prompt goes, and the digest of each of its cacheable prefixes, shortest first."""
+    """The machine of a prompt, and the digest of each of its cacheable prefixes, shortest first."""
 
     routed_by: bytes
     prefixes: tuple[bytes, ...]
@@ -52,7 +52,7 @@ class PromptCache:
         return machine
 
     def look_up(self, prompt: Prompt, machine: int, now_s: float) -> int:
-        """How many tokens of the prompt the machine has."""
+        """The number of the prompt's tokens that the machine has."""
         for index in range(len(prompt.prefixes) - 1, -1, -1):
             if self._kept_until_s.get((machine, prompt.prefixes[index]), 0.0) > now_s:
                 self.keep(msgspec.structs.replace(prompt, prefixes=prompt.prefixes[: index + 1]), machine, now_s)
@@ -66,7 +66,7 @@ class PromptCache:
 
 
 def prompt_of(request: ChatRequest) -> Prompt:
-    """What the cache sees of a request: tools, schema and messages, in that order."""
+    """The parts of a request that the cache reads: tools, schema and messages, in that order."""
     parts: list[bytes] = []
     if request.functions or request.tools:
         parts.append(msgspec.json.encode((request.functions, request.tools)))

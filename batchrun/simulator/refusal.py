@@ -1,4 +1,4 @@
-"""How the simulator refuses a request: a status and an OpenAI-like error body."""
+"""A refusal by the simulator: a status and an OpenAI-like error body."""
 
 import msgspec
 

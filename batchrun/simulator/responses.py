@@ -99,7 +99,7 @@ def _message(item: Any, place: str) -> Fields:
             if not isinstance(content, list):
                 return {"role": role, "content": content}
             return {"role": role, "content": [_part(part, f"{place}.content") for part in content]}
-    raise Refused(400, f"Invalid value: {place} is no item of a known type", code="invalid_value", param=place)
+    raise Refused(400, f"Invalid value: {place} is not an item of a known type", code="invalid_value", param=place)
 
 
 def _part(part: Any, place: str) -> Fields:

@@ -1,7 +1,7 @@
 """JSON Schemas of requests: validated once each, and ready to validate parts of an answer. PURE.
 
-`jsonschema_rs` validates. What stands here is what drawing a value needs on top of it: a validator for any part of a
-schema, and the target of a reference.
+`jsonschema_rs` validates. This module adds what drawing a value needs: a validator for any part of a schema, and the
+target of a reference.
 """
 
 from collections.abc import Mapping

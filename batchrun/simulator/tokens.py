@@ -8,7 +8,7 @@ from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat
 BYTES_PER_TOKEN = 4  # English prose under the usual vocabularies
 _MESSAGE_TOKENS = 4  # the frame around each message
 _REPLY_TOKENS = 3  # the start of the reply
-_IMAGE_TOKENS = {"low": 85, "high": 765, "auto": 765}  # one size stands for all
+_IMAGE_TOKENS = {"low": 85, "high": 765, "auto": 765}  # one size for all images
 # What OpenAI documents of prompt caching: prefixes from 1,024 tokens on, in steps of 128.
 CACHE_FROM_TOKENS = 1_024
 CACHE_STEP_TOKENS = 128

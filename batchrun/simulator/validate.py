@@ -292,7 +292,7 @@ _SIGNATURES = {
 
 
 def _image_complaint(url: str) -> str | None:
-    """What is wrong with an image's URL; None: nothing. No image is fetched."""
+    """The error in an image's URL; None: it is valid. No image is fetched."""
     if re.match(r"https?://[^/\s]+", url):
         return None
     start = _DATA_URL.match(url)

@@ -1,4 +1,4 @@
-"""What an input file is by its first bytes, and its content unpacked."""
+"""Recognises an input file by its first bytes, and unpacks its content."""
 
 import gzip
 import io
@@ -20,7 +20,7 @@ from batchrun.storage.objects import InputFile, RemoteFile
 Content = Literal["parquet", "gzip", "zstd", "plain"]
 Format = Literal["jsonl", "parquet", "csv"]
 _MAGIC: dict[bytes, Content] = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # a zstd frame without data, RFC 8878 3.1.2 (pzstd begins so)
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # a zstd frame without data, RFC 8878 3.1.2 (pzstd starts so)
 BOM = b"\xef\xbb\xbf"
 CSV_ENDINGS = (".csv", ".tsv", ".tab", ".psv")
 
@@ -28,7 +28,7 @@ CSV_ENDINGS = (".csv", ".tsv", ".tab", ".psv")
 def format_of(path: InputFile) -> Format:
     """The format in which the file is read. Its content decides; for text, its name (`CSV_ENDINGS`, also compressed).
 
-    A file with a CSV name that begins with "{" is read as JSON lines.
+    A file with a CSV name that starts with "{" is read as JSON lines.
 
     Raises:
         InputError: the file can't be read, or is named like a Parquet file and is not one.
@@ -67,7 +67,7 @@ def _of_a_copy(path: InputFile) -> Iterator[Path]:
 
 
 def content_of(path: InputFile) -> Content:
-    """What the file is by its first bytes.
+    """The kind of file, by its first bytes.
 
     Raises:
         InputError: the file is unreadable, not a regular file, in a format that batchrun does not read, or is named
@@ -90,7 +90,7 @@ def content_of(path: InputFile) -> Content:
 
 
 def classify(head: bytes, path: InputFile) -> Content:
-    """What content that begins with `head` is.
+    """The kind of content that starts with `head`.
 
     Raises:
         InputError: a format or encoding that batchrun does not read; the message says how to convert the file.
@@ -125,7 +125,7 @@ def blocks(file: InputFile, offset: int, block_bytes: int) -> Iterator[bytes]:
 
 
 DAMAGED = (OSError, EOFError, zlib.error)
-"""What a cut or damaged compressed stream raises."""
+"""The exceptions for a cut or damaged compressed stream."""
 
 
 @contextmanager

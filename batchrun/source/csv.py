@@ -78,7 +78,7 @@ def batches(path: InputFile, skip: int) -> Iterator[pa.RecordBatch]:
     for block_bytes in BLOCK_BYTES:
         try:
             with _reading(path, schema, block_bytes) as reader:
-                to_skip = skip  # a longer row met with the smaller block is read again, after what was yielded
+                to_skip = skip  # if a row is longer than the smaller block, read again and skip what was yielded
                 for block in reader:
                     for first in range(min(to_skip, block.num_rows), block.num_rows, BATCH_ROWS):
                         batch = block.slice(first, BATCH_ROWS)

@@ -22,7 +22,7 @@ def find_files(path: str, filters: Filters = _ALL, access: Access = Access()) ->
     those in folders named `key=value`, the ones that match the `filters`; no other is opened.
 
     A directory means its own files and those in its folders named `key=value`, at every depth. In directories and
-    globs, names that begin with "." or "_" are left out, files and folders both, as Spark and Hive do (`_SUCCESS`,
+    globs, names that start with "." or "_" are left out, files and folders both, as Spark and Hive do (`_SUCCESS`,
     `_temporary`), and so are checksums (`.crc`), Hadoop's markers of folders (`_$folder$`) and what editors leave
     (`~`, `.swp`). A link to a folder above it is not followed.
 
@@ -93,7 +93,7 @@ def _matches(path: str) -> list[Path]:
 
 
 def _glob(path: str) -> Iterable[str]:
-    """What the pattern matches. `**` follows no link to a folder above it, which `glob` would follow forty times."""
+    """Files that the pattern matches. `**` follows no link to a folder above it; `glob` would follow it forty times."""
     above, stars, rest = path.partition("**")
     if not stars or (above and not above.endswith("/")) or (rest and not rest.startswith("/")):
         return glob.glob(path)  # noqa: PTH207

@@ -16,8 +16,8 @@ COPY_BYTES = 1 << 20  # any size does that makes few reads and needs little memo
 
 
 class FileIdentity(msgspec.Struct, frozen=True):
-    """Distinguishes a file from its replacement without reading it. `etag` is that of an object store, which then
-    stands for the time, too.
+    """Distinguishes a file from its replacement without reading it. `etag` is that of an object store, and then
+    replaces the time, too.
     """
 
     path: str

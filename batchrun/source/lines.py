@@ -100,7 +100,7 @@ def _depth(line: bytes) -> int:
 
 
 def _problem(line: bytes, error: Exception) -> str:
-    """What is wrong with a line that can't be decoded, most telling cause first."""
+    """The error in a line that can't be decoded, the most specific cause first."""
     if (problem := _encoding_problem(line)) is not None:
         return problem
     if isinstance(error, RecursionError):
@@ -149,7 +149,7 @@ def _syntax_problem(line: bytes, message: str) -> str:
     if message == "Input data was truncated":
         return f"the JSON ends too early, at byte {len(line)}"
     if line.lstrip()[:1] not in (b"{", b"["):
-        return "it is not JSON: it does not begin with `{`; CSV is read from files named .csv or .tsv only"
+        return "it is not JSON: it does not start with `{`; CSV is read from files named .csv or .tsv only"
     if "trailing characters" in message:
         at = message.partition("(byte ")[2].rstrip(")")
         if b"\r" in line.strip():

@@ -2,7 +2,7 @@
 
     {"lang": ["de", "en"], "day": ">=2026-11-01"}
 
-A text or a number is that value, a list any of its values. A text that begins with `=`, `!=`, `<`, `<=`, `>` or `>=`
+A text or a number is that value, a list any of its values. A text that starts with `=`, `!=`, `<`, `<=`, `>` or `>=`
 compares, and all comparisons of a list must hold. Two integers are compared as numbers (`month=01` is 1), all else as
 text, in which dates of the form 2026-11-01 are in order. As in SQL, no comparison is true of a null key; its own name,
 `__HIVE_DEFAULT_PARTITION__`, is equal to it.

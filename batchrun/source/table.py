@@ -13,7 +13,7 @@ from batchrun.errors import InputError
 from batchrun.source import csv, hive, parquet, unify
 from batchrun.source.content import Format, format_of
 from batchrun.source.rows import rows_of
-from batchrun.source.window import START, Position, Record, Span, Window
+from batchrun.source.window import START, Position, Record, Span, Window, size_of
 from batchrun.storage.objects import InputFile
 
 
@@ -108,7 +108,7 @@ class TableSource:
                     continue
                 part, run = run.part(0, max(1, fitting)), run.part(max(1, fitting))
                 parts.append(part.rows)
-                rows, size, end = rows + part.rows.num_rows, size + _size_of(part.rows), part.after()
+                rows, size, end = rows + part.rows.num_rows, size + size_of(part.rows), part.after()
         if parts:
             yield self._window(parts, end)
 
@@ -141,7 +141,7 @@ class TableSource:
             for batch in self._module.column(file, name):
                 try:
                     values = [row[name] for row in rows_of(batch)]
-                except ValueError:  # a value that Python can't hold, which the check of its own record names
+                except ValueError:  # a value that Python can't hold; the check of its record reports it
                     values = [None] * batch.num_rows
                 yield from enumerate(values, ordinal)
                 ordinal += batch.num_rows
@@ -197,12 +197,7 @@ def _require_single_names(what: str, names: list[str], where: str = "") -> None:
         raise InputError(f"{what} named '{twice}'{where}; rename one")
 
 
-def _size_of(rows: pa.RecordBatch) -> int:
-    """Bytes of the rows without dictionaries, which belong to the whole file."""
-    return sum((c.indices if isinstance(c, pa.DictionaryArray) else c).nbytes for c in rows.columns)
-
-
 def _fitting(rows: pa.RecordBatch, max_rows: int, max_bytes: int) -> int:
     """How many rows from the first on stay within both limits."""
     counts = range(1, min(rows.num_rows, max_rows) + 1)
-    return bisect_right(counts, max_bytes, key=lambda count: _size_of(rows.slice(0, count)))
+    return bisect_right(counts, max_bytes, key=lambda count: size_of(rows.slice(0, count)))

@@ -1,4 +1,5 @@
-"""Recognises files that batchrun does not read, and names the command that converts each one. PURE but for free names.
+"""Recognises files that batchrun does not read, and names the command that converts each one. PURE, but it looks
+for free file names.
 
 Magic numbers are from each format's specification. A spreadsheet is a zip archive; its members say which kind it is.
 Every command has been run on such a file (tests/run/test_unsupported_files.py). None overwrites an existing file.
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from batchrun.errors import InputError
 
-HEAD_BYTES = 512  # the header of a tar archive, whose magic stands farthest from the start
+HEAD_BYTES = 512  # the header of a tar archive, whose magic is farthest from the start
 
 _PYARROW = (
     "{python} -c 'import sys, pyarrow.%s as f, pyarrow.parquet as p; p.write_table(%s, sys.argv[2])' {file} {new}"
@@ -30,7 +31,7 @@ _ICONV = "iconv -f %s -t UTF-8 {file} > {new}"
 _UNWRAP = "jq -c '.[]' {file} > {new}"
 
 _Conversion = tuple[str, str, str | None]
-"""What the file is, the command, and the ending of the new file: None = the file's own ending, "" = a folder."""
+"""The kind of file, the command, and the ending of the new file: None = the file's own ending, "" = a folder."""
 
 _CONVERTED: dict[bytes, _Conversion] = {
     b"BZh": ("is compressed with bzip2", "bzip2 -dc {file} > {new}", None),
@@ -79,7 +80,7 @@ _DUCK_MAGIC_AT = 8  # after a checksum of the first block
 _TAR_MAGIC_AT = 257  # pax(1), "ustar Interchange Format"
 _COMPRESSED = (".bz2", ".xz", ".lz4", ".sz", ".snappy", ".zz", ".zlib", ".gz", ".zst", ".zstd")
 
-_ENCODINGS = {  # longest first: UTF-32's mark begins with UTF-16's
+_ENCODINGS = {  # longest first: UTF-32's mark starts with UTF-16's
     b"\xff\xfe\x00\x00": "UTF-32LE",
     b"\x00\x00\xfe\xff": "UTF-32BE",
     b"\xff\xfe": "UTF-16LE",
@@ -96,7 +97,7 @@ _MARKUP = re.compile(_LEADING + rb"<(?:!doctype html|html|\?xml)", re.IGNORECASE
 
 
 def refuse(head: bytes, path: Path, packed: str | None = None) -> None:
-    """Reject content that begins with `head` if it is in a known format or encoding that batchrun does not read.
+    """Reject content that starts with `head` if it is in a known format or encoding that batchrun does not read.
 
     `packed`: the tool that unpacks `path`, if `head` was read from inside its compression.
 
@@ -150,12 +151,12 @@ def refuse_table(folder: Path) -> None:
 
 
 def unpack_hint(tool: str, path: Path) -> str:
-    """What to do with a compressed file whose content is not text."""
+    """Advice for a compressed file whose content is not text."""
     return "unpack it first: " + _filled(f"{tool} -dc {{file}} > {{new}}", path, None)
 
 
 def encoding_hint(encoding: str, path: Path) -> str:
-    """What to do with a text file in another encoding."""
+    """Advice for a text file in another encoding."""
     return "convert it with: " + _filled(_ICONV % encoding, path, None)
 
 
@@ -189,13 +190,13 @@ def _filled(command: str, path: Path, ending: str | None, beside: Path | None = 
     stem = str(base.with_suffix(""))
     names = (f"{stem}{'.converted' if n else ''}{n if n > 1 else ''}{ending}" for n in count())
     new = next(name for name in names if not os.path.lexists(name))
-    # so that a name that begins with a dash is not read as an option
+    # so that a name that starts with a dash is not read as an option
     file, new = (shlex.quote(f"./{name}" if name.startswith("-") else name) for name in (str(path), new))
     return command.format(file=file, new=new, python=shlex.quote(sys.executable))
 
 
 def _archive(path: Path) -> _Conversion:
-    """What a zip archive is, judged by its members."""
+    """The kind of a zip archive, by its members."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -34,7 +34,7 @@ class Span(msgspec.Struct, frozen=True):
     records: int
 
     def enter(self, position: Position) -> Position:
-        """Where to read from if `position` is wanted: not before the span."""
+        """The first place to read for `position`: not before the span."""
         return position if position.ordinal > self.start.ordinal else self.start
 
 
@@ -54,12 +54,12 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def place(self) -> str:
-        """Where a person finds the record in the input."""
+        """The record's place in the input, for people."""
         return f"{self.origin}{self.number}"
 
 
 class Window(msgspec.Struct, frozen=True):
-    """Consecutive accepted records in the form in which they are stored, and where the next window begins.
+    """Consecutive accepted records in the form in which they are stored, and where the next window starts.
 
     `table` has one chunk per column, so it can be written in batches of any size to an Arrow IPC file
     (which can't hold a dictionary that changes between batches). JSONL: one column `line`, see `LINES`.
@@ -95,3 +95,8 @@ class Source(Protocol):
 
 LINES = pa.schema([pa.field("line", pa.large_binary(), nullable=False)], metadata={"batchrun.window": "jsonl lines"})
 """The schema of a JSONL window. The metadata distinguishes it from a Parquet file with a column `line`."""
+
+
+def size_of(rows: pa.RecordBatch) -> int:
+    """Bytes of the rows without dictionaries: a dictionary belongs to the whole file and is as large for fewer rows."""
+    return sum((c.indices if isinstance(c, pa.DictionaryArray) else c).nbytes for c in rows.columns)

@@ -1,1 +1,1 @@
-"""What a start finds and is about to do: the check pass, a changed input, a retry, an estimate."""
+"""Prepares a start: the check pass, a changed input, a retry, an estimate."""

@@ -1,4 +1,4 @@
-"""What a prompt cache can serve of a job's requests, and what that is worth at the job's prices, in words. PURE."""
+"""How much of a job's requests a prompt cache can serve, and how much money that saves, in words. PURE."""
 
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
@@ -25,10 +25,10 @@ def in_words(shared: SharedText, job: Job, tables: Mapping[str, PriceTable | Non
         size = sum(len(group.common) * group.rows for group in groups) // rows
         saved = [_saved(group.tokens * (group.rows - 1), tables.get(group.model), job) for group in groups]
         known = [usd for usd in saved if usd is not None]
-        worth = f"; cached, they cost ${sum(known):,.4f} less" if len(known) == len(saved) else ""
+        saving = f"; cached, they cost ${sum(known):,.4f} less" if len(known) == len(saved) else ""
         yield (
             f"prompt cache {rows:,} of {plural(shared.rows, 'row')} begin alike in {plural(len(groups), 'group')}: "
-            f"{size:,} bytes, about {held // rows:,} tokens each, {share:.0%} of all prompts{worth}"
+            f"{size:,} bytes, about {held // rows:,} tokens each, {share:.0%} of all prompts{saving}"
         )
         if not job.request.cache_prefix:
             yield "             request.cache_prefix = true sends one row of each group first, and the others behind it"
@@ -40,10 +40,10 @@ def in_words(shared: SharedText, job: Job, tables: Mapping[str, PriceTable | Non
         less = None
         if len(tables) == 1:
             less = _saved(tokens * (shared.rows - 1), next(iter(tables.values())), job)
-        worth = "" if less is None else f", and all rows cost up to ${less:,.4f} less"
+        saving = "" if less is None else f", and all rows cost up to ${less:,.4f} less"
         yield (
-            f"warning: row data stands before about {tokens:,} tokens that all rows share (from {quoted!r} on), "
-            f"where no prompt cache finds them; put row data last{worth}"
+            f"warning: row data comes before about {tokens:,} tokens that all rows share (from {quoted!r} on), "
+            f"where no prompt cache finds them; put row data last{saving}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which rows take an answer without a request: found once, from the request keys of the input that was just checked.
+"""Finds the rows that take an answer without a request: once, from the request keys of the input that was just checked.
 
 Keys are spread over buckets, so equal ones are together. Against each bucket every earlier result is read once, keys
 only: nothing of it is held but the places of the answers that are wanted. Memory does not grow with the number of
@@ -29,11 +29,11 @@ from batchrun.store.origins import OldFile, Origins, OriginsWriter
 from batchrun.tables.old_answers import OldAnswers
 
 MOST_READS = 48
-"""How often each earlier result is read at most: once a bucket, so there are no more buckets then."""
+"""How often each earlier result is read at most: once per bucket, so this also bounds the buckets."""
 
 
 def wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | None:
-    """What the origins of a run's rows are made of, as the job says now; None where every row is to be sent."""
+    """The settings for the origins of a run's rows, by the present job; None where every row is sent."""
     named = sources(job)
     if not (named or job.input.dedupe):
         return None
@@ -41,7 +41,7 @@ def wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | No
 
 
 def still_holds(made: Origins | None, now: Origins | None, path: Path) -> bool:
-    """Whether the origins that were found before are those that would be found now."""
+    """Whether a search for origins would find the same again."""
     if made is None or now is None:
         return now is None
     if made.made_of() != now or not all(map(is_unchanged, made.files)):
@@ -127,7 +127,7 @@ def _take_earlier(equal: _EqualRows, earlier: Sequence[EarlierResult], now: Orig
                 # of the first result that has any answer to the key: another may have the same ones, reused
                 if is_found[place] or (fresh[place] and not others):
                     continue
-                # equal rows that are sent take an answer of their own each
+                # each of several equal rows that are sent takes a different answer
                 taker = others.pop(0) if fresh[place] and others else equal.first[place]
                 writer[taker] = origins.earlier(number, row)
                 fresh[place] = 1
@@ -149,7 +149,7 @@ def _matches(file: OldFile, keys: "pa.Array[Any]", now: Origins) -> Iterator[tup
 
 
 def in_words(made: Origins) -> str | None:
-    """What a start says of the rows that are not sent; None where all are."""
+    """The start's line on the rows that are not sent; None where all are sent."""
     parts = []
     if made.reused:
         parts.append(f"{made.reused:,} reused")

@@ -1,7 +1,7 @@
 """A changed input or job: finds which answers still fit, and arranges the rows in new chunks.
 
 Answers are matched with rows by request key: a line that was inserted at the top sends one row. Answers that no row
-needs any more were paid for in vain, so the user must accept that.
+needs any more are money lost, so the user must accept that.
 """
 
 import functools
@@ -32,9 +32,9 @@ from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table
 
 
 class Changes(msgspec.Struct, frozen=True):
-    """What changed, and what it means for answers: `kept` still fit, no row needs the `dropped` ones.
+    """The changes, and their effect on answers: the `kept` ones still fit, no row needs the `dropped` ones.
 
-    A row that ended as `error` is not an answer: it stays with its request, and is no loss without it. `in_place`:
+    A row that ended as `error` is not an answer: it stays with its request, and nothing is lost without it. `in_place`:
     every answer stays in its row. `fewer`: so many rows less than `before`, of which some were `pending`.
     `carried` of the rows without an answer take one without a request.
     `mean_cost_usd`: the mean of a row so far.
@@ -77,10 +77,10 @@ class Changes(msgspec.Struct, frozen=True):
         fewer = f"; {self.fewer:,} fewer than before" if self.fewer else ""
         if self.carried:
             fewer = f"; {self.carried:,} without a request{fewer}"
-        vain = "" if not self.dropped else f"; {self.dropped:,} paid answers no longer fit any row"
+        unused = "" if not self.dropped else f"; {self.dropped:,} paid answers no longer fit any row"
         if self.dropped == 1:
-            vain = "; 1 paid answer no longer fits any row"
-        return f"{what}: {stay}, {send}{cost}{fewer}{vain}"
+            unused = "; 1 paid answer no longer fits any row"
+        return f"{what}: {stay}, {send}{cost}{fewer}{unused}"
 
 
 class Answers:
@@ -157,7 +157,7 @@ def examine(
     mean_cost_usd: Decimal | None,
     scratch: Path,
 ) -> tuple[Changes, Matches]:
-    """What the change means, and the matches that say so. `questions` are (key, row) of the new input's rows."""
+    """The effect of the change, and the matches behind it. `questions` are (key, row) of the new input's rows."""
     matches = match(answers.questions(), questions, rows, scratch)
     kept = kept_answers = in_place = 0
     for new, old in enumerate(matches):

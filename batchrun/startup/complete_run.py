@@ -1,4 +1,4 @@
-"""What another start finds of a run that is complete already, and the exit code of one."""
+"""The report of another start on a complete run, and the exit code of a complete run."""
 
 import msgspec
 

@@ -26,7 +26,7 @@ class EarlierResult(msgspec.Struct, frozen=True):
 
 
 def sources(job: Job) -> tuple[str, ...]:
-    """What the job wants to reuse, in its order."""
+    """The results that the job reuses, in its order."""
     named = job.input.reuse_from
     return (named,) if isinstance(named, str) else tuple(named)
 
@@ -37,7 +37,7 @@ def find(job: Job, own: Path, note: Callable[[str], None] = lambda line: None) -
     `own` is the run's own directory, which is left out. `note` gets a line for each source that has nothing.
 
     Raises:
-        InputError: a path that is no pattern is not there, or holds no answers.
+        InputError: a path without a pattern does not exist, or holds no answers.
     """
     found: dict[str, EarlierResult] = {}
     for source in sources(job):
@@ -82,7 +82,7 @@ def _paths(source: str, job: Job) -> Iterator[Path]:
 
 
 def _results(path: Path) -> Iterator[EarlierResult]:
-    """What a path holds: a file, a run, a folder of Parquet files, or a folder of such folders, the last name first."""
+    """The results at a path: a file, a run, a folder of Parquet files, or a folder of these, the last name first."""
     if path.is_file():
         if path.suffix == ".parquet" or not glob.has_magic(str(path)):
             yield EarlierResult(str(path), tuple(_old_file(file, path) for file in result_files.of(path)))

@@ -1,4 +1,4 @@
-"""What a run, or the rest of one, will take: tokens, money, time. PURE; guesses are bracketed by bounds.
+"""Estimates the tokens, money and time of a run, or of the rest of one. PURE; guesses are bracketed by bounds.
 
 low         prompts of as few tokens as their bytes can hold, answers of one
 expected    the mean of the answers so far; before there are any, of the job's newest run; else usual ratios
@@ -82,7 +82,7 @@ def estimate(
 
 
 def run_in_words(summary: Summary, changes: Changes | None) -> Iterator[str]:
-    """What a run has so far: rows kept, failed and pending, and what changed."""
+    """The run so far: rows kept, failed and pending, and the changes."""
     failed = failures(summary)
     kept = summary.done
     spent = headline_usd(summary, ",.4f")
@@ -127,7 +127,7 @@ def duration(minutes: float) -> str:
 
 
 def _usual(found: Survey, job: Job) -> Means:
-    """The means of a row where no answer has come yet."""
+    """The means of a row before the first answer."""
     tokens = USUAL_TOKENS_PER_BYTE * found.body_bytes + found.image_tokens
     images = ", 765 an image (85 of low detail)" if found.image_tokens else ""
     answer = min(job.request.max_tokens or USUAL_ANSWER_TOKENS, USUAL_ANSWER_TOKENS)
@@ -158,23 +158,23 @@ def _cost(
 def _bound(
     found: Survey, tables: Mapping[str, PriceTable | None], to_send: int, tiers: tuple[str | None, ...]
 ) -> Decimal | None:
-    """What any `to_send` of the rows can cost at most: all of them, or that many of the largest."""
+    """The most that any `to_send` of the rows can cost: all of them, or that many of the largest."""
     whole = largest = Decimal(0)
     for model in found.models:
         fees = Decimal(0) if (table := tables.get(model)) is None else table.per_request * (found.models[model] - 1)
-        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model), *tiers)
+        all_rows = prices.upper_bound(*found.max_tokens[model], tables.get(model), *tiers)
         one = prices.upper_bound(*found.max_request[model], tables.get(model), *tiers)
-        if all_of_them is None or one is None:
+        if all_rows is None or one is None:
             return None
-        whole, largest = whole + all_of_them + fees, max(largest, one)
+        whole, largest = whole + all_rows + fees, max(largest, one)
     return min(whole, largest * to_send)
 
 
 def _short(budget: Budget, rows: int, tokens: float, cost_usd: Decimal | None, done: Summary | None) -> Iterator[str]:
     """The caps that end the run before its last row, by what is expected and what the run has taken so far."""
     totals = done.totals if done is not None else []
-    took_usd = done.cost_usd + done.possibly_billed_usd if done is not None else Decimal(0)
-    if budget.max_cost_usd is not None and cost_usd is not None and took_usd + cost_usd > budget.max_cost_usd:
+    spent_usd = done.cost_usd + done.possibly_billed_usd if done is not None else Decimal(0)
+    if budget.max_cost_usd is not None and cost_usd is not None and spent_usd + cost_usd > budget.max_cost_usd:
         yield f"max_cost_usd = {budget.max_cost_usd:,f} will end the run before its last row"
     for name, cap in budget.caps_usd.items():
         if name != "max_cost_usd" and cost_usd is not None and cost_usd > cap:

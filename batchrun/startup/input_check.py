@@ -30,7 +30,7 @@ SHOWN = 20
 PROGRESS_EVERY = 5000  # records: several times a second
 
 _VARYING = re.compile(r"\d+|(?:; did you mean .*?\?)? \(columns: .*\)$", re.DOTALL)
-"""What differs between messages of one kind: numbers, and the columns of JSON lines."""
+"""The parts that differ between messages of one kind: numbers, and the columns of JSON lines."""
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -49,7 +49,7 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class Survey(msgspec.Struct, frozen=True):
-    """What the input holds. `rows` are accepted records; `rejected` the ordinals of the others, ascending.
+    """The result of the check. `rows` are accepted records; `rejected` the ordinals of the others, ascending.
 
     By model: `models` counts rows, `max_request` bounds the (prompt, output) tokens of the largest request, and
     `max_tokens` those of all requests together. `answer_schema`: the one JSON schema of all answers in JSON;

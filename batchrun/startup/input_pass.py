@@ -110,7 +110,7 @@ MOST_NAMED = 30
 
 
 def columns_in_words(source: Source, found: Survey) -> str | None:
-    """The input's columns with their types; None if it has none of its own. Every CSV column is text."""
+    """The input's columns with their types; None if it has no types. Every CSV column is text."""
     if isinstance(source, TableSource):
         schema = source.schema
     elif found.types is not None:

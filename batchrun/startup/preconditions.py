@@ -1,4 +1,4 @@
-"""What must be true of the input before a run sends anything; `run`, `check` and `estimate` all test it."""
+"""Conditions on the input before a run sends anything; `run`, `check` and `estimate` all test them."""
 
 import itertools
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""What a start would find in a run directory, without starting: nothing is sent, and no answer is kept or dropped."""
+"""Previews a start in a run directory: nothing is sent, and no answer is kept or dropped."""
 
 import contextlib
 from datetime import UTC, datetime
@@ -26,7 +26,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 def of_run(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Found:
-    """What a start with this job would resume.
+    """The run that a start with this job would resume.
 
     Raises:
         InputError: there is no run.

@@ -1,4 +1,4 @@
-"""What the newest run that a job had before says of the rows of its next one: their means."""
+"""Means over the rows of a job's newest earlier run, to estimate its next one."""
 
 import re
 from collections.abc import Mapping

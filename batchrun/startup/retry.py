@@ -71,7 +71,7 @@ def _reopen_chunks(
             if found := base.reopened(statuses, plan.variant):
                 count += len(found)
                 rows.add(found)
-                # the input of an open chunk is a file of its own, which was removed when the chunk was sealed
+                # the input of an open chunk is a separate file, which was removed when the chunk was sealed
                 windows = plan.source.windows(start, chunk.rows, sys.maxsize, frozenset(plan.manifest.rejected))
                 again = next(windows, None)
                 path = directory.input_of(chunk.chunk, plan.manifest.layout)

@@ -1,4 +1,4 @@
-"""What a start works with: its options beyond the job, and the directory with its open checkpoint."""
+"""The options of a start beyond the job, and its directory with the open checkpoint."""
 
 from collections.abc import Callable
 from typing import BinaryIO, Literal

@@ -130,7 +130,7 @@ def part(whole: float | Decimal, shard: Shard, setting: str) -> float | Decimal:
         exponent = whole.as_tuple().exponent
         unit = min(CENT, Decimal(1).scaleb(exponent if isinstance(exponent, int) else 0))
     units = int(Decimal(whole) / unit)
-    if units < shard.count:  # all shards say so, not only the last ones
+    if units < shard.count:  # all shards report it, not only the last ones
         least = shard.count * unit
         raise JobError(
             f"{setting}: {whole:,} can't be divided by {shard.count} shards; set it to {least:,f} or more, start fewer "
@@ -169,7 +169,7 @@ def in_words(whole: Job, own: Job, shard: Shard) -> list[str]:
     if whole.budget.per_day_usd is not None or whole.budget.per_month_usd is not None:
         lines.append(
             f"shard {shard}: budgets for days and months are not divided: they hold for all runs that share "
-            f"{whole.budget.state}, and shards on other machines have a file of their own"
+            f"{whole.budget.state}, and shards on other machines use another file"
         )
     return lines
 
@@ -231,7 +231,7 @@ def find(
             for ordinal, value in whole.column(id_column):
                 ids.add_id(ordinal, value)
         if not skip_invalid:
-            # every shard says so, not only the one that has the record: the others would send their rows in vain
+            # every shard reports it, not only the one with the record: the others would send their rows for nothing
             repeated = min(ids.duplicates(), default=None)
             if repeated is not None:
                 raise InputError(
@@ -249,7 +249,7 @@ def reading(job: Job, dialect: str) -> Job:
 
 
 def digests(files: tuple[InputFile, ...], *, sharded: bool) -> tuple[str, ...]:
-    """What the files' content is known by. Shards read no more than the footer of a Parquet file for it."""
+    """The digests that identify the files' content. Of a Parquet file, shards read only the footer."""
     if sharded and files and content_of(files[0]) == "parquet":
         return tuple(parquet.footer_digest(file) if isinstance(file, Path) else digest(file) for file in files)
     return tuple(map(digest, files))
@@ -265,13 +265,13 @@ def require_same(shard: Shard | None, known: Manifest, directory: Path) -> None:
     if there == shard:
         return
     if there is None:
-        raise JobError(f"{directory}: the run there is no shard; leave out --shard, or {ANOTHER}")
+        raise JobError(f"{directory}: the run there is not a shard; leave out --shard, or {ANOTHER}")
     raise JobError(f"{directory}: the run there is shard {there}; resume it with --shard {there}, or {ANOTHER}")
 
 
 def require_unchanged(known: Manifest, reasons: tuple[str, ...]) -> None:
-    """Returns if nothing has changed, or the run is no shard: its rows are those of the input as it was, and the other
-    shards have the job as it was.
+    """Returns if nothing has changed, or the run is not a shard. A shard keeps the rows of its original input, and
+    the other shards have the original job.
 
     Raises:
         JobError: the input or the job of a shard has changed.

@@ -1,4 +1,4 @@
-"""Which rows of a run take an answer without a request: found at its first start, and as stored at later ones."""
+"""The rows of a run that take an answer without a request: found at its first start, and stored for later ones."""
 
 from collections.abc import Callable, Iterable
 
@@ -18,7 +18,7 @@ from batchrun.store.origins import Origins
 def find(
     start: Start, manifest: Manifest, keys: Iterable[tuple[bytes, int]], note: Callable[[str], None]
 ) -> Origins | None:
-    """Which rows take an answer without a request, by their keys; None if the job sends all of them."""
+    """The rows that take an answer without a request, by their keys; None if the job sends all of them."""
     job, directory = start.job, start.directory
     wanted = carry.wanted(job, manifest.rows, manifest.layout)
     if wanted is None:

@@ -99,7 +99,7 @@ def _s3(access: Access, environ: Environ, bucket: str) -> pafs.FileSystem:
         if version < 21:
             raise JobError(f"AWS_CA_BUNDLE: needs pyarrow 21, and this is {pa.__version__}; pip install -U pyarrow")
         if not Path(authorities).is_file():
-            raise JobError(f"AWS_CA_BUNDLE: {authorities} is no file")
+            raise JobError(f"AWS_CA_BUNDLE: {authorities} is not a file")
         options["tls_ca_file_path"] = authorities
     if proxy is not None:
         options["proxy_options"] = proxy
@@ -201,7 +201,7 @@ def _with_scheme(address: str, scheme: str) -> str:
 
 
 _PACKAGES = {"hf": "huggingface_hub"}
-"""What fsspec needs for a scheme, where it has another name than fsspec says itself."""
+"""The packages that fsspec needs for a scheme, where their names differ from those in fsspec's own message."""
 
 
 def _fsspec(url: Url) -> tuple[pafs.FileSystem, str]:

@@ -1,8 +1,9 @@
 """A claim on a folder of an object store: of any number of writers at most one holds it.
 
-Each writer puts an object of its own name and then lists them all. It holds the claim only if no other writer's is
-there: of two, whoever lists second sees the first, so both can't believe that they are alone. That needs no conditional
-put, which pyarrow does not have, but a list that shows every earlier put (S3, Google Cloud Storage and Azure have one).
+Each writer puts an object under its own name and then lists them all. It holds the claim only if no other writer's
+object is there: of two writers, the one that lists second sees the first, so at most one holds the claim. That
+needs no conditional put, which pyarrow does not have, but a list that shows every earlier put (S3, Google Cloud Storage
+and Azure have one).
 
 A claim is renewed while its writer works, and one that was not renewed for `STALE_S` seconds, by the store's clock, is
 that of a dead writer and is deleted. A writer whose claim is gone has lost it and publishes nothing any more.
@@ -31,7 +32,7 @@ TRIES = 4
 
 
 class Writer(msgspec.Struct, frozen=True):
-    """Who works on a run: what a claim's object holds."""
+    """The writer that works on a run, as a claim's object stores it."""
 
     writer: str
     job: str
@@ -49,7 +50,7 @@ def this_process(writer: str, job: str) -> Writer:
 
 
 class Claim:
-    """The claim of one writer. In its block the writer holds it, or has lost it, which `require_held` tells."""
+    """The claim of one writer. In its block the writer holds it, or has lost it, which `require_held` reports."""
 
     def __init__(
         self,

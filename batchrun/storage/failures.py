@@ -1,4 +1,4 @@
-"""What an error of a store means, in one line: whether it passes by itself, and what to do."""
+"""The meaning of an error of a store, in one line: whether it passes by itself, and what to do."""
 
 import contextlib
 import re
@@ -32,7 +32,7 @@ _HINTS = (
     ),
     (_DENIED, "check the credentials and what they may do (docs/storage.md)"),
 )
-"""What to do about an error; the first that fits."""
+"""Advice on an error; the first that fits."""
 
 _AWS = Pattern(
     r"AWS Error (\w+|\[code \d+\])(?: \((HTTP status \d+)\))? during (\w+) operation: "
@@ -42,7 +42,7 @@ _AWS = Pattern(
 _STATUS = Pattern(r"google::cloud::Status\((.*?)(?: error_info|\)$)", re.DOTALL)
 
 _LEFT = (BatchrunError, ImportError, ValueError, AttributeError, AssertionError)
-"""What is no error of a store, or is translated elsewhere. The file systems of fsspec may raise any other type."""
+"""Not errors of a store, or translated elsewhere. The file systems of fsspec may raise any other type."""
 
 NEXT = "run the same command again"
 

@@ -17,11 +17,11 @@ from batchrun.storage.access import Access, connect
 from batchrun.storage.urls import Url
 
 CONTROL = "_batchrun"
-"""The folder for everything that is not the result. Readers of Parquet folders leave out names that begin with `_`."""
+"""The folder for everything that is not the result. Readers of Parquet folders leave out names that start with `_`."""
 
 COPY_BYTES = 4 << 20  # read and written at a time
 LARGEST_COPY_BYTES = 5 << 30
-"""What S3 copies by one request (CopyObject)."""
+"""The most that S3 copies in one request (CopyObject)."""
 
 
 class RemoteObject(msgspec.Struct, frozen=True):
@@ -71,7 +71,7 @@ class RemoteFolder:
 
     @contextlib.contextmanager
     def _upload(self, name: str) -> Iterator[pa.NativeFile]:
-        """The stream of an upload that ends with the block, or brings nothing if an error or a signal leaves it."""
+        """The stream of an upload that ends with the block; after an error or a signal nothing is uploaded."""
         stream = self._filesystem.open_output_stream(self._at(name), compression=None)
         try:
             yield stream
@@ -141,7 +141,7 @@ class RemoteFolder:
             self._filesystem.copy_file(self._at(name), self._at(to))
 
     def delete(self, name: str) -> None:
-        """There is no such object any more."""
+        """Deletes the object, if there is one."""
         with failures.writing(self.url.child(name)):
             try:
                 self._filesystem.delete_file(self._at(name))

@@ -15,7 +15,7 @@ from batchrun.storage.urls import Url
 
 HEAD_BYTES = 512  # as source.unsupported needs
 READ_AHEAD_BYTES = 8 << 20
-"""How much a stream fetches at a time: a request takes tens of milliseconds, whatever it brings."""
+"""How much a stream fetches at a time: a request of any size takes tens of milliseconds."""
 
 
 class RemoteFile:
@@ -44,7 +44,7 @@ class RemoteFile:
 
     @functools.cached_property
     def head(self) -> bytes:
-        """Its first bytes, which say what it is; fetched once."""
+        """Its first bytes, which show its kind; fetched once."""
         with self.open(buffer_bytes=0) as stream:
             return stream.read(HEAD_BYTES)
 
@@ -92,7 +92,7 @@ InputFile = Path | RemoteFile
 
 
 _VERSIONS = ("ETag", "etag", "blob_id", "sha256", "mtime", "LastModified", "last_modified", "updated", "created")
-"""What the file systems of fsspec call a file's version, or the time of its last change."""
+"""Names in fsspec's file systems for a file's version, or the time of its last change."""
 
 
 def _text(value: bytes | str) -> str:
@@ -119,7 +119,7 @@ class _Reader(io.RawIOBase):
 
     def readinto(self, buffer: "memoryview | bytearray") -> int:  # type: ignore[override]
         with failures.reading(self._file):
-            return cast(Any, self._raw).readinto(buffer)  # type: ignore[no-any-return]  # BinaryIO is said to have none
+            return cast(Any, self._raw).readinto(buffer)  # type: ignore[no-any-return]  # typeshed gives BinaryIO none
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return self._raw.seek(offset, whence)
@@ -135,7 +135,7 @@ def file_at(text: str, access: Access = Access()) -> RemoteFile:  # noqa: B008  
 
 
 def find(text: str, access: Access = Access()) -> list[RemoteFile]:  # noqa: B008  (frozen)
-    """What the URL names, unsorted: one object, all those below a folder, or those that fit a pattern.
+    """The objects that the URL names, unsorted: one object, all those below a folder, or those that fit a pattern.
 
     Raises:
         InputError, StorageError: the store refuses, or can't be reached.
@@ -166,7 +166,7 @@ def find(text: str, access: Access = Access()) -> list[RemoteFile]:  # noqa: B00
 
 
 def _as_written(url: Url, path: str, found: str) -> str:
-    """What was `found` below `path`, as the URL writes it: with Azure's account, or another server's name."""
+    """The object `found` below `path`, as the URL writes it: with Azure's account, or another server's name."""
     first = url.path.partition("/")[0]
     if url.kind == "abfs" and "@" in first:
         return f"{first}/{found.partition('/')[2]}"

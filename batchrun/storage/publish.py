@@ -19,7 +19,7 @@ RUNS = f"{CONTROL}/runs"
 """The replicas of runs that keep their parts in the store while they work."""
 
 RECORD = f"{CONTROL}/run.json"
-"""What the published result answers, for a start on a machine without the run's directory."""
+"""The question that the published result answers, for a start on a machine without the run's directory."""
 
 
 class Published(msgspec.Struct, frozen=True):
@@ -36,7 +36,7 @@ class Published(msgspec.Struct, frozen=True):
 
 
 class RunRecord(msgspec.Struct, frozen=True):
-    """Which question a result answers: the run, its job's fingerprint, the digests of its input, and
+    """The question that a result answers: the run, its job's fingerprint, the digests of its input, and
     who published it.
     """
 
@@ -48,28 +48,28 @@ class RunRecord(msgspec.Struct, frozen=True):
     writer: str = ""
 
 
-class _Standing(msgspec.Struct, frozen=True):
-    """What a summary says that decides whether it may be replaced."""
+class _PublishedRun(msgspec.Struct, frozen=True):
+    """The fields of a summary that decide whether it may be replaced."""
 
     run_id: str = ""
     complete: bool = False
     job: str = ""
 
 
-def standing(folder: RemoteFolder) -> _Standing | None:
+def published_run(folder: RemoteFolder) -> _PublishedRun | None:
     """The run whose complete result is in the folder; None if there is none."""
     content = folder.read(SUMMARY)
     if content is None:
         return None
     try:
-        found = msgspec.json.decode(content, type=_Standing)
+        found = msgspec.json.decode(content, type=_PublishedRun)
     except msgspec.DecodeError:
         return None
     return found if found.complete else None
 
 
 def record_of(folder: RemoteFolder) -> RunRecord | None:
-    """The record of the run that was published last; None if there is none that can be read."""
+    """The record of the run that was published last; None if it is missing or can't be read."""
     try:
         return msgspec.json.decode(folder.read(RECORD) or b"", type=RunRecord)
     except msgspec.DecodeError:
@@ -114,7 +114,7 @@ def publish(
     reached("files put")
     folder.put(SUMMARY, summary)  # last: with it the result looks finished
     if folder.read(SUMMARY) != summary:
-        raise RunLockedError(f"{folder}: another run has published there at the same time; its result stands there")
+        raise RunLockedError(f"{folder}: another run has published there at the same time; its result is there")
     _delete_below(folder, f"{STAGED}/")  # those of runs that were cut here, too: the claim keeps others out
     _delete_below(folder, f"{RUNS}/{record.run_id}/")
     return True
@@ -126,7 +126,7 @@ def require_ours(folder: RemoteFolder, run_id: str | None) -> None:
     Raises:
         RunLockedError: it holds another run's.
     """
-    found = standing(folder)
+    found = published_run(folder)
     if found is not None and found.run_id != run_id:
         raise RunLockedError(
             f"{folder}: holds the complete result of another run ({found.run_id} of job {found.job}); "

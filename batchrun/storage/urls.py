@@ -1,4 +1,4 @@
-"""What a URL of an object store names. PURE."""
+"""Parses URLs of object stores. PURE."""
 
 import re
 from urllib.parse import parse_qsl
@@ -12,7 +12,7 @@ _QUERY = re.compile(r"\?((?:[a-z_]+=[^&?#]*)(?:&[a-z_]+=[^&?#]*)*)$")
 _WITH_SECRET = re.compile(r"[^/@]*:[^/@]*@")
 
 OPTIONS = frozenset({"endpoint_override", "scheme", "region", "anonymous"})
-"""What may stand after the `?` of a URL."""
+"""The options that may follow the `?` of a URL."""
 
 SAME = {"gcs": "gs", "s3a": "s3", "s3n": "s3", "abfss": "abfs", "adl": "abfs", "az": "abfs", "azure": "abfs"}
 """Other names of a scheme. Azure is reached over TLS under each of them."""
@@ -88,7 +88,7 @@ def is_pattern(path: str) -> bool:
 
 
 def glob_expression(pattern: str) -> "re.Pattern[str]":
-    """A glob as a regular expression: `*` and `?` stay within a name, `**` stands for any folders."""
+    """A glob as a regular expression: `*` and `?` stay within a name, `**` matches any folders."""
     out, at = "", 0
     while at < len(pattern):
         if pattern.startswith("**/", at):

@@ -149,7 +149,7 @@ class _Reader:
 
 
 def _resolved(root: Schema, reference: str) -> Any:
-    """What a reference within the schema points to (JSON Pointer in a fragment, RFC 6901); None where to elsewhere."""
+    """The target of a reference within the schema (JSON Pointer in a fragment, RFC 6901); None if it is elsewhere."""
     place, _, fragment = reference.partition("#")
     if place or (fragment and not fragment.startswith("/")):
         return None

@@ -1,7 +1,7 @@
 """Rows that take their answer without a request: an earlier answer's columns under a new row. PURE
 
 Columns of the answer are carried over; columns of a request are empty, since there was none: no attempts, no
-latency, no tokens, no cost. What the answer cost when it was paid for stands beside, in `reused_cost_usd`.
+latency, no tokens, no cost. What the answer cost when it was paid for is in `reused_cost_usd`.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def carried(
     """`answers` (`OWN_COLUMNS`), one for each of `rows`, as the records of these rows, settled `at_s` (Unix time).
 
     `originals` are the equal rows of this run whose answer it is, `source` the earlier result that had it. `variant`:
-    the present settings of the job, None: those of the answers; `model` stands where they name no requested one.
+    the present settings of the job, None: those of the answers; `model` is used where they name no requested model.
     """
     count = len(rows)
     columns: dict[str, Any] = {name: answers.column(name) for name in answers.column_names}

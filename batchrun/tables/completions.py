@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """The final record of a row: an answer, or why there is none. The fields are the output's columns, but for `input`.
+    """The final record of a row: an answer, or why there is none. The fields are the output's columns, except `input`.
 
     `input` holds the input's columns as the output has them. `parsed` is the answer as Python values where
     the request wanted JSON and got it; so are `tool_calls`. `choices` has the answers if there are several, `set_aside`
@@ -68,7 +68,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
         """The answer as a `type`: a msgspec Struct, dataclass or TypedDict, or a Pydantic model.
 
         Raises:
-            ValueError: there is no answer, or it is no such thing.
+            ValueError: there is no answer, or it is not of that type.
         """
         content = self.content or ""
         if (validate := getattr(type, "model_validate_json", None)) is not None:
@@ -84,7 +84,7 @@ _USD = Decimal(1).scaleb(-USD.scale)
 
 
 def read(rows: pa.RecordBatch) -> Iterator[Completion]:
-    """The completions that rows of the output are: its own columns are the last ones, whatever their prefix."""
+    """The completions that rows of the output are: its own columns are the last ones, with any prefix."""
     inputs = len(rows.schema) - len(OWN_COLUMNS)
     own = zip(OWN_COLUMNS.names, rows.columns[inputs:], strict=True)
     return _made({name: column.to_pylist() for name, column in own}, rows.select(range(inputs)).to_pylist())
@@ -114,7 +114,7 @@ def _made(columns: Mapping[str, Sequence[Any]], inputs: Sequence[dict[str, Any]]
     for *own, row in zip(*(columns[name] for name in OWN), inputs, strict=True):
         values = dict(zip(OWN, own, strict=True))
         values["status"] = Status(values["status"])
-        if values["parsed"] is not None:  # a column may have less of it than there is, such as no names of its own
+        if values["parsed"] is not None:  # the column may hold less than the answer, such as no unknown fields
             values["parsed"] = msgspec.json.decode(values["content"])
         if values["error"] is not None:
             values["error"] = RowError(**values["error"])

@@ -19,6 +19,7 @@ from batchrun.durable import digest, disk_errors, link, replacing
 from batchrun.errors import CheckpointError
 from batchrun.job.settings import Output
 from batchrun.run_summary import TotalsLine
+from batchrun.source.window import size_of
 from batchrun.tables.booked import usage_rows
 from batchrun.tables.rows import USAGE_COLUMNS
 
@@ -56,7 +57,7 @@ class ParquetFile:
     def write(self, batch: pa.RecordBatch) -> None:
         """The batch is in the file, or in the row group that is being gathered."""
         for piece in _pieces(batch):
-            size = _size_of(piece)
+            size = size_of(piece)
             full = self._pending_bytes + size > ROW_GROUP_BYTES or self._pending_rows + piece.num_rows > ROW_GROUP_ROWS
             if full and self._pending:
                 self._flush()
@@ -77,17 +78,12 @@ class ParquetFile:
 
 def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """The batch in halves of halves, until each fits into a row group or is a single row."""
-    if batch.num_rows < 2 or _size_of(batch) <= ROW_GROUP_BYTES:
+    if batch.num_rows < 2 or size_of(batch) <= ROW_GROUP_BYTES:
         yield batch
         return
     half = batch.num_rows // 2
     yield from _pieces(batch.slice(0, half))
     yield from _pieces(batch.slice(half))
-
-
-def _size_of(batch: pa.RecordBatch) -> int:
-    """Bytes of the rows themselves: a dictionary does not get smaller with its rows."""
-    return sum((c.indices if isinstance(c, pa.DictionaryArray) else c).nbytes for c in batch.columns)
 
 
 def write_part(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], output: Output, rows: int) -> str:
@@ -123,7 +119,7 @@ def assemble(
 
 
 def part_in(folder: Path, number: int) -> Path:
-    """Where a part is when the parts themselves are the result."""
+    """The path of a part when the parts themselves are the result."""
     return folder / f"part-{number:06d}.parquet"
 
 
@@ -240,7 +236,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def require_rows(path: Path, rows: int) -> None:
-    """Nothing, if the footer of the file that was just written can be read and says so many rows."""
+    """Returns if the footer of the file that was just written can be read and counts `rows` rows."""
     found = pq.read_metadata(path).num_rows  # a failure here is the disk's: it was written just now
     if found != rows:
         raise CheckpointError(f"{path}: {found:,} rows written where {rows:,} were due")

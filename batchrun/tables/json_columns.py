@@ -27,7 +27,7 @@ from batchrun.errors import InputError
 
 MAX_COLUMNS = 5_000  # each costs ~1 KB per row group in Parquet's footer; more are data used as keys
 MAX_KEYS = 100  # objects with more are maps, not records
-MAX_DEPTH = 8  # what is nested deeper is a document, not a record
+MAX_DEPTH = 8  # a value that is nested deeper is a document, not a record
 EXACT = 2**53  # doubles hold every integer up to here
 
 _KINDS = {
@@ -56,7 +56,7 @@ _elements = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
 class Seen(msgspec.Struct, omit_defaults=True):
-    """What was seen at one place.
+    """The types seen at one place.
 
     `kinds` in order of appearance: null, bool, int (within ±2^53), wide (int64), huge (beyond), float, string,
     object, array, or vast: too many keys or too deep, final for a column.
@@ -154,7 +154,7 @@ class ColumnTypes:
         return pa.schema([(name, seen.arrow_type() or pa.string()) for name, seen in self._columns.items()])
 
     def to_json(self) -> str:
-        """What was seen, as plain JSON; `from_json` gives an equal value that can go on learning."""
+        """The state as plain JSON; `from_json` gives an equal value that can observe more."""
         return msgspec.json.encode(self._columns).decode()
 
     @classmethod

@@ -33,7 +33,7 @@ class JsonLinesFile:
     def __init__(self, path: Path, schema: pa.Schema, packing: str) -> None:
         self.rows = 0
         self._schema = pa.schema([field.with_type(_in_json(field.type)) for field in schema])
-        # The last columns are ours, whatever is put before their names.
+        # The last columns are ours, with any prefix.
         ours = dict(zip(OWN_COLUMNS.names, schema.names[-len(OWN_COLUMNS) :], strict=True))
         self._key, self._raw = ours["request_key"], ours["raw"]
         self._stack = ExitStack()

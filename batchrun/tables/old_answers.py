@@ -25,7 +25,7 @@ KEYS_A_BATCH = 32_768  # where only keys and statuses are read
 BATCH_ROWS = 1_000  # where whole answers are read
 
 _ANSWERS = ("content", "function_call", "tool_calls")
-"""Where an answer stands. A file that has no `status` has an answer where one of these is not null."""
+"""The columns of an answer. A file that has no `status` has an answer where one of these is not null."""
 
 _OF_THE_EXCHANGE = frozenset(
     {
@@ -187,7 +187,7 @@ class OldAnswers:
                 arrays.append(column.cast(field.type))
             except pa.ArrowException as error:
                 raise InputError(
-                    f"{self._path}: column {self._names[field.name]} is {column.type} where {field.type} is due; "
+                    f"{self._path}: column {self._names[field.name]} is {column.type} instead of {field.type}; "
                     "cast it, or leave it out"
                 ) from error
         ours = pa.Table.from_arrays(arrays, schema=OWN_COLUMNS)

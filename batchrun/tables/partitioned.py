@@ -2,7 +2,7 @@
 
 The keys are in the folders' names and not in the files, as Hive, Spark, DuckDB and pyarrow write it. Rows are gathered
 in blocks, each block is sorted by partition and its pieces are appended to one file per partition; then the files are
-written one after the other. So memory is that of a block, and one Parquet file is open, whatever the partitions.
+written one after the other. So memory is that of a block, and one Parquet file is open, for any number of partitions.
 """
 
 from collections import Counter
@@ -43,7 +43,9 @@ def require_keys(schema: pa.Schema, output: Output) -> None:
         if name in own and name not in own_keys:
             raise JobError(f"output.partition_by: {name!r} differs in every row; of ours take {', '.join(own_keys)}")
         if name not in schema.names:
-            raise JobError(f"output.partition_by: {name!r} is no column of the output ({', '.join(inputs + own_keys)})")
+            raise JobError(
+                f"output.partition_by: {name!r} is not a column of the output ({', '.join(inputs + own_keys)})"
+            )
         if name in output.partition_by[:place]:
             raise JobError(f"output.partition_by: {name!r} is named twice")
         plain = _plain_type(schema.field(name).type)
@@ -153,7 +155,7 @@ def write(
 
 
 class _Gathered:
-    """The rows of each partition in a file of its own: Arrow streams, one after the other."""
+    """The rows of each partition in a separate file: Arrow streams, one after the other."""
 
     def __init__(self, folder: Path, schema: pa.Schema, keys: Sequence[str]) -> None:
         self.folder = folder

@@ -70,8 +70,8 @@ _OWN: list[tuple[str, pa.DataType]] = [
     ("raw", pa.large_binary()),
 ]
 OWN_COLUMNS = pa.schema(_OWN)
-"""Our columns, after the input's; docs/output.md explains each. Fixed whatever the data, but for `parsed`: it is JSON
-text here, and gets the type that the job's schema gives it where rows are written into a file (`joined`).
+"""Our columns, after the input's; docs/output.md explains each. The same for all data, except `parsed`: it is
+JSON text here, and gets the type that the job's schema gives it when rows are written into a file (`joined`).
 """
 
 TOKENS = tuple(name for name in OWN_COLUMNS.names if name.endswith("_tokens"))
@@ -113,17 +113,17 @@ def output_schema(input_schema: pa.Schema, output: Output, parsed: Column = JSON
     """The input's chosen columns as they are, then ours, with `parsed` in its type.
 
     Raises:
-        JobError: a chosen column is not there or chosen twice, or bears a name of ours.
+        JobError: a chosen column is not there or chosen twice, or has a name of ours.
     """
     chosen = input_schema.names if output.columns == "all" else list(output.columns)
     if missing := [name for name in chosen if name not in input_schema.names]:
-        raise JobError(f"output.columns: {missing[0]!r} is no input column ({', '.join(input_schema.names)})")
+        raise JobError(f"output.columns: {missing[0]!r} is not an input column ({', '.join(input_schema.names)})")
     if twice := [name for place, name in enumerate(chosen) if name in chosen[:place]]:
         raise JobError(f"output.columns: {twice[0]!r} is named twice")
     own = own_schema(output.prefix, parsed)
     if clash := [name for name in chosen if name in own.names]:
         raise JobError(
-            f"input column {clash[0]!r} bears a name of the output's own; set output.prefix, for example "
+            f"input column {clash[0]!r} has the name of an output column; set output.prefix, for example "
             '"batchrun_", or leave it out by output.columns'
         )
     fields = [input_schema.field(name) for name in chosen]
@@ -201,7 +201,7 @@ def joined(table: pa.Table, own: pa.Table, schema: pa.Schema, parsed: Column = J
 
 
 def _typed(own: pa.Table, parsed: Column) -> pa.Table:
-    """Our columns with `parsed` in its type; rows of which it can't hold everything say so in `error`."""
+    """Our columns with `parsed` in its type; a row whose value does not fit has an `error`."""
     texts = cast(list[str | None], own.column("parsed").to_pylist())
     array, problems = array_of(parsed, texts)
     errors = with_problems(own.column("error").to_pylist(), problems)
@@ -221,7 +221,7 @@ def with_problems(errors: list[Any], problems: Mapping[int, str]) -> list[Any]:
 
 
 def as_own(ours: pa.Table) -> pa.Table:
-    """Our columns as a file has them, as `OWN_COLUMNS` has them: what was parsed is the text that `content` is."""
+    """Converts our columns from a file's types to `OWN_COLUMNS`: `parsed` is again the text of `content`."""
     named = ours.rename_columns(OWN_COLUMNS.names)
     if named.schema.field("parsed").type == OWN_COLUMNS.field("parsed").type:
         return named.cast(OWN_COLUMNS)

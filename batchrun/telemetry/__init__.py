@@ -1,1 +1,1 @@
-"""What other programs see of a run while it works: views of its summary. Off unless the job has `[telemetry]`."""
+"""Shows a run to other programs while it works: views of its summary. Off unless the job has `[telemetry]`."""

@@ -1,4 +1,4 @@
-"""OpenTelemetry's names for what a request is and used: the semantic conventions for generative AI. PURE.
+"""OpenTelemetry's names for a request and its usage: the semantic conventions for generative AI. PURE.
 
 As of opentelemetry-semantic-conventions 0.66b2, whose status is "development": names may still change.
 https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/

@@ -39,7 +39,7 @@ class LogLines:
         return self._line(at, "error", "error", line.removeprefix(ERROR), {"exit_code": exit_code})
 
     def progress(self, summary: Summary, at: datetime) -> str:
-        """Where the run stands."""
+        """The state of the run."""
         return self._line(at, "info", PROGRESS, progress_line(summary), figures(summary))
 
     def ended(self, summary: Summary, at: datetime) -> str:

@@ -12,7 +12,7 @@ Kind = Literal["gauge", "counter"]
 
 
 class Metric(msgspec.Struct, frozen=True):
-    """A metric. A counter never falls within a run. `unit` is in UCUM: words in braces are no unit, `1` is a share."""
+    """A metric. A counter never falls within a run. `unit` is in UCUM: words in braces annotate, `1` is a share."""
 
     name: str
     kind: Kind

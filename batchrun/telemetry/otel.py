@@ -1,6 +1,6 @@
 """A run as OpenTelemetry metrics and traces, configured by the standard OTEL_* variables. Sole importer of it.
 
-Exporters work in threads of their own, so a collector that is slow or gone costs the run nothing but a warning, and a
+Exporters work in separate threads, so a collector that is slow or gone costs the run nothing but a warning, and a
 few seconds at its end. Nothing of a prompt or an answer is in it, nor the words of a server, which may repeat them.
 """
 
@@ -182,7 +182,7 @@ class OpenTelemetry:
             self._warn(_without_secrets(str(error)))
 
     def _meters(self, histograms: Sequence[Counted]) -> tuple[metrics.MeterProvider, bool]:
-        """What makes the instruments, and whether it exports what the `histograms` count."""
+        """The provider of the instruments, and whether it exports the `histograms`."""
         if isinstance(existing := metrics.get_meter_provider(), MeterProvider):
             return existing, False
         if (made := exporter("metrics")) is None:
@@ -270,7 +270,7 @@ def _without_secrets(text: str) -> str:
 
 
 def _resource() -> Resource:
-    """What the environment says that this process is; else `batchrun`."""
+    """The name that the environment gives this process; else `batchrun`."""
     resource = Resource.create({SERVICE_INSTANCE_ID: str(uuid.uuid4())})
     if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
         resource = resource.merge(Resource({SERVICE_NAME: "batchrun", SERVICE_VERSION: __version__}))

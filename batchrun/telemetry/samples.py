@@ -17,7 +17,7 @@ CIRCUIT = {"open": "sending", "cooling": "cooling", "probing": "probing", "stopp
 """Label values for the circuit's phases: an open circuit sends here, and elsewhere it is one that does not."""
 
 MOST_MODELS = 20
-"""Models that have a label value of their own, the first that were used; a column of models must not flood a server."""
+"""Models that get their own label value, the first that were used; a column of models must not flood a server."""
 
 OTHER = "(other)"
 
@@ -39,13 +39,13 @@ class Snapshot(msgspec.Struct, frozen=True):
     shard: str | None = None
 
     def labels(self, prefix: str = "") -> Labels:
-        """What every sample has."""
+        """The labels that every sample has."""
         job = {f"{prefix}job": self.summary.job}
         return job if self.shard is None else {**job, f"{prefix}shard": self.shard}
 
 
 def samples_of(snapshot: Snapshot) -> Samples:
-    """What is known of each metric; an unknown figure has no sample."""
+    """The known value of each metric; an unknown figure has no sample."""
     summary, limits, live = snapshot.summary, snapshot.summary.limits, snapshot.summary.live
     per_minute = None if limits is None else limits.requests_per_minute
     request_limits = (None if limits is None else limits.requests_per_second, per_minute and per_minute / 60)

@@ -14,12 +14,12 @@ import msgspec
 
 from batchrun.durable import TEMP_SUFFIX
 from batchrun.records import Notice
-from batchrun.telemetry.aside import Aside
 from batchrun.telemetry.prometheus import render
 from batchrun.telemetry.samples import Snapshot
+from batchrun.telemetry.side_thread import SideThread
 
 MODE = 0o644
-"""node_exporter runs as a user of its own and must read it; no prompt, answer or key is in it."""
+"""node_exporter runs as another user and must read it; no prompt, answer or key is in it."""
 
 MOST_NAME = 200
 """A longer file name is cut: 255 bytes is what file systems take, and a suffix follows."""
@@ -34,17 +34,17 @@ class TextFile:
         """`note` gets one line if the file can't be written; the run continues."""
         content = job.encode("utf-8", "replace")
         name = quote(content, safe="")
-        if len(name) > MOST_NAME:  # another name for each job, also for those that begin alike
+        if len(name) > MOST_NAME:  # another name for each job, also for those that start alike
             name = f"{name[:MOST_NAME]}-{hashlib.blake2b(content, digest_size=8).hexdigest()}"
         self.path = folder / f"batchrun-{name}.prom"
         self._note: Callable[[str], None] | None = note
         self._lock: int | None = None
         self._last_success_at: datetime | None = None
-        self._aside = Aside(lambda: self._warn(f"telemetry.prometheus_dir: {folder} does not answer"))
+        self._side_thread = SideThread(lambda: self._warn(f"telemetry.prometheus_dir: {folder} does not answer"))
 
     def show(self, snapshot: Snapshot) -> None:
         """The file has these figures, whole, or will as soon as its file system answers."""
-        self._aside.do(lambda: self._write(snapshot))
+        self._side_thread.do(lambda: self._write(snapshot))
 
     def end(self, snapshot: Snapshot | None) -> None:
         """The file has these last figures (None: those it has), and another run may write it."""
@@ -56,7 +56,7 @@ class TextFile:
                 os.close(self._lock)
                 self._lock = None
 
-        self._aside.do(write, last=True)
+        self._side_thread.do(write, last=True)
 
     def _write(self, snapshot: Snapshot) -> None:
         try:
@@ -90,7 +90,7 @@ class TextFile:
         temporary = self.path.with_name(self.path.name + TEMP_SUFFIX)  # the collector reads *.prom only
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, MODE), "wb") as file:
-                os.fchmod(file.fileno(), MODE)  # whatever the umask
+                os.fchmod(file.fileno(), MODE)  # with any umask
                 file.write(content)
             temporary.rename(self.path)
         except BaseException:

@@ -1,4 +1,4 @@
-"""Shows each summary of a run to the monitoring systems that the job names. None of them can fail or stop the run."""
+"""Shows each summary of a run to the monitoring systems that the job names. They can't fail or stop the run."""
 
 import os
 import socket
@@ -57,7 +57,7 @@ def _open_telemetry(job: Job, note: Callable[[str], None]) -> "OpenTelemetry | N
 
 
 class Views:
-    """What is shown of one start of a run. Call `end` at its end."""
+    """The views of one start of a run. Call `end` at its end."""
 
     def __init__(
         self, job: Job, directory: RunDirectory, note: Callable[[str], None], shard: Shard | None = None

@@ -210,7 +210,7 @@ def test_reserved_column_names_are_refused_as_by_run(tmp_path: Path, command: st
         pq.write_table(pa.Table.from_pylist(rows), source)
     job = write_job(tmp_path / "job.toml", "simulator", source)
     ended, ran = batchrun(command, job), batchrun("run", job, "-o", tmp_path / "out")
-    assert "input column 'status' bears a name of the output's own; set output.prefix" in ended.stderr
+    assert "input column 'status' has the name of an output column; set output.prefix" in ended.stderr
     assert (ended.exit_code, ended.stdout, ended.stderr) == (2, "", ran.stderr)
     assert batchrun(command, job, "--set", "output.prefix=batchrun_").exit_code == 0
 
@@ -225,7 +225,7 @@ def test_parquet_with_unusable_columns_is_refused_early(tmp_path: Path) -> None:
     job = write_job(tmp_path / "job.toml", "simulator", source)
     for command in (("run", job, "-o", tmp_path / "out"), ("check", job), ("estimate", job)):
         ended = batchrun(*command)
-        assert (ended.exit_code, "bears a name of the output's own" in ended.stderr) == (2, True), ended.stderr
+        assert (ended.exit_code, "has the name of an output column" in ended.stderr) == (2, True), ended.stderr
 
 
 def test_check_names_the_columns_with_their_types(tmp_path: Path) -> None:

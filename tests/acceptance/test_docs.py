@@ -374,6 +374,7 @@ def test_no_page_names_a_place_on_somebodys_machine(page: Path) -> None:
 
 DIALECT = re.compile(
     r"\b(?:told|begun|anew|nobody|dearest|dearer|goes on|gone on|held against|(?-i:is none)|becomes? of|became of)\b"
+    r"|\b(?:whatever|whoever|in vain|likewise)\b"
     r"|\b(?:(?<!is )(?<!are )(?<!be )used to|since then|earlier that day|(?:is|are|what \w+ is) worth)\b",
     re.IGNORECASE,
 )

@@ -237,10 +237,10 @@ def test_everything_that_does_not_fit_is_named_at_once(tmp_path: Path, three: Pa
         ([zero, two, at["priced"]], 2, ["the price of vtrix-gpt-5.3-codex"]),
         ([zero, two, at["longer"]], 2, ["another input"]),
         ([zero, one, at["pilot"]], 4, ["shard 2/3: 18 rows are pending; run it to its end"]),
-        ([zero, two, whole], 2, ["is no shard"]),
+        ([zero, two, whole], 2, ["is not a shard"]),
         ([zero, two, tmp_path / "nothing"], 2, ["no run here"]),
         ([zero, two, damaged], 7, ["damaged: usage.parquet"]),
-        ([zero, at["warm"], damaged, whole, at["pilot"]], 7, ["temperature", "damaged: ", "is no shard", "pending"]),
+        ([zero, at["warm"], damaged, whole, at["pilot"]], 7, ["temperature", "damaged: ", "is not a shard", "pending"]),
     ]
     for places, code, says in cases:
         ended = batchrun("merge", *places, "-o", tmp_path / "result")

@@ -50,7 +50,7 @@ def test_check_measures_the_shared_beginning(tmp_path: Path) -> None:
 def test_check_warns_of_row_data_before_shared_text(tmp_path: Path, system: str | None, prompt: str) -> None:
     ended = batchrun("check", _job(tmp_path, system=system, prompt=prompt))
     assert ended.exit_code == 0
-    assert "warning: row data stands before about 1," in ended.stderr
+    assert "warning: row data comes before about 1," in ended.stderr
     assert "put row data last, and all rows cost up to $0." in ended.stderr
     assert "begin alike" not in ended.stdout
 

@@ -135,7 +135,7 @@ def test_a_refused_parameter_names_its_setting(message: str, setting: str | None
             "ClientConnectorCertificateError: [SSL: CERTIFICATE_VERIFY_FAILED] self-signed certificate",
             "endpoint.ca_file",
         ),
-        ("no answer for 60 s: the answer is no chat completion, but a web page: Sign in", "endpoint.url"),
+        ("no answer for 60 s: the answer is not a chat completion, but a web page: Sign in", "endpoint.url"),
         ("the endpoint was never reached for 15 seconds: ClientConnectorDNSError: Cannot connect", "endpoint.url"),
         ("no answer for 600 seconds: ClientConnectorDNSError: Cannot connect", None),
         ("no answer for 60 s: HTTP 502: Bad Gateway", None),

@@ -234,8 +234,8 @@ def test_a_stopped_pilot_exports_its_rows(runs: Runs, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "what"),
     [
-        ("run/completions.parquet", "lies in the run directory"),
-        ("run/../run/x.parquet", "lies in the run directory"),
+        ("run/completions.parquet", "is in the run directory"),
+        ("run/../run/x.parquet", "is in the run directory"),
         ("folder", "is a directory"),
         ("nowhere/x.parquet", "there is no directory"),
         ("/dev/null", "is not a regular file"),

@@ -117,7 +117,7 @@ def test_bad_images_are_reported_before_sending(tmp_path: Path, pictures: Path) 
         ended = batchrun("run", job, "-o", out)
         assert ended.exit_code == 2
         assert f"{pictures}:4: {NAMES[3]}: can't be read: No such file or directory" in ended.stderr
-        assert f"{pictures}:6: {NAMES[5]}: no png, jpeg, gif or webp image" in ended.stderr
+        assert f"{pictures}:6: {NAMES[5]}: not a png, jpeg, gif or webp image" in ended.stderr
         assert "2 of 20 input records make no valid request" in ended.stderr
         assert simulator.ledger() == []
         assert batchrun("run", job, "-o", out, "--skip-invalid").exit_code == 0

@@ -75,7 +75,7 @@ MESSAGES = {
     "objects without newlines": (ROW.rstrip() * 3, "write one object per line"),
     "Python's own form": (b"{'text': 'a'}\n", "write it with json.dumps"),
     "CSV without its ending": (b"text,b\nx,1\ny,2\n", "CSV is read from files named .csv or .tsv only"),
-    "plain text": (b"hello\nworld\n", "does not begin with `{`"),
+    "plain text": (b"hello\nworld\n", "does not start with `{`"),
     "a number a line": (b"1\n2\n", "the line holds a number, not an object"),
     "keys twice": (b'{"text":"a","text":"b"}\n' * 30, "the key 'text' appears twice in one object"),
     "keys twice further down": (b'{"text":"a","m":{"x":1,"x":2}}\n' * 3, "the key 'x' appears twice"),

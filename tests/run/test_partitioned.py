@@ -110,7 +110,7 @@ INPUT: dict[str, pa.DataType] = {
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
-        (["lng"], "'lng' is no column of the output (id, lang, price, tags, b_status, b_model,"),
+        (["lng"], "'lng' is not a column of the output (id, lang, price, tags, b_status, b_model,"),
         (["lang", "lang"], "'lang' is named twice"),
         (["price"], "'price' is of type double; text, integers, booleans and dates name folders"),
         (["tags"], "'tags' is of type list<item: string>"),
@@ -271,7 +271,7 @@ def test_each_command_refuses_the_same(done: Path, tmp_path: Path, command: str)
     for setting, line in (
         (
             'output.partition_by=["lng"]',
-            "output.partition_by: 'lng' is no column of the output (id, text, lang,",
+            "output.partition_by: 'lng' is not a column of the output (id, text, lang,",
         ),
         ('output.partition_by=["text"]', "output.partition_by: more than 20 partitions by text"),
         ('output.layout="parts"', "output.partition_by: writes one file for each partition; leave out output.layout"),

@@ -43,8 +43,8 @@ BAD: dict[str, tuple[list[str], str, Callable[[Path], None]]] = {
     "a cap on tokens below one": (["budget.max_tokens=1"], "are fewer than the largest request", nothing),
     "too few rows": (["input.min_rows=100"], "input.min_rows expects 100 or more", nothing),
     "a bad record": ([], "1 of 4 input records make no valid request", bad_record),
-    "a column of ours": ([], "bears a name of the output's own", own_column),
-    "no such column": (['output.columns=["nope"]'], "output.columns: 'nope' is no input column", nothing),
+    "a column of ours": ([], "has the name of an output column", own_column),
+    "no such column": (['output.columns=["nope"]'], "output.columns: 'nope' is not an input column", nothing),
     "no input": (["input.path=nowhere.jsonl"], "nowhere.jsonl", nothing),
     "an input's name that is too long": (
         ["input.path=" + "x" * 300],

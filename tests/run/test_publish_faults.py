@@ -237,7 +237,7 @@ def test_a_publish_cut_anywhere_looks_unfinished(s3: S3Server, tmp_path: Path) -
             s3.filesystem.delete_file(f"{BUCKET}/cut/_batchrun/staged/{name}")
         with pytest.raises(_CutError):
             published(parts(tmp_path / "b", 2, "y"), newer, cut_at)
-        assert publishing.standing(folder) is None
+        assert publishing.published_run(folder) is None
         seen = [name for name in s3.names(f"{BUCKET}/cut") if name.endswith(".parquet")]
         assert all(not name.startswith("_") for name in seen), "a pattern finds no file that is only staged"
     published(parts(tmp_path / "b", 2, "y"), newer)

@@ -88,7 +88,7 @@ def test_a_server_with_its_own_authority(tmp_path: Path) -> None:
     put(**to, AWS_CA_BUNDLE=f"{certificate}.crt")
     server.close()
     assert server.seen == [("/data/team/a", "127.0.0.1")]
-    with pytest.raises(JobError, match="AWS_CA_BUNDLE: /nowhere is no file"):
+    with pytest.raises(JobError, match="AWS_CA_BUNDLE: /nowhere is not a file"):
         put(**to, AWS_CA_BUNDLE="/nowhere")
 
 

@@ -83,7 +83,7 @@ def test_columns_chooses_and_orders_the_input_columns() -> None:
 
 
 def test_a_missing_column_is_named_with_others() -> None:
-    with pytest.raises(JobError, match=r"output\.columns: 'body' is no input column \(id, text\)"):
+    with pytest.raises(JobError, match=r"output\.columns: 'body' is not an input column \(id, text\)"):
         output_schema(INPUT, Output(columns=["text", "body"]))
 
 
@@ -100,7 +100,7 @@ def test_a_reserved_input_name_is_refused(name: str) -> None:
     assert output_schema(taken, Output(columns=[])) == OWN_COLUMNS
     prefixed = output_schema(taken, Output(prefix="batchrun_"))
     assert prefixed.names == [name, *(f"batchrun_{own}" for own in OWN_COLUMNS.names)]
-    with pytest.raises(JobError, match="bears a name"):
+    with pytest.raises(JobError, match="has the name of an output column"):
         output_schema(pa.schema([(f"batchrun_{name}", pa.string())]), Output(prefix="batchrun_"))
 
 

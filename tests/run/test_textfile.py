@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from batchrun.job.load import load
 from batchrun.simulator import SimulatorConfig
 from batchrun.store.rundir import RunDirectory
-from batchrun.telemetry.aside import Aside
+from batchrun.telemetry.side_thread import SideThread
 from batchrun.telemetry.textfile import TextFile
 from batchrun.telemetry.views import Views
 from tests.cli_process import KEY, Ended, batchrun, finish, read_summary, start, wait_until, write_job, write_rows
@@ -203,14 +203,14 @@ def test_a_hanging_write_is_waited_for_once() -> None:
     done: list[int] = []
     hung: list[None] = []
     answers = threading.Event()
-    aside = Aside(lambda: hung.append(None), wait_s=0.01)
-    aside.do(lambda: done.append(0) if answers.wait(60) else None)
+    side_thread = SideThread(lambda: hung.append(None), wait_s=0.01)
+    side_thread.do(lambda: done.append(0) if answers.wait(60) else None)
     for number in (1, 2, 3):
-        aside.do(lambda number=number: done.append(number))  # type: ignore[misc]
+        side_thread.do(lambda number=number: done.append(number))  # type: ignore[misc]
     assert (done, len(hung)) == ([], 1)
     answers.set()
     wait_until(lambda: done == [0, 3])
-    finished = Aside(lambda: hung.append(None), wait_s=60)
+    finished = SideThread(lambda: hung.append(None), wait_s=60)
     finished.do(lambda: done.append(4))
     assert done == [0, 3, 4]
     finished.do(lambda: done.append(5), last=True)

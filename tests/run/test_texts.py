@@ -74,11 +74,11 @@ CASES: dict[str, Case] = {
 
 REFUSED: dict[str, tuple["pa.Array[Any]", str]] = {
     "null": (pa.nulls(1), "column 'x' is null"),
-    "NaN": (pa.array([float("nan")]), "a value is nan, which is no number, in column 'x'"),
-    "infinity": (pa.array([float("inf")], pa.float32()), "a value is inf, which is no number, in column 'x'"),
-    "NaN in a list": (pa.array([[1.0, float("nan")]]), "a value is nan, which is no number, in column 'x'"),
-    "binary": (pa.array([b"\xff"]), "a value is bytes (b'\\xff'), which are no text, in column 'x'"),
-    "binary in a struct": (pa.array([{"a": b"x"}]), "a value is bytes (b'x'), which are no text, in column 'x'"),
+    "NaN": (pa.array([float("nan")]), "a value is nan, which is not a number, in column 'x'"),
+    "infinity": (pa.array([float("inf")], pa.float32()), "a value is inf, which is not a number, in column 'x'"),
+    "NaN in a list": (pa.array([[1.0, float("nan")]]), "a value is nan, which is not a number, in column 'x'"),
+    "binary": (pa.array([b"\xff"]), "a value is bytes (b'\\xff'), which are not text, in column 'x'"),
+    "binary in a struct": (pa.array([{"a": b"x"}]), "a value is bytes (b'x'), which are not text, in column 'x'"),
 }
 
 

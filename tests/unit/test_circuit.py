@@ -610,7 +610,7 @@ def test_an_endpoint_without_completions_is_left_soon(answered: bool, patience_s
     if answered:
         story.send(10_000)
         story.ends(10_000, Verdict.OK)
-    page = RowError("unreadable", 200, None, "the answer is no chat completion: <html>")
+    page = RowError("unreadable", 200, None, "the answer is not a chat completion: <html>")
     rows = sent_until_stopped(story, Verdict.MAYBE, page)
     assert patience_s < story.now_s <= patience_s + BACKOFF_CAP_S * (1 + JITTER)
     assert story.state.stop is not None

@@ -126,24 +126,24 @@ def _sibling_with_the_roots_name(root: Path) -> str:
 @pytest.mark.parametrize(
     ("path_in", "words"),
     [
-        (_outside_absolute, "lies outside input.image_root"),
-        (_link_out, "lies outside input.image_root"),
-        (_folder_out, "lies outside input.image_root"),
-        (_sibling_with_the_roots_name, "lies outside input.image_root"),
+        (_outside_absolute, "is outside input.image_root"),
+        (_link_out, "is outside input.image_root"),
+        (_folder_out, "is outside input.image_root"),
+        (_sibling_with_the_roots_name, "is outside input.image_root"),
         (lambda root: "../outside.png", "holds `..`"),
         (lambda root: "deep/../deep/a.png", "holds `..`"),
-        (lambda root: f"file://{root.parent}/outside.png", "lies outside input.image_root"),
-        (lambda root: "file:///etc/passwd", "lies outside input.image_root"),
-        (lambda root: "file://server/share/a.png", "lies outside input.image_root"),
+        (lambda root: f"file://{root.parent}/outside.png", "is outside input.image_root"),
+        (lambda root: "file:///etc/passwd", "is outside input.image_root"),
+        (lambda root: "file://server/share/a.png", "is outside input.image_root"),
         (lambda root: "file:%2e%2e/outside.png", "holds `..`"),
-        (lambda root: "file:a%00.png", "is no path"),
+        (lambda root: "file:a%00.png", "is not a path"),
         (lambda root: "two\nlines.png", "two\\nlines.png: can't be read: No such file"),
-        (lambda root: "deep", "is no regular file"),
-        (lambda root: ".", "is no regular file"),
+        (lambda root: "deep", "is not a regular file"),
+        (lambda root: ".", "is not a regular file"),
         (lambda root: "gone.png", "can't be read: No such file"),
         (lambda root: "deep/a.png/b.png", "can't be read: Not a directory"),
-        (lambda root: "a\0.png", "is no path"),
-        (lambda root: "\ud83d.png", "is no path"),
+        (lambda root: "a\0.png", "is not a path"),
+        (lambda root: "\ud83d.png", "is not a path"),
         (lambda root: "x" * 5000, "can't be read: File name too long"),
     ],
 )
@@ -163,8 +163,8 @@ def test_special_files_are_refused_without_opening(root: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(root / "socket"))
         for name in ("pipe", "socket"):
-            assert "is no regular file" in refusal(images_under(root), name)
-    assert "is no regular file" in refusal(images_under(Path("/dev")), "zero")
+            assert "is not a regular file" in refusal(images_under(root), name)
+    assert "is not a regular file" in refusal(images_under(Path("/dev")), "zero")
     assert not opened.wait(0.05)
     os.close(os.open(root / "pipe", os.O_RDONLY | os.O_NONBLOCK))  # the writer was there all along
     assert opened.wait(5)
@@ -173,7 +173,7 @@ def test_special_files_are_refused_without_opening(root: Path) -> None:
 def test_a_path_replaced_by_a_link_is_refused(root: Path) -> None:
     (root / "link.png").symlink_to(root.parent / "outside.png")
     (root / "folder").symlink_to(root.parent)
-    with pytest.raises(InputError, match="is no regular file"):
+    with pytest.raises(InputError, match="is not a regular file"):
         read_below(root, "link.png", 1000)
     with pytest.raises(NotADirectoryError):  # O_NOFOLLOW with O_DIRECTORY raises this for a link
         read_below(root, "folder/outside.png", 1000)
@@ -211,7 +211,7 @@ def test_without_a_root_no_path_is_read(root: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_invalid_root_is_a_job_error(root: Path) -> None:
-    with pytest.raises(JobError, match=r"input\.image_root: .*gone is no folder"):
+    with pytest.raises(JobError, match=r"input\.image_root: .*gone is not a folder"):
         images_under(root / "gone")
 
 
@@ -231,12 +231,12 @@ def test_an_images_type_comes_from_its_bytes(tmp_path: Path, media_type: str) ->
     ("source", "words"),
     [
         (b"", "an image in bytes: is empty"),
-        (b"BM bitmap", "an image in bytes: no png, jpeg, gif or webp image (begins with b'BM bitma')"),
-        (b"<svg/>", "no png, jpeg, gif or webp image"),
-        (b"GIF88a", "no png, jpeg, gif or webp image"),
+        (b"BM bitmap", "an image in bytes: not a png, jpeg, gif or webp image (begins with b'BM bitma')"),
+        (b"<svg/>", "not a png, jpeg, gif or webp image"),
+        (b"GIF88a", "not a png, jpeg, gif or webp image"),
         (PNG * 200, "an image in bytes: has 1,600 bytes, more than input.max_image_bytes (1,000)"),
         (data_url(PNG * 200), "a data URL: has 1,600 bytes, more than input.max_image_bytes (1,000)"),
-        (data_url(b"text"), "a data URL: no png, jpeg, gif or webp image"),
+        (data_url(b"text"), "a data URL: not a png, jpeg, gif or webp image"),
         ("data:image/png,%89PNG", "a data URL: the data URL is not in base64"),
         ("data:image/png;base64,iVBO*Rw0K", "a data URL: the data URL is not base64"),
         ("data:image/png;base64,iVBORw0KGgo", "a data URL: the data URL is not base64"),
@@ -456,7 +456,10 @@ def test_unusable_images_are_named_and_counted(root: Path) -> None:
     assert (found.rows, list(found.rejected), pictured) == (1, [1, 2, 3, 4], [0])
     reported = [str(problem) for problem in found.first_problems]
     for line, (place, words) in enumerate(
-        zip(reported, ("can't be read: No such file", "holds `..`", "no png, jpeg, gif", "1,600 bytes"), strict=True), 2
+        zip(
+            reported, ("can't be read: No such file", "holds `..`", "not a png, jpeg, gif", "1,600 bytes"), strict=True
+        ),
+        2,
     ):
         assert place.startswith(f"{path}:{line}: {rows[line - 1]['photo']}: "), place
         assert words in place

@@ -137,7 +137,7 @@ def test_the_job_fills_gaps_of_batch_lines() -> None:
 @pytest.mark.parametrize(
     ("columns", "problem"),
     [
-        ({"body": [1]}, "`body` is no JSON object"),
+        ({"body": [1]}, "`body` is not a JSON object"),
         ({"body": "{"}, "a column that should hold JSON text holds something else"),
         ({"body": {"messages": HELLO}, "url": "/v1/embeddings"}, "`url` is '/v1/embeddings'"),
         ({"body": {"messages": []}}, "messages: expected at least one message"),

@@ -383,5 +383,5 @@ def test_an_empty_input_needs_no_price(starts: Starts) -> None:
 
 def test_a_name_clash_is_reported_early(starts: Starts) -> None:
     write_lines(starts.input, [{"text": "a", "model": "b"}])
-    assert "input column 'model' bears a name of the output's own" in starts.refused()
+    assert "input column 'model' has the name of an output column" in starts.refused()
     assert starts.make(starts.job(output={"prefix": "out_"})).schema.field("model").type == pa.string()

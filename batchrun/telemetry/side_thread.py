@@ -1,14 +1,14 @@
-"""Work on a file system that may hang: done in a thread of its own, and waited for no longer than a moment."""
+"""Work on a file system that may hang: done in a separate thread, and waited for only briefly."""
 
 import threading
 from collections.abc import Callable
 
 WAIT_S = 1.0
-"""A local file takes milliseconds. What calls may be a run's heartbeat."""
+"""A local file takes milliseconds. The caller may be a run's heartbeat."""
 
 
-class Aside:
-    """One piece of work at a time. While one hangs, the newest of the others waits for its turn, and no caller does."""
+class SideThread:
+    """Does one piece of work at a time. While one hangs, the newest other one waits, and no caller does."""
 
     def __init__(self, hangs: Callable[[], None], wait_s: float = WAIT_S) -> None:
         """`hangs` is called when a piece of work takes longer than `wait_s`. No work may raise anything."""
@@ -25,7 +25,7 @@ class Aside:
             self._next, self._ended = work, last
             self._changed.notify_all()
             if self._thread is None:  # a daemon: a process that ends does not wait for it
-                self._thread = threading.Thread(target=self._work, name="aside", daemon=True)
+                self._thread = threading.Thread(target=self._work, name="side thread", daemon=True)
                 self._thread.start()
             if self._hangs:
                 return
