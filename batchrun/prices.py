@@ -91,7 +91,7 @@ class PriceTable(msgspec.Struct, frozen=True):
     def describe(self) -> str:
         """For the run's summary: the first tier; then, behind "; ", whose price it is, the source and its date."""
         tier = self.tiers[0]
-        more = f", dearer beyond {self.tiers[1].above_prompt_tokens:,} tokens" if len(self.tiers) > 1 else ""
+        more = f", higher beyond {self.tiers[1].above_prompt_tokens:,} tokens" if len(self.tiers) > 1 else ""
         more += f", ${self.per_request} a request" if self.per_request else ""
         more += ", other prices at some hours" if self.hours else ""
         more += f", other prices for {', '.join(sorted(self.services))}" if self.services else ""
@@ -137,7 +137,7 @@ def _surcharge(tier: Tier, usage: Usage, uncached: int) -> Decimal:
 def upper_bound(
     max_prompt_tokens: int, max_output_tokens: int, table: PriceTable | None, *requested_tiers: str | None
 ) -> Decimal | None:
-    """The most one attempt can cost, USD: the dearest hour, and the dearest service tier that `requested_tiers` allow.
+    """The most one attempt can cost, USD: at the most expensive hour and service tier that `requested_tiers` allow.
 
     A request that names no tier, or `auto`, gets the one that the account is set to, which is unknown here.
     None where the price is unknown.
@@ -162,7 +162,7 @@ class Dearest(msgspec.Struct, frozen=True):
 
 
 def dearest(table: PriceTable, *requested_tiers: str | None) -> Dearest:
-    """The dearest hour and service tier that any of `requested_tiers` allows; none of them: that None allows."""
+    """The most expensive hour and service tier that any of `requested_tiers` allows; none of them: that None allows."""
     every = [tier for asked in requested_tiers or (None,) for tiers in _allowed(table, asked) for tier in tiers]
     prompt, output = max(tier.dearest_input() for tier in every), max(tier.output for tier in every)
     usd_each = prompt / PER_TOKEN, output / PER_TOKEN, table.per_request

@@ -125,7 +125,7 @@ NEARLY = Decimal("0.8")
 
 
 class Tuned(msgspec.Struct, frozen=True):
-    """What became of the last control.json, by its id; `refused` says why it was ignored, None: it was taken."""
+    """How the last control.json was handled, by its id; `refused` says why it was ignored; None: it was applied."""
 
     id: str
     refused: str | None

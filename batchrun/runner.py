@@ -57,7 +57,7 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._news, self._started, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._results = ResultQueue(lambda: self._call(self._news))
-        # a loop of its own in a thread of its own: a busy program delays no request
+        # a separate thread with its own loop: a busy program delays no request
         threading.Thread(target=self._work, name="batchrun", daemon=True).start()
         try:
             await self._started.wait()

@@ -12,7 +12,7 @@ from batchrun.store.rundir import RunDirectory
 
 
 def rebuild(directory: RunDirectory) -> str:
-    """The result is as it was written, whatever became of it since; a line about it. Sends nothing.
+    """Restores the result as it was first written and returns a line about it. Sends nothing.
 
     Raises:
         InputError: the run is not complete.

@@ -16,7 +16,7 @@ MAX_COUNT = 10**9
 MAX_UNSTATED = 65_536
 """Tokens that a total may have beyond prompt and completion where nothing states them. Gemini's compatible endpoint
 hides its thinking there, and answers with no more (ai.google.dev, "Models": output token limit). A larger total adds up
-several requests, and is not believed."""
+several requests, and is ignored."""
 
 MAX_USD = 1_000_000
 """What no answer costs; a larger statement is not one of US dollars."""

@@ -141,7 +141,7 @@ def test_the_jobs_price_precedes_lists() -> None:
 def test_a_dearer_tier_is_reported() -> None:
     found = resolve("gemini-2.5-pro", {}, TODAY, GATEWAY)
     assert found is not None
-    assert "dearer beyond 200,000 tokens" in found.describe()
+    assert "higher beyond 200,000 tokens" in found.describe()
 
 
 @pytest.mark.parametrize("model", ["gpt-5.3-codex", "gpt-4o", "gemini-2.5-pro", "claude-sonnet-4-5"])
