@@ -397,6 +397,17 @@ def test_pages_are_in_plain_words(page: Path) -> None:
     assert [(number, line) for number, line in said if DIALECT.search(line)] == []
 
 
+def test_code_is_in_plain_words() -> None:
+    """The words of the drafts are in no code, comment, docstring or message of the package either."""
+    words = re.compile(
+        r"\b(?:told|begun|anew|nobody|dearer|goes on|gone on|held against|becomes? of|became of)\b", re.IGNORECASE
+    )
+    modules = sorted((ROOT / "batchrun").rglob("*.py"))
+    lines = [(ids_of(path), line) for path in modules for line in path.read_text("utf-8").splitlines()]
+    assert lines
+    assert [(name, line) for name, line in lines if words.search(line)] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)
 def test_prose_fits_in_120_columns(page: Path) -> None:
     long = [(number, len(line)) for number, line in _prose(page) if len(line) > 120 and " " in line.strip()]
