@@ -264,7 +264,7 @@ TOKENS = [
 CROWDS = [
     crowd("16 of 64", lambda: Crowded(16), 90, ideal_s=38.6),
     crowd("16 of 64, across a network", lambda: Crowded(16, network_s=0.01), 97, ideal_s=41.5),
-    crowd("4 of 64", lambda: Crowded(4, network_s=0.01), 96, rows=1_000, ideal_s=55.0, refused=2.3),
+    crowd("4 of 64", lambda: Crowded(4, network_s=0.01), 97, rows=1_000, ideal_s=55.0, refused=2.3),
     crowd("100 of 256", lambda: Crowded(100, latency_s=1.0), 92, rows=6_000, allowed=256, ideal_s=62.0),
     crowd("and chance of 1 %", lambda: Crowded(16, network_s=0.01, chance=0.01), 80, ideal_s=41.5),
 ]
@@ -286,7 +286,7 @@ SMALL_BUCKETS = [
     small_bucket(2, 50, 90, 1.5),
     small_bucket(3, 50, 80, 1.5, http_status=503),
     small_bucket(3, 10, 90, 3, latency_s=2.0),
-    small_bucket(4, 50, 80, 1.7, retry_after_s=1.0),
+    small_bucket(4, 50, 88, 2.2, retry_after_s=1.0),
     small_bucket(5, 10, 85, 9),
     small_bucket(10, 50, 90, 2),
 ]

@@ -25,14 +25,14 @@ seconds, less a burst, is a lower bound of the limit."""
 class MeasuredRate:
     """What was accepted and refused since the bucket was last empty (`mark`). Amounts are requests or tokens."""
 
-    __slots__ = ("_before_refusal", "_burst", "_delivered", "_mark", "amount", "counted", "is_mixed", "refused")
+    __slots__ = ("_burst", "_delivered", "_mark", "amount", "at_first", "counted", "is_mixed", "refused")
 
     def __init__(self) -> None:
         self.counted = self.refused = 0  # attempts
         self.amount = 1.0  # of the last refused attempt
         self.is_mixed = False  # of those sent first, one was accepted after a refusal
         self._delivered = Throughput()
-        self._before_refusal: float | None = None
+        self.at_first = 0.0  # accepted of what was sent first
         self._mark: tuple[float, float] | None = None
         self._burst: tuple[float, float] | None = None  # the first refusal came after so long, and so much accepted
 
@@ -42,11 +42,11 @@ class MeasuredRate:
         if refused:
             self.refused += 1
             self.amount = amount
-            if self._before_refusal is None:
-                self._before_refusal = self._delivered.total
             return
-        self.is_mixed |= self.refused > 0 and self._delivered.span_s(at_s) <= MOMENT_S
         self._delivered.add(at_s, amount)
+        if self._delivered.span_s(at_s) <= MOMENT_S:
+            self.at_first += amount
+            self.is_mixed |= self.refused > 0
 
     def accepted(self, at_s: float, amount: float, count: int) -> None:
         """As `count`, for several attempts that were accepted, the last of them sent at `at_s`."""
@@ -91,11 +91,6 @@ class MeasuredRate:
     def total(self) -> float:
         """The amount accepted so far."""
         return self._delivered.total
-
-    @property
-    def before_refusal(self) -> float:
-        """The amount accepted before the first refusal; 0.0 without one."""
-        return self._before_refusal or 0.0
 
     @property
     def sustained(self) -> float:

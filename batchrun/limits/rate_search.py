@@ -172,7 +172,7 @@ class RateSearch:
             rate = max(rate, measured.at_least(at_s))
         elif measured.total:
             rate, rough = BELOW_BURST * measured.in_last_second(at_s), True
-            if not measured.is_marked and measured.before_refusal >= measured.total / MOST_SPACED:
+            if not measured.is_marked and measured.at_first >= measured.total / MOST_SPACED:
                 rate = self._space_out() or rate
         self._remember(before)
         if rate is not None:
@@ -191,8 +191,8 @@ class RateSearch:
     def _space_out(self) -> float | None:
         """Begins to search by evenly spaced requests, at the rate that is returned; None if the bucket is not small."""
         measured = self._measured
-        holds = measured.before_refusal / measured.amount
-        if not 1 <= holds <= SMALL_BUCKET or (holds > 1 and measured.is_mixed):  # a bucket accepts the first of them
+        holds = measured.at_first / measured.amount
+        if holds > SMALL_BUCKET or (holds > 1 and measured.is_mixed):  # a bucket accepts the first of them
             return None
         self._spacing = RequestSpacing(holds)
         self._rate.limit_burst(1.0)
