@@ -143,10 +143,12 @@ def upper_bound(
     A request that names no tier, or `auto`, gets the one that the account is set to, which is unknown here.
     None where the price is unknown.
     """
-    return None if table is None else dearest(table, *requested_tiers).bound(max_prompt_tokens, max_output_tokens)
+    return (
+        None if table is None else highest_prices(table, *requested_tiers).bound(max_prompt_tokens, max_output_tokens)
+    )
 
 
-class Dearest(msgspec.Struct, frozen=True):
+class HighestPrices(msgspec.Struct, frozen=True):
     """The most that tokens of a request can cost, in USD per million, and the fee of a request in USD. `pico` has the
     same per token and request as whole 10⁻¹² USD, rounded up: every attempt is bounded, and integers are fast.
     """
@@ -162,16 +164,16 @@ class Dearest(msgspec.Struct, frozen=True):
         return Decimal(max_prompt_tokens * prompt + max_output_tokens * output + request).scaleb(-PICO_DIGITS)
 
 
-def dearest(table: PriceTable, *requested_tiers: str | None) -> Dearest:
+def highest_prices(table: PriceTable, *requested_tiers: str | None) -> HighestPrices:
     """The highest prices of any hour and service tier that `requested_tiers` allow; without any, that None allows."""
     every = [tier for requested in requested_tiers or (None,) for tiers in _allowed(table, requested) for tier in tiers]
     prompt, output = max(tier.highest_input() for tier in every), max(tier.output for tier in every)
     usd_each = prompt / PER_TOKEN, output / PER_TOKEN, table.per_request
     in_tokens, out_tokens, request = (math.ceil(usd.scaleb(PICO_DIGITS)) for usd in usd_each)
-    return Dearest(prompt, output, table.per_request, (in_tokens, out_tokens, request))
+    return HighestPrices(prompt, output, table.per_request, (in_tokens, out_tokens, request))
 
 
-def asked_tier(table: PriceTable | None, body: bytes) -> str | None:
+def requested_tier(table: PriceTable | None, body: bytes) -> str | None:
     """The service tier that an encoded body names; None: it names none, or it is uncertain."""
     if table is None or not table.services:
         return None

@@ -94,7 +94,7 @@ def tickets(place: Path, started: datetime, number: int) -> None:
 
 
 def invoice(number: int) -> str:
-    """One request is dearer there, one is missing, and one is unknown here."""
+    """One request costs more there, one is missing, and one is unknown here."""
     lines = ["request_id,amount_usd"]
     for at in range(1, ROWS):
         usd = cost(MODEL, 900 + at, 40 * (1 + (number == 11)))

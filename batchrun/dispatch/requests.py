@@ -12,7 +12,7 @@ from batchrun.errors import InputError
 from batchrun.job.job import Job
 from batchrun.limits.admission import Demand
 from batchrun.limits.token_estimates import Estimates
-from batchrun.prices import Dearest
+from batchrun.prices import HighestPrices
 from batchrun.records import Discarded, Request, Row, Verdict
 from batchrun.request.builder import RequestBuilder, corrected
 from batchrun.request.image_digests import ImageDigests
@@ -36,7 +36,7 @@ class Requests:
         self._checked = checked
         self._images = Images(job.input)
         self._builders = [RequestBuilder(variants.as_job(job, way), plan.manifest.dialect) for way in plan.variants]
-        self._dearest: dict[tuple[str, str | None], Dearest] = {}
+        self._highest: dict[tuple[str, str | None], HighestPrices] = {}
 
     def pending(self, row: Row, chunk: OpenChunk) -> Pending:
         """The row's request, with the history of its attempts in earlier starts.
@@ -101,16 +101,16 @@ class Requests:
         """The tokens and USD that one attempt is expected to take, and the most it can take."""
         prompt, output = self._estimates.of(request)
         tokens, most_tokens = prompt + output, request.max_prompt_tokens + request.max_output_tokens
-        dearest = None
+        highest = None
         if (table := self.prices.get(request.model)) is not None:
-            key = request.model, None if not table.services else prices.asked_tier(table, request.body)
-            if (dearest := self._dearest.get(key)) is None:
+            key = request.model, None if not table.services else prices.requested_tier(table, request.body)
+            if (highest := self._highest.get(key)) is None:
                 requested_tiers = self._service_tiers if key[1] is None else (key[1],)
-                dearest = self._dearest[key] = prices.dearest(table, *requested_tiers)
-        if dearest is None:
+                highest = self._highest[key] = prices.highest_prices(table, *requested_tiers)
+        if highest is None:
             return Demand(tokens, None, most_tokens, output, request.model)
-        bound_usd = dearest.bound(request.max_prompt_tokens, request.max_output_tokens)
-        return Demand(tokens, bound_usd, most_tokens, output, request.model, dearest.prompt, dearest.output)
+        bound_usd = highest.bound(request.max_prompt_tokens, request.max_output_tokens)
+        return Demand(tokens, bound_usd, most_tokens, output, request.model, highest.prompt, highest.output)
 
 
 def with_key(pending: Pending, key: bytes) -> Pending:

@@ -13,7 +13,7 @@ class Demand(msgspec.Struct, frozen=True):
     """What one attempt needs from the limits.
 
     `tokens` estimates prompt and answer together, `output_tokens` is the answer's part. The upper bounds are the most
-    it may cost and use; `upper_bound_usd` may be None only without `max_cost_usd`. Prices are the dearest that may
+    it may cost and use; `upper_bound_usd` may be None only without `max_cost_usd`. Prices are the highest that may
     apply. Without a `model`, the bounds are never raised for overruns.
     """
 

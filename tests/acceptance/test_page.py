@@ -152,8 +152,8 @@ def test_the_tables_have_the_bills_figures(runs: Path, elements: Elements) -> No
     assert sum(int(step[1]) for step in steps) == NIGHTS * 80 + 1
     _, failure = elements.tables["Failures by kind"]
     assert failure[:2] == ["error, quota", str(NIGHTS * 4)]
-    _, *dearest = elements.tables["The most expensive rows"]
-    costs = [float(line[4]) for line in dearest]
+    _, *costliest = elements.tables["The most expensive rows"]
+    costs = [float(line[4]) for line in costliest]
     assert len(costs) == 10
     assert all(one >= other for one, other in pairwise(costs))
     assert costs[0] == pytest.approx((79 + NIGHTS) / 10_000)

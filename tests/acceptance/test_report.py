@@ -367,8 +367,8 @@ def test_an_estimate_uses_the_newest_runs_means(tmp_path: Path) -> None:
         assert "2026-11-25" in last["estimate"]["basis"]
         write_rows(tmp_path / "in.jsonl", 120)
         reported = batchrun("estimate", job).stdout
-        dearer = '[pricing."vtrix-gpt-5.3-codex"]\ninput = 1000\noutput = 1000\n'
-        write_job(job, simulator.url, source, runs + dearer)
+        expensive = '[pricing."vtrix-gpt-5.3-codex"]\ninput = 1000\noutput = 1000\n'
+        write_job(job, simulator.url, source, runs + expensive)
         dear = batchrun("estimate", job).stdout
     prompt, answer = (
         sum(line[name] for line in last["totals"]) / 60 for name in ("prompt_tokens", "completion_tokens")

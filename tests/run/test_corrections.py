@@ -118,8 +118,8 @@ def test_a_resume_remembers_the_corrections_sent(tmp_path: Path) -> None:
 
 
 def test_the_longer_request_respects_the_budget(tmp_path: Path) -> None:
-    # one request of 100 bytes and 40 tokens of output costs at most $0.0019 at the dearest service tier; its correction
-    # more than is left then
+    # one request of 100 bytes and 40 tokens of output costs at most $0.0019 at the most expensive service tier; its
+    # correction costs more than is left then
     with running_simulator(SimulatorConfig(faults=(Fault(kind=UNFIT),))) as simulator:
         more = "[budget]\nmax_cost_usd = 0.0042\n[limits]\nmax_in_flight = 1\n"
         source = write_rows(tmp_path / "in.jsonl", 2)

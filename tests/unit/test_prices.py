@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from batchrun.job.settings import Price
 from batchrun.price_list.lookup import resolve, vendor_at
-from batchrun.prices import PriceTable, Tier, asked_tier, cost, lacks_tier, upper_bound
+from batchrun.prices import PriceTable, Tier, cost, lacks_tier, requested_tier, upper_bound
 from batchrun.records import Usage
 
 TODAY = "2026-11-22"
@@ -138,7 +138,7 @@ def test_the_jobs_price_precedes_lists() -> None:
     assert discounted.tiers[0].cached_input == D("0.5")
 
 
-def test_a_dearer_tier_is_reported() -> None:
+def test_a_higher_tier_is_reported() -> None:
     found = resolve("gemini-2.5-pro", {}, TODAY, GATEWAY)
     assert found is not None
     assert "higher beyond 200,000 tokens" in found.describe()
@@ -170,7 +170,7 @@ OPENAI, CEREBRAS, DEEPSEEK = "https://api.openai.com/v1", "https://api.cerebras.
         ("gpt-5-mini", OPENAI, "OpenAI", "0.00045"),
         ("gpt-5-mini-2025-08-07", OPENAI, "OpenAI", "0.00045"),
         ("gpt-5-mini-2031-01-01", OPENAI, None, None),  # a date that the list does not know
-        ("gpt-4o-2024-05-13", OPENAI, "OpenAI", "0.0065"),  # dearer than gpt-4o: $5 and $15
+        ("gpt-4o-2024-05-13", OPENAI, "OpenAI", "0.0065"),  # more than gpt-4o: $5 and $15
         ("ft:gpt-4o-mini-2024-07-18:acme::x", OPENAI, "OpenAI", "0.00042"),
         ("gpt-5-mini", CEREBRAS, None, None),  # a vendor on the list that does not list it
         ("openai/gpt-5-mini", GATEWAY, "OpenAI", "0.00045"),
@@ -284,7 +284,7 @@ def test_the_jobs_price_covers_every_tier() -> None:
 )
 def test_reservations_use_the_dearest_tier(body: bytes, usd: str) -> None:
     found = resolve("gpt-5-mini", {}, TODAY, OPENAI)
-    assert upper_bound(1000, 100, found, asked_tier(found, body)) == D(usd)
+    assert upper_bound(1000, 100, found, requested_tier(found, body)) == D(usd)
 
 
 @pytest.mark.parametrize(
