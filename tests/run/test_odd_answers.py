@@ -308,7 +308,7 @@ def test_a_login_page_ends_the_start_within_minutes(tmp_path: Path) -> None:
     with serving_aside(says(lambda row, n: page)) as server:
         summary, _ = run(tmp_path, server.url, 40, speed=100.0)
     assert (summary.exit_code, summary.by_status) == (5, {})
-    assert "no chat completion, but a web page: Please log in" in str(summary.reason)
+    assert "not a chat completion, but a web page: Please log in" in str(summary.reason)
     assert len(server.exchanges) < 25
     assert summary.possibly_billed is not None
     assert len(summary.possibly_billed) == len(server.exchanges)
