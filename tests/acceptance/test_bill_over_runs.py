@@ -6,7 +6,7 @@ import json
 import shutil
 import signal
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -304,9 +304,10 @@ def test_rows_name_their_local_day_within_utc(nights: Nights) -> None:
 
 def test_a_date_range_bounds_the_money_counted(nights: Nights) -> None:
     """Money counts from the first day of a range to its last, both included."""
-    today = datetime.now(UTC).date().isoformat()
+    made = datetime.fromtimestamp(nights.folder.stat().st_ctime, UTC).date() - timedelta(days=1)
+    month, now = made.isoformat()[:7], datetime.now(UTC).date().isoformat()[:7]  # two if the tests pass the end of one
     whole = report(nights)["total"]
-    assert report(nights, "--since", today[:7], "--until", today[:7])["total"]["rows"] == whole["rows"]
+    assert report(nights, "--since", month, "--until", now)["total"]["rows"] == whole["rows"]
     nothing = report(nights, "--until", "2020-01")
     assert (nothing["runs"], nothing["lines"], nothing["total"]["attempts"]) == (0, [], 0)
 

@@ -48,9 +48,13 @@ def expire_claims(s3: S3Server, place: str) -> None:
         s3.filesystem.delete_file(f"{BUCKET}/{place}/{CONTROL}/claims/{name}")
 
 
+SLOWLY = ("--set", "limits.max_in_flight=1")
+"""A run whose parts are counted in the store is not over before it is killed, however long a listing takes."""
+
+
 def test_a_run_of_yesterday_is_found_in_the_store(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
     one = Machine(tmp_path / "one", api, "night/{job}/x-{date}/y", MORE, rows=ROWS, output=OUTPUT)
-    process = start("run", one.job, "--state-dir", one.state, "--date", "2026-11-20")
+    process = start("run", one.job, "--state-dir", one.state, "--date", "2026-11-20", *SLOWLY)
     kill_when(process, lambda: parts_there(s3, "night") >= 2)
     finish(process)
     expire_claims(s3, "night/job/x-2026-11-20/y")
@@ -66,7 +70,7 @@ def test_another_machine_resumes_a_lost_run(s3: S3Server, api: RunningSimulator,
     place = f"lost-{layout}"
     output = OUTPUT + f"layout = '{layout}'\n"
     one = Machine(tmp_path / "one", api, place, MORE, rows=ROWS, output=output)
-    process = start("run", one.job, "--state-dir", one.state)
+    process = start("run", one.job, "--state-dir", one.state, *SLOWLY)
     kill_when(process, lambda: parts_there(s3, place) >= 3)
     finish(process)
     sent_before = settled(api)
@@ -98,12 +102,12 @@ def test_another_machine_resumes_a_lost_run(s3: S3Server, api: RunningSimulator,
 def test_a_taken_over_run_is_not_continued(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
     """By the machine that comes back."""
     one = Machine(tmp_path / "one", api, "back", MORE, rows=ROWS, output=OUTPUT)
-    process = start("run", one.job, "--state-dir", one.state)
+    process = start("run", one.job, "--state-dir", one.state, *SLOWLY)
     kill_when(process, lambda: parts_there(s3, "back") >= 2)
     finish(process)
     expire_claims(s3, "back")
     two = Machine(tmp_path / "two", api, "back", MORE, rows=ROWS, output=OUTPUT)
-    second = start("run", two.job, "--state-dir", two.state)
+    second = start("run", two.job, "--state-dir", two.state, *SLOWLY)
     kill_when(second, lambda: parts_there(s3, "back") >= 4)
     finish(second)
     expire_claims(s3, "back")
