@@ -509,8 +509,8 @@ BUSY = answer(b'{"error": {"message": "The server is overloaded"}}', status="503
     ],
 )
 def test_five_minutes_of_trouble_need_few_requests(tmp_path: Path, trouble: bytes, from_request: int) -> None:
-    """Requests that are out when the trouble begins are refused as well, and once more after a first storm of 429, when
-    the gate lowers the rate and tries all of them: seven here, twice.
+    """Ten refusals in a row are a storm, and three more requests are out by then. Four probes a second apart follow,
+    five that double their wait, and six or fewer at 45 seconds. More in flight are refused once more in a second storm.
     """
     speed, served, refused, well_at_s = 200.0, 0, 0, 0.0
 
@@ -529,7 +529,7 @@ def test_five_minutes_of_trouble_need_few_requests(tmp_path: Path, trouble: byte
         ended = run(tmp_path, server.url, 300, speed=speed, limits={"max_in_flight": 8})
     assert ended.exit_code == 0
     assert ended.summary.by_status == {"ok": 300}
-    assert 3 <= refused < 45  # 31 to 33 were seen; a client that does not wait sends thousands
+    assert 3 <= refused < 30
     assert len(server.exchanges) == 300 + refused
     assert ended.summary.possibly_billed_count == 0
 
