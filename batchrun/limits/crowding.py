@@ -37,7 +37,7 @@ MAX_PROBE_EVERY_S = 20.0
 """A higher cap is tried after a second, then 2, 4 … 20 s: each trial costs some refusals, and a raised limit is in
 use within half a minute."""
 
-SMALL_BUCKET = 7
+SMALL_BUCKET = 3
 TEST_EVERY_S, TEST_FOR_S = 0.1, 1.0
 TESTS = 2
 """The empty bucket of a rate limit that holds a few requests looks like a small crowd, but soon has a request again. So

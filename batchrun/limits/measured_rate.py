@@ -32,7 +32,7 @@ class MeasuredRate:
         self.amount = 1.0  # of the last refused attempt
         self.is_mixed = False  # of those sent first, one was accepted after a refusal
         self._delivered = Throughput()
-        self.at_first = 0.0  # accepted of what was sent first
+        self.at_first = 0.0  # accepted before the first refusal, or in the first moment
         self._mark: tuple[float, float] | None = None
         self._burst: tuple[float, float] | None = None  # the first refusal came after so long, and so much accepted
 
@@ -44,7 +44,7 @@ class MeasuredRate:
             self.amount = amount
             return
         self._delivered.add(at_s, amount)
-        if self._delivered.span_s(at_s) <= MOMENT_S:
+        if not self.refused or self._delivered.span_s(at_s) <= MOMENT_S:
             self.at_first += amount
             self.is_mixed |= self.refused > 0
 

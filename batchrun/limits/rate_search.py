@@ -33,6 +33,10 @@ MOST_SPACED = 3
 """Such a bucket accepts as many again, at most, in each round until its refusals show a limit: three rounds have more
 refusals than that takes."""
 
+USUAL = 2
+"""Most buckets hold two seconds' worth: if two are accepted at once, the limit is one a second, or the bucket is small.
+Half of the burst is the first guess then, which costs fewer refusals."""
+
 BELOW_REFUSED = 0.7
 """The share of a rate at which nearly everything was refused before anything could be measured."""
 
@@ -172,7 +176,8 @@ class RateSearch:
             rate = max(rate, measured.at_least(at_s))
         elif measured.total:
             rate, rough = BELOW_BURST * measured.in_last_second(at_s), True
-            if not measured.is_marked and measured.at_first >= measured.total / MOST_SPACED:
+            small = not measured.is_marked and measured.at_first >= measured.total / MOST_SPACED
+            if small and measured.at_first != USUAL * measured.amount:
                 rate = self._space_out() or rate
         self._remember(before)
         if rate is not None:

@@ -1,7 +1,7 @@
 """What many refusals are evidence of: the real gate before servers that limit, refuse by chance, crowd or queue.
 
 The table is in tests/refusal_scenarios.py: how much of the ideal is reached at least, and how much is refused at most,
-by the worst of three seeds.
+by the worst of five seeds.
 """
 
 import math
@@ -26,7 +26,7 @@ from tests.unit.test_gate import new_gate, now_s
 
 pytestmark = pytest.mark.campaign
 
-SEEDS = level.amount(sample=1, full=3)
+SEEDS = level.amount(sample=1, full=5)
 NAME = operator.attrgetter("name")
 
 
@@ -132,7 +132,7 @@ def test_a_better_source_ends_the_even_spacing() -> None:
     rate = AdaptiveRate(Limit.REQUESTS, None, 0.0, lambda *change: None)
     search = RateSearch(rate)
     for place in range(8):
-        search.count(0.0, 1, refused=place > 1)
+        search.count(0.0, 1, refused=place > 2)
     search.storm(0.0, 0.1)
     assert rate.learned is not None
     assert rate.level(1_000.0) <= 1
