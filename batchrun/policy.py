@@ -300,9 +300,14 @@ def _excerpt(body: bytes, size: int = 300) -> str:
 
 
 def _in_words(body: bytes) -> str:
-    """The beginning of a body. Of a web page, as proxies and gateways send it: its words without tags and styles."""
+    """The beginning of a body; of a web page, its words."""
+    return _words_of_page(body) or _excerpt(body)
+
+
+def _words_of_page(body: bytes) -> str | None:
+    """The words of a web page, as proxies and gateways send it, without tags and styles; None for any other body."""
     if not _PAGE.fullmatch(beginning := _excerpt(body)):
-        return beginning
+        return None
     from html import unescape  # imported here: few runs get a page
 
     words = unescape(_MARKUP.sub(" ", _excerpt(body, 8192)))
@@ -313,6 +318,6 @@ def _why_unreadable(attempt: Attempt) -> str:
     if not packed.size(attempt.body):
         return "the answer is empty"
     what = "the stream holds no complete answer" if attempt.streamed else "the answer is not a chat completion"
-    if _PAGE.fullmatch(_excerpt(attempt.body)):
-        what += ", but a web page"
-    return f"{what}: {_in_words(attempt.body)}"
+    if (words := _words_of_page(attempt.body)) is not None:
+        return f"{what}, but a web page: {words}"
+    return f"{what}: {_excerpt(attempt.body)}"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -80,7 +81,7 @@ class RunStatus:
         self._forecast: Forecast | None = None
         self._tuned: Tuned | None = None
         self._seen_in_flight = self._seen_answers = 0
-        self._seen_reasons = self._seen_tiers = self._seen_usage = 0
+        self._seen = Counter[str]()  # how many anomalies of each kind are reported
         self._seen_used: set[tuple[str, str]] = set()
         self._recent = Recent()
         self._earlier: Summary | None = None
@@ -191,17 +192,12 @@ class RunStatus:
             self.log.write(event, **fields)
             warnings.append(Notice(f"warning: {words}", event, **fields))
 
-        new = workers.anomalies.unknown_finish_reasons[self._seen_reasons :]
-        self._seen_reasons += len(new)
-        for reason in new:
+        anomalies = workers.anomalies
+        for reason in self._unseen("finish_reason", anomalies.unknown_finish_reasons):
             warn("unknown finish_reason", unknown_reason(reason), finish_reason=reason)
-        tiers = workers.anomalies.unpriced_tiers[self._seen_tiers :]
-        self._seen_tiers += len(tiers)
-        for tier in tiers:
+        for tier in self._unseen("service_tier", anomalies.unpriced_tiers):
             warn("unpriced service_tier", unpriced_tier(tier), service_tier=tier)
-        kinds = workers.anomalies.unpriced_usage[self._seen_usage :]
-        self._seen_usage += len(kinds)
-        for what in kinds:
+        for what in self._unseen("usage", anomalies.unpriced_usage):
             warn("unpriced usage", unpriced_usage(what), what=what)
         for model, overrun in workers.learned.overruns.taken():
             words = overruns.in_words(model, overrun)
@@ -211,6 +207,12 @@ class RunStatus:
             self._seen_used.add(use.key)
             warn("budget nearly used", nearly_used(use), **msgspec.structs.asdict(use))
         return warnings
+
+    def _unseen(self, kind: str, values: list[str]) -> list[str]:
+        """Those of a growing list that the last call did not return."""
+        unseen = values[self._seen[kind] :]
+        self._seen[kind] = len(values)
+        return unseen
 
     def write(self, summary: Summary) -> None:
         """Replaces summary.json."""

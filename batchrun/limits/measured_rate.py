@@ -120,8 +120,7 @@ class MeasuredRate:
         span_s = at_s - self._mark[0]
         if span_s < LEAST_SPAN_S or self.taken < LEAST_TIMES * self.amount:
             return None
-        at_least = BURST_OFF * (self.lately(at_s) or 0.0) if span_s > WINDOW_S else 0.0
-        return max(self.taken / span_s, at_least)
+        return max(self.taken / span_s, self.at_least(at_s) if span_s > WINDOW_S else 0.0)
 
     def server_level(self, at_s: float, limit_per_s: float | None) -> float:
         """What the server's bucket holds, by the measured limit. It is full at what it gave before the first refusal,

@@ -14,12 +14,12 @@ from batchrun.limits.evidence import RefusedShare
 FIRST_PER_S = 1.0
 """The search begins at one request a second: few limits are lower."""
 
-SMALL_TIMES = 1.6
-"""The same where the bucket holds a few requests: each one too many is refused as well, until the rate falls."""
-
 TIMES = 4.0
 """Until too much is refused, each next rate is four times as high. The next request shows whether it is too high, so a
 limit of 50 a second is found within three seconds of the first refusal."""
+
+SMALL_TIMES = 1.6
+"""The same where the bucket holds a few requests: each one too many is refused as well, until the rate falls."""
 
 NEAR = 0.9
 """The search ends with the accepted and the refused rate this near to each other; small steps continue from there."""

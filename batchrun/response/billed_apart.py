@@ -27,8 +27,9 @@ _PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (SEARCHES, ("plugins", "search", "count")),  # Alibaba
 )
 _BY_MODALITY = (
-    *(("promptTokensDetails", name) for name in ("AUDIO",)),
-    *(("candidatesTokensDetails", name) for name in ("AUDIO", "IMAGE")),
+    (AUDIO, "promptTokensDetails", "AUDIO"),
+    (AUDIO, "candidatesTokensDetails", "AUDIO"),
+    (IMAGES, "candidatesTokensDetails", "IMAGE"),
 )
 """Google's counts: a list of `{"modality", "tokenCount"}`."""
 
@@ -51,11 +52,10 @@ def _in_usage(usage: Mapping[str, Any]) -> Iterator[str]:
             value = value.get(name) if isinstance(value, dict) else None
         if _is_some(value):
             yield what
-    for field, modality in _BY_MODALITY:
-        counts = usage.get(field)
-        for each in counts if isinstance(counts, list) else ():
-            if isinstance(each, dict) and each.get("modality") == modality and _is_some(each.get("tokenCount")):
-                yield AUDIO if modality == "AUDIO" else IMAGES
+    for what, field, modality in _BY_MODALITY:
+        counts = [each for each in _objects(usage, field) if each.get("modality") == modality]
+        if any(_is_some(each.get("tokenCount")) for each in counts):
+            yield what
 
 
 def has_searched(body: Mapping[str, Any]) -> bool:
@@ -63,20 +63,17 @@ def has_searched(body: Mapping[str, Any]) -> bool:
 
     OpenAI's usage does not say so.
     """
-    output = body.get("output")
-    if isinstance(output, list) and any(
-        isinstance(each, dict) and each.get("type") in _SEARCH_CALLS for each in output
-    ):
+    if any(item.get("type") in _SEARCH_CALLS for item in _objects(body, "output")):
         return True
-    choices = body.get("choices")
-    for choice in choices if isinstance(choices, list) else ():
-        message = choice.get("message") or choice.get("delta") if isinstance(choice, dict) else None
-        notes = message.get("annotations") if isinstance(message, dict) else None
-        if isinstance(notes, list) and any(
-            isinstance(each, dict) and each.get("type") == "url_citation" for each in notes
-        ):
-            return True
-    return False
+    messages = [choice.get("message") or choice.get("delta") for choice in _objects(body, "choices")]
+    notes = [note for message in messages if isinstance(message, dict) for note in _objects(message, "annotations")]
+    return any(note.get("type") == "url_citation" for note in notes)
+
+
+def _objects(body: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
+    """The objects in a field that should be a list of them."""
+    values = body.get(field)
+    return [each for each in values if isinstance(each, dict)] if isinstance(values, list) else []
 
 
 def _is_some(value: Any) -> bool:
