@@ -17,7 +17,7 @@ from batchrun.job.job import Job
 from batchrun.run_summary import Summary
 from batchrun.signals import StopRequest
 from batchrun.source import Rows
-from batchrun.tables.completions import Completion
+from batchrun.tables.rows import Completion
 
 
 class Runner:

@@ -9,7 +9,7 @@ from batchrun.records import Completion as Record
 from batchrun.response import packed
 from batchrun.store.open_chunk import OpenChunk
 from batchrun.store.stored_window import StoredBatch
-from batchrun.tables.completions import Completion
+from batchrun.tables.rows import Completion
 
 MAX_ROWS = 256
 """With so many unread rows no new row is sent: enough for a reader that is slow now and then."""

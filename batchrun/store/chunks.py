@@ -30,6 +30,7 @@ from batchrun.tables import booked, completions, files, pending
 from batchrun.tables.arrow_types import JSON, Column
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_table
+from batchrun.tables.rows import Completion as OutputRow
 
 MOST_FULL = 2
 """Chunks whose rows are all settled may wait to be sealed; with more, no other is opened until one is sealed."""
@@ -307,7 +308,7 @@ class Chunks:
 
     def completions_of(
         self, records: Sequence[Completion], inputs: Sequence[tuple[StoredBatch, int]]
-    ) -> Iterator[completions.Completion]:
+    ) -> Iterator[OutputRow]:
         """These rows as in the output; `inputs` say where each is stored. Only one thread may call it."""
         names = self._schema.names[: -len(OWN_COLUMNS)]
         rows = [batch.typed_row(place, self._types, names) for batch, place in inputs]

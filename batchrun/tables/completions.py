@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -11,73 +11,7 @@ import pyarrow as pa
 from batchrun.records import Choice, FunctionCall, RowError, SetAside, Status
 from batchrun.records import Completion as Record
 from batchrun.tables.arrow_types import Column, array_of
-from batchrun.tables.rows import OWN_COLUMNS, USD, own_values, with_problems
-
-T = TypeVar("T")
-
-
-class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """The final record of a row: an answer, or why there is none. The fields are the output's columns, except `input`.
-
-    `input` holds the input's columns as the output has them. `parsed` is the answer as Python values where
-    the request wanted JSON and got it; so are `tool_calls`. `choices` has the answers if there are several, `set_aside`
-    those that were replaced. A field is None where the server did not say; `cost_usd`, where the price is unknown.
-    """
-
-    row: int
-    status: Status
-    content: str | None
-    refusal: str | None
-    parsed: Any
-    function_call: FunctionCall | None
-    tool_calls: Any
-    finish_reason: str | None
-    choices: tuple[Choice, ...]
-    model: str | None
-    requested_model: str
-    service_tier: str | None
-    completion_id: str | None
-    request_id: str | None
-    created: datetime | None
-    finished_at: datetime | None
-    prompt_tokens: int | None
-    cached_tokens: int | None
-    cache_write_tokens: int | None
-    completion_tokens: int | None
-    reasoning_tokens: int | None
-    total_tokens: int | None
-    cost_usd: Decimal | None
-    reported_cost_usd: Decimal | None
-    answer_cost_usd: Decimal | None
-    attempts: int
-    set_aside: tuple[SetAside, ...]
-    latency_s: float | None
-    time_to_first_token_s: float | None
-    error: RowError | None
-    request_key: bytes
-    reused: bool
-    reused_from: str | None
-    reused_cost_usd: Decimal | None
-    duplicate_of: int | None
-    variant: int
-    invocation: int
-    raw: bytes | None
-    input: dict[str, Any]
-
-    def parse(self, type: type[T]) -> T:
-        """The answer as a `type`: a msgspec Struct, dataclass or TypedDict, or a Pydantic model.
-
-        Raises:
-            ValueError: there is no answer, or it is not of that type.
-        """
-        content = self.content or ""
-        if (validate := getattr(type, "model_validate_json", None)) is not None:
-            model: T = validate(content)
-            return model
-        return msgspec.json.decode(content, type=type)
-
-
-OWN = tuple(name for name in Completion.__struct_fields__ if name != "input")
+from batchrun.tables.rows import OWN_COLUMNS, USD, Completion, own_values, with_problems
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _USD = Decimal(1).scaleb(-USD.scale)
@@ -111,8 +45,8 @@ def settled(
 
 
 def _made(columns: Mapping[str, Sequence[Any]], inputs: Sequence[dict[str, Any]]) -> Iterator[Completion]:
-    for *own, row in zip(*(columns[name] for name in OWN), inputs, strict=True):
-        values = dict(zip(OWN, own, strict=True))
+    for *own, row in zip(*(columns[name] for name in OWN_COLUMNS.names), inputs, strict=True):
+        values = dict(zip(OWN_COLUMNS.names, own, strict=True))
         values["status"] = Status(values["status"])
         if values["parsed"] is not None:  # the column may hold less than the answer, such as no unknown fields
             values["parsed"] = msgspec.json.decode(values["content"])

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchrun.response import answer as answers
-from batchrun.response import typed
+from batchrun.response.chat_completion import read_typed
 
 PLAIN: dict[str, Any] = {
     "id": "chatcmpl-1",
@@ -85,14 +85,14 @@ def test_typed_and_careful_readers_agree(
     changes: list[tuple[tuple[str | int, ...], Any]],
 ) -> None:
     body = msgspec.json.encode(changed(changes))
-    assert typed.read(body) in (None, answers.read_carefully(body))
+    assert read_typed(body) in (None, answers.read_carefully(body))
 
 
 @given(st.integers(0, 700), st.integers(0, 255))
 def test_so_it_does_with_any_byte_changed(place: int, byte: int) -> None:
     body = bytearray(msgspec.json.encode(PLAIN))
     body[place % len(body)] = byte
-    assert typed.read(bytes(body)) in (None, answers.read_carefully(bytes(body)))
+    assert read_typed(bytes(body)) in (None, answers.read_carefully(bytes(body)))
 
 
 ODD = [
@@ -134,8 +134,8 @@ def test_they_agree_on_odd_json_too(odd: bytes, place: bytes) -> None:
     body = msgspec.json.encode(PLAIN).replace(place, odd, 1)
     careful = answers.read_carefully(body)
     unread = place == b'"fp"' and odd in HUGE
-    assert typed.read(body) in (None, careful) or unread
-    assert not unread or typed.read(body) == msgspec.structs.replace(careful, flagged=False)
+    assert read_typed(body) in (None, careful) or unread
+    assert not unread or read_typed(body) == msgspec.structs.replace(careful, flagged=False)
 
 
 @pytest.mark.parametrize(
@@ -152,4 +152,4 @@ def test_they_agree_on_odd_json_too(odd: bytes, place: bytes) -> None:
 )
 def test_it_accepts_the_answers_of_common_servers(changes: list[tuple[tuple[str | int, ...], Any]]) -> None:
     body = msgspec.json.encode(changed(changes))
-    assert typed.read(body) == answers.read_carefully(body) is not None
+    assert read_typed(body) == answers.read_carefully(body) is not None
