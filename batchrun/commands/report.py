@@ -112,10 +112,9 @@ def report(
         bill = bills.of_runs(found, query)
     else:
         before = found.found
-        found = found._replace(found=reprice.repriced(before, reprice.read(new_prices)))
-        bill = bills.what_if(
-            bills.of_runs(found, query), str(new_prices), reprice.total(before), reprice.total(found.found)
-        )
+        again = reprice.repriced(before, reprice.read(new_prices))
+        bill = bills.of_runs(found._replace(found=again.found), query)
+        bill = bills.what_if(bill, str(new_prices), reprice.total(before), reprice.total(again.found), again.kept)
     content = b""
     if drawn:
         from batchrun.report.page import page

@@ -76,7 +76,7 @@ class Anomalies:
         _add_once(self.unpriced_tiers, service_tier or "")
 
     def note_unpriced_usage(self, what: str) -> None:
-        """Keeps what made the cost of an answer unknown."""
+        """Keeps what an answer used that no known price covers."""
         _add_once(self.unpriced_usage, what)
 
     def settled(self, status: Status, error: RowError | None) -> Stop | None:

@@ -244,7 +244,7 @@ class Workers:
         cost_usd = cost_of(attempt, answer, judgement, table, reported_usd)
         if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
             self.anomalies.note_unpriced_tier(answer.service_tier)
-        if cost_usd is None and table is not None and answer.billed_apart is not None:
+        if answer.billed_apart is not None and (table is None or not table.every_tier):
             self.anomalies.note_unpriced_usage(answer.billed_apart)
         in_doubt = not cost_usd and maybe_billed(answer, judgement, cost_usd, capped=self._capped)
         result = AttemptResult(

@@ -124,10 +124,10 @@ def of_runs(found: Runs, query: Query) -> Bill:
     )
 
 
-def what_if(bill: Bill, prices: str, before_usd: Decimal, after_usd: Decimal) -> Bill:
-    """The bill, marked as one at these prices instead of those that were paid."""
+def what_if(bill: Bill, prices: str, before_usd: Decimal, after_usd: Decimal, kept: Sequence[str] = ()) -> Bill:
+    """The bill, marked as one at these prices instead of those that were paid. `kept`: what keeps its cost, and why."""
     supposed = f"what if: at the prices of {prices} ${after_usd:,.6f}; paid were ${before_usd:,.6f}"
-    return msgspec.structs.replace(bill, supposed=supposed)
+    return msgspec.structs.replace(bill, supposed="; ".join([supposed, *kept]))
 
 
 def counted(found: Sequence[Found], by: tuple[str, ...], span: Span, *, rows: bool = True) -> list[Counted]:

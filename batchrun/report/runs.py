@@ -29,7 +29,7 @@ UNFINISHED = ".tmp"
 
 
 class Account(msgspec.Struct, frozen=True):
-    """The part of a summary, or of a footer, that a bill needs. A footer lacks the fields after `price`."""
+    """The part of a summary, or of a footer, that a bill needs. A footer lacks some of the fields after `price`."""
 
     version: int
     job: str
@@ -52,6 +52,7 @@ class Account(msgspec.Struct, frozen=True):
     exit_code: int | None = 0
     pending: int = 0
     possibly_billed: list[PossiblyBilled] = []
+    unpriced_usage: list[str] = []
     elapsed_s: float = 0.0
     requests_per_minute: float = 0.0
     tokens_per_minute: float = 0.0

@@ -1,6 +1,6 @@
 """Rows of the output as values of a program: what `async for` over a Runner hands out. PURE."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -45,17 +45,18 @@ def settled(
 
 
 def _made(columns: Mapping[str, Sequence[Any]], inputs: Sequence[dict[str, Any]]) -> Iterator[Completion]:
-    for *own, row in zip(*(columns[name] for name in OWN_COLUMNS.names), inputs, strict=True):
-        values = dict(zip(OWN_COLUMNS.names, own, strict=True))
-        values["status"] = Status(values["status"])
-        if values["parsed"] is not None:  # the column may hold less than the answer, such as no unknown fields
-            values["parsed"] = msgspec.json.decode(values["content"])
-        if values["error"] is not None:
-            values["error"] = RowError(**values["error"])
-        if values["function_call"] is not None:
-            values["function_call"] = FunctionCall(**values["function_call"])
-        if values["tool_calls"] is not None:
-            values["tool_calls"] = msgspec.json.decode(values["tool_calls"])
-        values["set_aside"] = tuple(SetAside(**answer) for answer in values["set_aside"] or ())
-        values["choices"] = tuple(Choice(**choice) for choice in values["choices"] or ())
-        yield Completion(**values, input=row)
+    decode = msgspec.json.decode
+    converted: dict[str, Iterable[Any]] = {
+        "status": map(Status, columns["status"]),
+        # decoded again, because the column may hold less than the answer, such as no unknown fields
+        "parsed": [
+            None if parsed is None else decode(content)
+            for parsed, content in zip(columns["parsed"], columns["content"], strict=True)
+        ],
+        "function_call": [None if call is None else FunctionCall(**call) for call in columns["function_call"]],
+        "tool_calls": [None if calls is None else decode(calls) for calls in columns["tool_calls"]],
+        "choices": [tuple(Choice(**choice) for choice in found) if found else () for found in columns["choices"]],
+        "set_aside": [tuple(SetAside(**answer) for answer in found) if found else () for found in columns["set_aside"]],
+        "error": [None if error is None else RowError(**error) for error in columns["error"]],
+    }
+    return map(Completion, *(converted.get(name, columns[name]) for name in OWN_COLUMNS.names), inputs)

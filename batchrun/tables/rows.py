@@ -38,7 +38,7 @@ Time = Annotated[datetime | None, UTC_MICROSECONDS]
 _ERROR = [("kind", pa.string()), ("http_status", pa.int32()), ("code", pa.string()), ("message", pa.string())]
 
 
-class Completion(msgspec.Struct, frozen=True, kw_only=True):
+class Completion(msgspec.Struct, frozen=True):
     """The final record of a row: an answer, or why there is none. The fields are the output's columns, each with its
     Arrow type, except `input`.
 
