@@ -82,7 +82,7 @@ class Runner:
         while not self._ready:
             self._news.clear()
             ended = self._ended.is_set()
-            if taken := self._results.take():
+            if taken := self._results.pop_all():
                 self._ready.extend(taken)
             elif ended:
                 self._raise()

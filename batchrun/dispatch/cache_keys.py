@@ -81,7 +81,7 @@ class CacheKeys(Generic[Parked]):
         self._group_of_key: dict[str, _Group[Parked]] = {}
         self.parked = 0
 
-    def take(self, body: bytes, *, may_wait: bool) -> Key | None:
+    def key_for(self, body: bytes, *, may_wait: bool) -> Key | None:
         """The key that the request is to be sent with; None: it has to wait for the first of its group (`park` it).
 
         Call `ended` with the key when the attempt has ended, or was not sent. Without `may_wait` there is always a key.

@@ -54,7 +54,7 @@ class Record(msgspec.Struct, frozen=True):
     accepted: bool = False
 
 
-def settle(
+def run(
     job: Job,
     store: Store,
     send: Callable[[CanaryRows], Stop | None],

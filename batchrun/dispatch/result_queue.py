@@ -84,7 +84,7 @@ class ResultQueue:
 
     # ── the reader ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def take(self) -> list[Completion]:
+    def pop_all(self) -> list[Completion]:
         """Every row in the queue, in the order in which it was put; the queue is empty afterwards."""
         if not self._unread:
             return []

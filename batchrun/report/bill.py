@@ -18,7 +18,7 @@ from batchrun.report.figures import FIGURES, BillLine, added
 from batchrun.report.findings import Finding
 from batchrun.report.keys import KEYS, OF_LINES, Span, day_of, group, keys
 from batchrun.report.latencies import Scanned
-from batchrun.report.runs import Account, Found, LeftOut, Runs
+from batchrun.report.runs import Account, FoundRun, LeftOut, Runs
 from batchrun.run_summary import TotalsLine
 from batchrun.store.totals import DISCARDED, LOST
 
@@ -85,7 +85,7 @@ class Bill(msgspec.Struct, frozen=True):
 class Counted(NamedTuple):
     """A run, those of its lines that are within the span, and its rows' latencies by some of the keys."""
 
-    found: Found
+    found: FoundRun
     lines: list[TotalsLine]
     scanned: Scanned | None
 
@@ -130,7 +130,7 @@ def what_if(bill: Bill, prices: str, before_usd: Decimal, after_usd: Decimal, ke
     return msgspec.structs.replace(bill, supposed="; ".join([supposed, *kept]))
 
 
-def counted(found: Sequence[Found], by: tuple[str, ...], span: Span, *, rows: bool = True) -> list[Counted]:
+def counted(found: Sequence[FoundRun], by: tuple[str, ...], span: Span, *, rows: bool = True) -> list[Counted]:
     """The runs with lines within the span, in order."""
     with ThreadPoolExecutor(READERS) as pool:
         every = list(pool.map(functools.partial(_counted, by=by, span=span, rows=rows), found))
@@ -138,7 +138,7 @@ def counted(found: Sequence[Found], by: tuple[str, ...], span: Span, *, rows: bo
     return [each for each in every if each.lines or not ends]
 
 
-def _counted(found: Found, *, by: tuple[str, ...], span: Span, rows: bool) -> Counted:
+def _counted(found: FoundRun, *, by: tuple[str, ...], span: Span, rows: bool) -> Counted:
     began = day_of(found.account.began, span.zone)
     lines = [line for line in days.localised(found, span.zone) if span.holds(line.day, began)]
     if not rows:

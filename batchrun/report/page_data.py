@@ -20,7 +20,7 @@ from batchrun.report.bill import Bill, Counted, fold
 from batchrun.report.charts import COLOURS, Chart
 from batchrun.report.keys import Span, night
 from batchrun.report.run_rows import Result
-from batchrun.report.runs import Found
+from batchrun.report.runs import FoundRun
 
 pc: Any = pyarrow.compute  # its stubs know less than it does
 
@@ -104,7 +104,7 @@ def latency(bill: Bill) -> Chart | None:
     return Chart("bars", "Latency of the rows' last attempts", "rows", labels, [("rows", [steps[p] for p in places])])
 
 
-def throughput(found: Sequence[Found]) -> Chart | None:
+def throughput(found: Sequence[FoundRun]) -> Chart | None:
     """Rows per minute over the newest run, with the requests per minute that its limit allows."""
     newest = max(found, key=lambda each: each.account.began, default=None)
     seconds = None if newest is None else run_rows.if_readable(newest.place, _by_second)
@@ -132,7 +132,7 @@ def _by_second(result: Result) -> Counter[int]:
     return seconds
 
 
-def rows(found: Sequence[Found], span: Span) -> Rows:
+def rows(found: Sequence[FoundRun], span: Span) -> Rows:
     """Failures by kind, the commonest first, and the most expensive rows, of every run whose rows can be read."""
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -150,7 +150,7 @@ def rows(found: Sequence[Found], span: Span) -> Rows:
 _COLUMNS = ("row", "status", "attempts", "prompt_tokens", "completion_tokens", "cost_usd", "error")
 
 
-def _of_run(found: Found, span: Span, result: Result) -> tuple[Counter[str], dict[str, str], list[CostlyRow]]:
+def _of_run(found: FoundRun, span: Span, result: Result) -> tuple[Counter[str], dict[str, str], list[CostlyRow]]:
     """How many rows each kind of failure has, an example of each, and the run's most expensive rows."""
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}

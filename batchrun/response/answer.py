@@ -31,14 +31,14 @@ _GLUE = re.compile(r"(?:\s|\0|data:|event: ?\w*|:[^\n]*|\[DONE\]|0(?=\r?\n))*+")
 Possessive: no tail of a server's makes it try again and again."""
 
 
-def read(stored: bytes, choices: int = 1) -> Answer:
+def parse(stored: bytes, choices: int = 1) -> Answer:
     """The content of a body in its stored form: a chat completion as JSON or as server-sent events, an error object, or
     nothing usable. `choices`: how many the request wants. A stream without `[DONE]` is whole only when all have ended.
     """
-    return chat_completion.read_typed(stored) or read_carefully(stored, choices)
+    return chat_completion.parse_typed(stored) or parse_carefully(stored, choices)
 
 
-def read_carefully(stored: bytes, choices: int = 1) -> Answer:
+def parse_carefully(stored: bytes, choices: int = 1) -> Answer:
     """The same for any bytes, the common answer's included."""
     pieces = packed.pieces(stored)
     first = next(pieces, b"")
@@ -51,8 +51,8 @@ def read_carefully(stored: bytes, choices: int = 1) -> Answer:
         decoded, flagged = _unglued(body), True
     decoded = _unwrapped(_unquoted(decoded))
     if isinstance(decoded, dict):
-        return chat_completion.read_object(decoded, flagged)
-    return chat_completion.with_failure(Answer(flagged=flagged and decoded is not None), error_body.read(decoded))
+        return chat_completion.parse_object(decoded, flagged)
+    return chat_completion.with_failure(Answer(flagged=flagged and decoded is not None), error_body.failure_in(decoded))
 
 
 def _unwrapped(decoded: Any) -> Any:
@@ -65,7 +65,7 @@ def _unwrapped(decoded: Any) -> Any:
     name = next((name for name, value in inside.items() if _is_completion(value)), None)
     if name is None or decoded.get("error"):
         return decoded
-    failure = error_body.read({other: value for other, value in decoded.items() if other != name})
+    failure = error_body.failure_in({other: value for other, value in decoded.items() if other != name})
     if failure is not None and (failure.status is not None or failure.code is not None):
         return decoded
     return {"usage": decoded.get("usage"), **inside[name]}
@@ -169,7 +169,7 @@ def _from_events(pieces: Iterable[bytes], choices: int) -> Answer:
     for event in chain.from_iterable(_separated(event) for event in sse.events(pieces)):
         if done := event.data.strip() == _DONE:
             break
-        streamed.take(event)
+        streamed.add(event)
         if done := streamed.ended:
             break
     return streamed.answer(done=done, choices=choices)
@@ -205,7 +205,7 @@ class _StreamedAnswer:
         self._flagged = self._broken = self._searched = False
         self.ended = False  # by the last event of the Responses API
 
-    def take(self, event: sse.Event) -> None:
+    def add(self, event: sse.Event) -> None:
         decoded, lenient = _decode_piece(event.data)
         if event.name == b"error":  # its data says what went wrong, in any form
             if not isinstance(decoded, dict):
@@ -265,7 +265,7 @@ class _StreamedAnswer:
         of_choices = usages.of_choices(self._usages.values())
         if of_choices is not None and usages.of(whole.get("usage")) is None:
             whole["usage"] = usages.joined(whole.get("usage"), of_choices)
-        answer = chat_completion.read_object(_without_surrogates(whole) if self._flagged else whole, self._flagged)
+        answer = chat_completion.parse_object(_without_surrogates(whole) if self._flagged else whole, self._flagged)
         if self._searched and answer.billed_apart is None:
             answer = msgspec.structs.replace(answer, billed_apart=billed_apart.SEARCHES)
         expected = self._messages.keys() | set(range(min(choices, MAX_CHOICES)))

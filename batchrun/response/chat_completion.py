@@ -1,10 +1,10 @@
 """A chat completion as a JSON object → `Answer`. PURE. Two readers: a field that `Answer` gets is read in both.
 
-`read_typed` reads the answer that nearly all servers send: one choice, text, a usage in the common words. It takes what
-`read_object` would read in the same way, at a fifth of the cost (docs/benchmarks.md), and leaves every surprise to it:
-a field of another type, a second choice, a call, an error, a usage in other words. The two agree wherever it accepts
-(tests/unit/test_typed_reader.py), except `flagged`: a number too large for a double is not noticed in a field that
-neither reads.
+`parse_typed` reads the answer that nearly all servers send: one choice, text, a usage in the common words. It takes
+what `parse_object` would read in the same way, at a fifth of the cost (docs/benchmarks.md), and leaves every surprise
+to it: a field of another type, a second choice, a call, an error, a usage in other words. The two agree wherever it
+accepts (tests/unit/test_typed_reader.py), except `flagged`: a number too large for a double is not noticed in a field
+that neither reads.
 """
 
 from typing import Annotated, Any, Literal
@@ -80,7 +80,7 @@ class _Completion(msgspec.Struct, gc=False):
 _decode = msgspec.json.Decoder(_Completion).decode
 
 
-def read_typed(body: bytes) -> Answer | None:
+def parse_typed(body: bytes) -> Answer | None:
     """The body as an answer; None where it does not have the common shape."""
     try:
         if not body.isascii():
@@ -112,7 +112,7 @@ def read_typed(body: bytes) -> Answer | None:
     )
 
 
-def read_object(body: dict[str, Any], flagged: bool) -> Answer:
+def parse_object(body: dict[str, Any], flagged: bool) -> Answer:
     """Any JSON object as an answer: a completion in whatever words, or the failure that it reports."""
     if responses_object.is_response(body):
         body = responses_object.as_completion(body)
@@ -126,9 +126,9 @@ def read_object(body: dict[str, Any], flagged: bool) -> Answer:
     usage, service_tier, reported_cost_usd = usages.stated_in(body)
     apart = billed_apart.of(body, usages.of_answer(body))
 
-    failure = error_body.read(body)
+    failure = error_body.failure_in(body)
     if failure is None and choice.get("error"):  # a choice's own error, as OpenRouter sends it
-        failure = error_body.read({"error": choice["error"]})
+        failure = error_body.failure_in({"error": choice["error"]})
     elif failure is None and meaning_of(finish_reason) is Meaning.FAILURE:
         text = f"the answer broke off with the finish_reason {finish_reason!r:.100}"
         failure = error_body.Failure(text, code=finish_reason)

@@ -17,7 +17,7 @@ _EPOCH = datetime.fromtimestamp(0, UTC)
 _USD = Decimal(1).scaleb(-USD.scale)
 
 
-def read(rows: pa.RecordBatch) -> Iterator[Completion]:
+def of_rows(rows: pa.RecordBatch) -> Iterator[Completion]:
     """The completions that rows of the output are: its own columns are the last ones, with any prefix."""
     inputs = len(rows.schema) - len(OWN_COLUMNS)
     own = zip(OWN_COLUMNS.names, rows.columns[inputs:], strict=True)
@@ -27,8 +27,8 @@ def read(rows: pa.RecordBatch) -> Iterator[Completion]:
 def settled(
     records: Sequence[Record], inputs: Sequence[dict[str, Any]], parsed: Column, *, keep_raw: bool
 ) -> Iterator[Completion]:
-    """The completions that these records are, equal to what `read` gives once they are in the output. `inputs` are the
-    rows' columns that the output has.
+    """The completions that these records are, equal to what `of_rows` gives once they are in the output. `inputs` are
+    the rows' columns that the output has.
 
     Without 40 Arrow columns between, since a reader gets a few rows at a time.
     """

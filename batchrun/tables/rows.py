@@ -187,7 +187,7 @@ def own_table(completions: Sequence[Record], *, keep_raw: bool) -> pa.Table:
 
 def own_values(completions: Sequence[Record], *, keep_raw: bool) -> dict[str, list[Any]]:
     """The same as lists of Python values by the columns' names; times are microseconds."""
-    read = [answers.read(completion.raw) if completion.raw else Answer() for completion in completions]
+    read = [answers.parse(completion.raw) if completion.raw else Answer() for completion in completions]
     pairs = list(zip(completions, read, strict=True))
     usages = [answer.usage or _NO_USAGE for answer in read]
     return {

@@ -26,7 +26,7 @@ from batchrun.records import Attempt, PossiblyBilled, Status, Verdict
 from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
 from batchrun.report.findings import THRESHOLDS
-from batchrun.response.answer import read
+from batchrun.response.answer import parse
 from batchrun.run_summary import Summary, TotalsLine
 from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.source import find_files, open_source
@@ -215,7 +215,7 @@ def test_the_table_of_statuses_is_the_policys_own() -> None:
     assert stated == BY_STATUS
     body = b'{"error": {"message": "no"}}'
     for status, (verdict, kind) in stated.items():
-        judgement = judge(Attempt(0.0, 0.0, status, {}, body), read(body), Retry())
+        judgement = judge(Attempt(0.0, 0.0, status, {}, body), parse(body), Retry())
         assert judgement.error is not None
         assert (judgement.verdict, judgement.error.kind) == (verdict, kind), status
 
