@@ -225,6 +225,19 @@ def test_the_table_of_faults_is_the_policys_own() -> None:
     assert sorted(stated) == sorted((str(fault), str(verdict)) for fault, verdict in FAULT_VERDICTS.items())
 
 
+def test_every_rule_about_a_body_is_listed() -> None:
+    """A rule that changes the verdict of a status has an item with its status, verdict and kind."""
+    section = text_of("docs/failures.md").partition("### By body and header")[2].partition("Headers and the moment")[0]
+    items = [" ".join(item.split()) for item in section.split("\n- ")[1:]]
+    changing = {
+        ("2xx" if status == 200 else str(status), f"`{rule.verdict}`", f"`{rule.kind}`")
+        for status, rules in RULES.items()
+        for rule in rules
+        if (rule.verdict, rule.kind) != BY_STATUS.get(status)
+    }
+    assert {rule for rule in changing if not any(all(word in item for word in rule) for item in items)} == set()
+
+
 def test_every_kind_of_error_is_listed() -> None:
     listed = text_of("docs/output.md").partition("\n`error.kind` is ")[2].partition("\n\n")[0]
     of_refusals = {kind for _, kind in BY_STATUS.values()} | {rule.kind for rules in RULES.values() for rule in rules}
