@@ -199,7 +199,7 @@ def _by_chance(share: float) -> float:
 
 # rows that were refused together must not come back together, however short the wait
 LEAST_JITTER_S = 0.1
-RETRY_AFTER_JITTER = 0.25
+RETRY_AFTER_JITTER = 0.25  # of the wait: enough to spread them, and the wait is hardly longer
 
 
 def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: float) -> float:
