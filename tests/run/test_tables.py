@@ -300,7 +300,7 @@ def largest_row_group(path: Path) -> int:
     return max(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
 
 
-def test_row_groups_stay_small(tmp_path: Path) -> None:
+def test_row_groups_stay_small_enough(tmp_path: Path) -> None:
     schema = output_schema(INPUT, Output())
     part = tmp_path / "part"
     sealed = write_part(part, schema, large_batches(3000, 30_000), Output(), 3000)
@@ -330,7 +330,7 @@ def test_small_rows_share_few_row_groups(tmp_path: Path) -> None:
     assert pq.read_metadata(tmp_path / "final").num_row_groups == 1
 
 
-def test_files_are_private(tmp_path: Path) -> None:
+def test_files_of_results_are_private(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         part = part_of(tmp_path, 0, table_of(1), 0)

@@ -606,7 +606,7 @@ def test_a_never_reached_endpoint_waits_less(heard: bool, patience_s: float) -> 
 OTHER_API_200 = RowError("other_api", 200, None, "the answer comes from another API")
 
 
-def test_a_second_answer_of_another_api_stops_the_run() -> None:
+def test_two_answers_of_another_api_stop_runs() -> None:
     """After the first one row is sent, whoever else is in flight."""
     story = Story()
     story.send(0, 1, 2)
@@ -618,7 +618,7 @@ def test_a_second_answer_of_another_api_stops_the_run() -> None:
     assert story.phase() == Stopped(Stop(ExitCode.USAGE, "HTTP 200: the answer comes from another API"))
 
 
-def test_a_good_answer_after_one_of_another_api_opens_the_gate() -> None:
+def test_a_good_answer_clears_the_suspicion() -> None:
     story = Story()
     story.send(0)
     story.ends(0, Verdict.MAYBE, OTHER_API_200)

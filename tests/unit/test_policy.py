@@ -799,7 +799,7 @@ def test_refusals_at_the_end_are_spread(left: int, wait_s: float) -> None:
     assert attempt_caps.end_wait_s(many, refusal(), Retry(), left) == wait_s
 
 
-def test_repeated_refusals_wait_longer() -> None:
+def test_repeated_refusals_wait_ever_longer() -> None:
     usual, stubborn = History(attempts=9, refused=5), History(attempts=9, refused=6)
     assert attempt_caps.backoff_s(usual, 1.0, Retry(), 0.999) < 2.0
     assert attempt_caps.backoff_s(stubborn, 1.0, Retry(), 0.999) > 50.0
