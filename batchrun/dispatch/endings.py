@@ -20,7 +20,7 @@ from batchrun.job.job import Job
 from batchrun.limits.admission import Decision, Stop
 from batchrun.limits.circuit import PROCEED
 from batchrun.limits.gates import AnyGate
-from batchrun.records import Completion, Correction, Ending, Status, Verdict
+from batchrun.records import CompletionRecord, Correction, Ending, Status, Verdict
 from batchrun.request.builder import corrected
 from batchrun.row_status import PLAIN, Settlement
 
@@ -89,7 +89,7 @@ class Endings:
         spent: list[tuple[int, Decimal | None, int | None]] = []
         settled, is_kept = 0, self._gate.budget.is_kept
         for ending in endings:
-            n = ending.attempts if isinstance(ending, Completion) else ending.n
+            n = ending.attempts if isinstance(ending, CompletionRecord) else ending.n
             attempt = self._uncommitted.pop((ending.row, n), None)
             if attempt is None:
                 continue  # the record of a held attempt, whose slot was freed when it was held

@@ -14,7 +14,7 @@ import msgspec
 
 from batchrun.durable import disk_errors, fsync
 from batchrun.errors import CheckpointError
-from batchrun.records import Completion, Discarded, Ending
+from batchrun.records import CompletionRecord, Discarded, Ending
 
 _HEAD = struct.Struct("<II")  # length, CRC-32
 
@@ -23,7 +23,7 @@ class Frame(msgspec.Struct, frozen=True):
     """The endings of one commit, and their invocation."""
 
     invocation: int
-    completions: tuple[Completion, ...]
+    completions: tuple[CompletionRecord, ...]
     discarded: tuple[Discarded, ...]
 
 
@@ -33,7 +33,7 @@ def append(path: Path, endings: Sequence[Ending], invocation: int) -> None:
     Raises:
         DiskError: they are not durable.
     """
-    completions = tuple(ending for ending in endings if isinstance(ending, Completion))
+    completions = tuple(ending for ending in endings if isinstance(ending, CompletionRecord))
     discarded = tuple(ending for ending in endings if isinstance(ending, Discarded))
     payload = msgspec.msgpack.encode(Frame(invocation, completions, discarded))
     with disk_errors(path):
