@@ -283,6 +283,7 @@ def test_sealing_empties_the_database_of_rows(tmp_path: Path) -> None:
         assert (sealed.generation, sealed.part_digest) == (1, digest(start.directory.part_of(0, 1)))
 
 
+@pytest.mark.heavy
 def test_long_streams_are_sealed_as_events(tmp_path: Path) -> None:
     """In bounded memory."""
     streamed = b'data: {"choices":[{"delta":{"content":"Fine."},"finish_reason":"stop"}]}\n\n: %s\n\n' % (

@@ -198,6 +198,7 @@ def test_rows_are_aligned_by_id_in_any_order(tmp_path: Path) -> None:
     assert batchrun("compare", before, after, "--id", "nothing").exit_code == 2
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("by", ["id", "text", "row"])
 def test_a_comparison_in_pieces_is_the_same(tmp_path: Path, by: str) -> None:
     """Results are compared piece by piece, so that memory does not grow with them."""
