@@ -10,7 +10,7 @@ import msgspec
 from batchrun.job.settings import Retry
 from batchrun.patterns import Pattern
 from batchrun.records import Answer, Attempt, RowError, Verdict
-from batchrun.response import packed
+from batchrun.response import other_apis, packed
 from batchrun.response.error_body import MAX_MESSAGE_CHARS
 from batchrun.response.refusal_subjects import Subject, speaks_of
 from batchrun.response.retry_after import reset_s, retry_after_s
@@ -79,6 +79,9 @@ BY_STATUS: Mapping[int, tuple[Verdict, str]] = {
     **dict.fromkeys((504, 520, 521, 522, 523, 524), (Verdict.MAYBE, "server_error")),
 }
 """Verdict and `error.kind` by status alone. `RULES` has those where the body decides."""
+
+OTHER_API = "other_api"
+"""The `error.kind` of a 2xx that is a whole answer of another API."""
 
 CONTENT_POLICY = "content_policy"
 QUOTA = "quota"
@@ -197,7 +200,9 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: b
         if answer.completion:
             return ANSWERED
         if answer.error_message is None:
-            error = RowError("unreadable", status, None, _why_unreadable(attempt))
+            other = other_apis.recognised(attempt.body)
+            kind = "unreadable" if other is None else OTHER_API
+            error = RowError(kind, status, None, _why_unreadable(attempt, other)[:MAX_MESSAGE_CHARS])
             return Judgement(Verdict.MAYBE, error, in_doubt=True)
         status = answer.error_status or 200  # some gateways put an error of theirs into a 2xx
     if tier_may_be_full and (refusal := _by_capacity(status, attempt, answer)) is not None:
@@ -314,9 +319,12 @@ def _words_of_page(body: bytes) -> str | None:
     return " ".join(words.split())[:300] or beginning
 
 
-def _why_unreadable(attempt: Attempt) -> str:
+def _why_unreadable(attempt: Attempt, other: other_apis.Api | None) -> str:
     if not packed.size(attempt.body):
         return "the answer is empty"
+    if other is not None:
+        is_one = f"the answer is not a chat completion, {other_apis.COMES_FROM} {other.name}"
+        return f"{is_one}: {_excerpt(attempt.body)}"
     what = "the stream holds no complete answer" if attempt.streamed else "the answer is not a chat completion"
     if (words := _words_of_page(attempt.body)) is not None:
         return f"{what}, but a web page: {words}"

@@ -15,7 +15,7 @@ from batchrun.errors import ExitCode
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchrun.report.runs import Found
+    from batchrun.report.runs import FoundRun
 
 
 @click.command()
@@ -112,10 +112,9 @@ def report(
         bill = bills.of_runs(found, query)
     else:
         before = found.found
-        found = found._replace(found=reprice.repriced(before, reprice.read(new_prices)))
-        bill = bills.what_if(
-            bills.of_runs(found, query), str(new_prices), reprice.total(before), reprice.total(found.found)
-        )
+        again = reprice.repriced(before, reprice.read(new_prices))
+        bill = bills.of_runs(found._replace(found=again.found), query)
+        bill = bills.what_if(bill, str(new_prices), reprice.total(before), reprice.total(again.found), again.kept)
     content = b""
     if drawn:
         from batchrun.report.page import page
@@ -131,7 +130,7 @@ def report(
         sys.exit(ExitCode.DRIFT)
 
 
-def _reconciled(invoice: Path, found: "Sequence[Found]", form: str) -> bytes:
+def _reconciled(invoice: Path, found: "Sequence[FoundRun]", form: str) -> bytes:
     import msgspec
 
     from batchrun.errors import JobError

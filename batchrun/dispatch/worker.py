@@ -113,7 +113,7 @@ class Workers:
         """Sends rows until none is left or the gate closes."""
         turns = self.gate.turns
         while True:
-            probes = await turns.take() if turns.circuit.in_doubt else False
+            probes = await turns.wait() if turns.circuit.in_doubt else False
             if (pending := await self._next(probes=probes)) is None:
                 turns.end()
                 return
@@ -226,7 +226,7 @@ class Workers:
         attempt = await to.transport.send(body, f"{self._attempt_prefix}-{row}-{n}")
         if attempt.http_status in (401, 403) and attempt.error is None:
             attempt = self.endpoints.refused(slot, attempt, version)
-        answer = answers.read(attempt.body, request.choices)
+        answer = answers.parse(attempt.body, request.choices)
 
         judgement = self._judge(pending, attempt, answer, tier, slot)
         settlement = None
@@ -244,7 +244,7 @@ class Workers:
         cost_usd = cost_of(attempt, answer, judgement, table, reported_usd)
         if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
             self.anomalies.note_unpriced_tier(answer.service_tier)
-        if cost_usd is None and table is not None and answer.billed_apart is not None:
+        if answer.billed_apart is not None and (table is None or not table.every_tier):
             self.anomalies.note_unpriced_usage(answer.billed_apart)
         in_doubt = not cost_usd and maybe_billed(answer, judgement, cost_usd, capped=self._capped)
         result = AttemptResult(

@@ -27,8 +27,17 @@ def known_cost(cost_usd: Decimal, unknown: int) -> Decimal | None:
 
 def cost_so_far(summary: Summary) -> Decimal | None:
     """The known cost of a run; None if all it may have cost is at an unknown price, answers and doubts alike."""
-    doubts = sum(doubt.upper_bound_usd is None for doubt in summary.possibly_billed)
-    return known_cost(summary.cost_usd, summary.unpriced + summary.without_usage + doubts)
+    return known_cost(summary.cost_usd, summary.unpriced + summary.without_usage + unbounded(summary))
+
+
+def unbounded(summary: Summary) -> int:
+    """Requests that may have been billed, at an unknown price, among those that are listed."""
+    return sum(doubt.upper_bound_usd is None for doubt in summary.possibly_billed)
+
+
+def bound_usd(summary: Summary) -> Decimal | None:
+    """The most that requests without a known end can have cost; None if none of them has a known price."""
+    return known_cost(summary.possibly_billed_usd, unbounded(summary))
 
 
 def headline_usd(summary: Summary, form: str = ",.6f") -> str:
@@ -72,7 +81,8 @@ def possibly_billed(count: int, lost: int, bound: str) -> str:
 def up_to(count: int, usd: Decimal, doubts: Iterable[PossiblyBilled]) -> str:
     """The upper bound of what these requests may have cost. Without a known price there is none."""
     they = "it" if count == 1 else "they"
-    if all(doubt.upper_bound_usd is not None for doubt in doubts):
+    bounds = [doubt.upper_bound_usd for doubt in doubts]  # empty where only a result's footer is left of a run
+    if None not in bounds and (bounds or usd):
         return f"{they} may have cost up to ${usd:,.6f} more"
     if not usd:
         return f"{they} may have been billed, at an unknown price"

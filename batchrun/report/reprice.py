@@ -1,9 +1,11 @@
 """The cost of the runs at other prices: `report --reprice prices.toml`. PURE, except for reading it."""
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -11,7 +13,8 @@ from batchrun import prices
 from batchrun.errors import JobError
 from batchrun.job.settings import Price
 from batchrun.records import Usage
-from batchrun.report.runs import Found
+from batchrun.report.runs import FoundRun
+from batchrun.report.wording import plural
 from batchrun.run_summary import TotalsLine
 
 
@@ -36,17 +39,38 @@ def read(path: Path) -> dict[str, Price]:
     return found
 
 
-def repriced(found: Sequence[Found], new: Mapping[str, Price]) -> tuple[Found, ...]:
+class Repriced(NamedTuple):
+    """The runs at the new prices. `kept` says which attempts keep their cost all the same, and why, for people."""
+
+    found: tuple[FoundRun, ...]
+    kept: tuple[str, ...]
+
+
+def repriced(found: Sequence[FoundRun], new: Mapping[str, Price]) -> Repriced:
     """The runs as if attempts of these models had those prices. Other models keep theirs.
 
     The prices do not depend on the prompt's size, so the cost of a sum of tokens is the sum of their costs, up to
-    rounding at 12 decimals.
+    rounding at 12 decimals. They are prices of text: a line with answers that used more than text keeps its cost, and
+    its unpriced attempts.
     """
     again = []
+    kept: Counter[tuple[str, str]] = Counter()
     for each in found:
-        totals = [_line(line, new[line.model]) if line.model in new else line for line in each.account.totals]
+        totals = list(each.account.totals)
+        for number, line in enumerate(totals):
+            if line.model not in new:
+                continue
+            if each.account.unpriced_usage and (line.unpriced or line.reported_cost_usd):
+                kept[line.model, ", ".join(each.account.unpriced_usage)] += line.attempts
+            else:
+                totals[number] = _line(line, new[line.model])
         again.append(each._replace(account=msgspec.structs.replace(each.account, totals=totals, estimate=None)))
-    return tuple(again)
+    return Repriced(tuple(again), tuple(_kept(*key, count) for key, count in sorted(kept.items())))
+
+
+def _kept(model: str, used: str, attempts: int) -> str:
+    many = plural(attempts, "attempt")
+    return f"{many} of {model} kept the cost they had, since some used {used}, which these prices do not cover"
 
 
 def _line(line: TotalsLine, price: Price) -> TotalsLine:
@@ -66,6 +90,6 @@ def _line(line: TotalsLine, price: Price) -> TotalsLine:
     return msgspec.structs.replace(line, cost_usd=cost + fee * answered, unpriced=0)
 
 
-def total(found: Sequence[Found]) -> Decimal:
+def total(found: Sequence[FoundRun]) -> Decimal:
     """The known cost of the runs."""
     return sum((each.account.cost_usd for each in found), Decimal(0))

@@ -12,6 +12,7 @@ import msgspec
 
 from batchrun.job.settings import Endpoint
 from batchrun.patterns import Pattern
+from batchrun.response import other_apis
 
 
 class Fix(msgspec.Struct, frozen=True):
@@ -125,6 +126,9 @@ def fix_for_address(reason: str) -> Fix | None:
         return Fix("endpoint.url", what, same_command=True)
     if "the server redirects to" in reason:
         return Fix("endpoint.url", "the address of the API itself, which redirects nowhere", same_command=True)
+    if (other := other_apis.named_in(reason)) is not None:
+        what = f"{other.fix} (chat completions; the address that the job has gives {other.name})"
+        return Fix("endpoint.url", what, same_command=True)
     if re.search(r"^no answer for .*\bthe answer is (not a chat completion|empty)", reason) is None:
         return None
     what = "is it the address of chat completions? A base such as https://host/v1 gets /chat/completions appended"

@@ -180,7 +180,7 @@ def bill(summary: Summary) -> dict[str, object]:
     names = ("job", "run_id", "created_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
     doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")
     copy = ("invocation", "updated_at")  # which of two copies is the newer
-    beside = ("tags", "estimate", "reused", "duplicates", "saved_usd", "shard", "merged")
+    beside = ("unpriced_usage", "tags", "estimate", "reused", "duplicates", "saved_usd", "shard", "merged")
     bill = {name: getattr(summary, name) for name in (*names, *doubts, *copy, *beside)}
     return {"version": summary.version, "complete": True, "rows_in_output": summary.rows, **bill}
 

@@ -6,7 +6,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 
 from batchrun.records import Notice
-from batchrun.report.cost_lines import cost_so_far, headline_usd
+from batchrun.report.cost_lines import bound_usd, cost_so_far, headline_usd
 from batchrun.report.progress import line as progress_line
 from batchrun.report.summary import failures
 from batchrun.report.wording import plural
@@ -82,7 +82,7 @@ def figures(summary: Summary) -> dict[str, object]:
         "completion_tokens": sum(line.completion_tokens for line in totals),
         "cost_usd": cost_so_far(summary),
         "possibly_billed": summary.possibly_billed_count,
-        "possibly_billed_usd": summary.possibly_billed_usd,
+        "possibly_billed_usd": bound_usd(summary),
         "tokens_per_second": summary.tokens_per_second,
         "requests_per_second": None if live is None else live.requests_per_second,
         "in_flight": None if live is None else live.in_flight,

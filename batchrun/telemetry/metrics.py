@@ -100,7 +100,13 @@ METRICS: tuple[Metric, ...] = (
         "batchrun.possibly_billed_dollars",
         "counter",
         "{USD}",
-        "The most that these can have cost, beyond the certain cost.",
+        "The most that these can have cost, beyond the certain cost; absent where no price is known.",
+    ),
+    Metric(
+        "batchrun.possibly_billed_unpriced_requests",
+        "gauge",
+        "{request}",
+        "Those of them whose price is unknown, of the first 1,000; they are in no cost and no bound.",
     ),
     Metric(
         "batchrun.unpriced_requests", "counter", "{request}", "Requests whose price is unknown; they are in no cost."

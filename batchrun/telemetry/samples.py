@@ -8,7 +8,7 @@ import msgspec
 
 from batchrun import __version__
 from batchrun.records import Status
-from batchrun.report.cost_lines import known_cost
+from batchrun.report.cost_lines import bound_usd, known_cost, unbounded
 from batchrun.run_summary import BudgetUse, Summary, TotalsLine
 from batchrun.store.totals import LOST, SEVERAL
 
@@ -68,7 +68,8 @@ def samples_of(snapshot: Snapshot) -> Samples:
         "lost_requests": sum(line.attempts for line in summary.totals if line.status == LOST),
         "wasted_cost_dollars": summary.wasted_usd,
         "possibly_billed_requests": summary.possibly_billed_count,
-        "possibly_billed_dollars": summary.possibly_billed_usd,
+        "possibly_billed_dollars": bound_usd(summary),
+        "possibly_billed_unpriced_requests": unbounded(summary),
         "unpriced_requests": summary.unpriced,
         "unmetered_requests": summary.without_usage,
         "request_rate_limit": min((limit for limit in request_limits if limit is not None), default=None),
@@ -109,13 +110,15 @@ def samples_of(snapshot: Snapshot) -> Samples:
             name = line.model if line.model in by_model or len(by_model) < MOST_MODELS else OTHER
             by_model.setdefault(name, []).append(line)
     for model, lines in by_model.items():
-        for name, labels, value in _of_model(lines):
+        for name, labels, value in _of_model(lines, unbounded(summary)):
             found.setdefault(name, []).append(({"model": model, **labels}, value))
     return {f"batchrun.{name}": samples for name, samples in found.items()}
 
 
-def _of_model(lines: list[TotalsLine]) -> Iterator[tuple[str, Labels, Value]]:
-    """Name, labels and value of each sample that there is for every model."""
+def _of_model(lines: list[TotalsLine], doubts: int) -> Iterator[tuple[str, Labels, Value]]:
+    """Name, labels and value of each sample that there is for every model. `doubts`: requests of the run that may have
+    been billed, at an unknown price, whatever their model.
+    """
     for status in Status:
         yield "rows", {"status": str(status)}, sum(line.rows for line in lines if line.status == status)
     # a lost attempt's model is a guess that may change, and a counter must not fall
@@ -125,5 +128,8 @@ def _of_model(lines: list[TotalsLine]) -> Iterator[tuple[str, Labels, Value]]:
     for name in ("cached_tokens", "cache_write_tokens", "reasoning_tokens"):
         yield name, {}, sum(getattr(line, name) for line in lines)
     cost_usd = sum((line.cost_usd for line in lines), Decimal(0))
-    if (known := known_cost(cost_usd, sum(line.unpriced + line.without_usage for line in lines))) is not None:
+    unknown = sum(line.unpriced + line.without_usage for line in lines)
+    if not any(line.total_tokens for line in lines):  # no answer: its requests may be the ones in doubt
+        unknown += doubts
+    if (known := known_cost(cost_usd, unknown)) is not None:
         yield "cost_dollars", {}, known

@@ -10,6 +10,7 @@ import pytest
 
 from batchrun import credentials, engine
 from batchrun.dispatch.hooks import Hooks
+from batchrun.job.settings import Endpoint
 from batchrun.report.closing import in_words
 from batchrun.run_summary import Summary
 from batchrun.startup.run_options import RunOptions
@@ -84,6 +85,62 @@ OUTAGES = [
     {"error": {"message": "Engine is dead", "code": 503}},
     b"upstream connect error or disconnect/reset before headers",
 ]
+
+
+OTHER_APIS: dict[str, tuple[object, str]] = {
+    "Ollama's own API": (
+        {"model": "llama3.2", "message": {"role": "assistant", "content": "Hi"}, "done": True, "eval_count": 9},
+        "http://HOST:11434/v1",
+    ),
+    "Anthropic's Messages API": (
+        {
+            **{"id": "msg_1", "type": "message", "role": "assistant", "content": [{"type": "text", "text": "Hi"}]},
+            **{"stop_reason": "end_turn", "usage": {"input_tokens": 20, "output_tokens": 5}},
+        },
+        "https://api.anthropic.com/v1",
+    ),
+    "Google's Gemini API": (
+        {
+            "candidates": [{"content": {"parts": [{"text": "Hi"}], "role": "model"}, "finishReason": "STOP"}],
+            "usageMetadata": {"promptTokenCount": 4, "candidatesTokenCount": 3, "totalTokenCount": 7},
+        },
+        "https://generativelanguage.googleapis.com/v1beta/openai",
+    ),
+    "Cohere's own API": (
+        {
+            **{"id": "c", "finish_reason": "COMPLETE"},
+            "message": {"role": "assistant", "content": [{"type": "text", "text": "Hi"}]},
+        },
+        "https://api.cohere.ai/compatibility/v1",
+    ),
+    "a list of models": ({"object": "list", "data": [{"id": "m", "object": "model"}]}, "without /models"),
+}
+
+
+@pytest.mark.parametrize("api", OTHER_APIS)
+def test_another_api_stops_the_run_after_two_answers(tmp_path: Path, api: str) -> None:
+    """No row fails; each request that was answered so is named as possibly billed, or has its cost."""
+    body, url = OTHER_APIS[api]
+    with serving_aside(says(lambda row, time: answer(json.dumps(body).encode()))) as server:
+        summary, _ = run(tmp_path, server.url, rows=400)
+    assert (summary.exit_code, summary.pending, summary.by_status) == (2, 400, {})
+    assert len(server.exchanges) <= 9, "those in flight at the first answer, and the row that is sent next"
+    priced = sum(line.attempts for line in summary.totals if line.cost_usd or line.unpriced)
+    assert summary.possibly_billed_count + priced == len(server.exchanges)
+    closing = in_words(summary, requests_per_minute=None, max_failures=0, endpoint=Endpoint(url=server.url))
+    said = list(closing)
+    assert any(line.startswith("stopped") and f"comes from {api}" in line for line in said)
+    assert any(line.startswith("fix") and "endpoint.url: " in line and url in line for line in said)
+
+
+def test_a_gateway_that_mixes_apis_does_not_stop_a_run(tmp_path: Path) -> None:
+    """Once a row was answered, such an answer is like any other that can't be read: its row is sent again."""
+    body, _ = OTHER_APIS["Ollama's own API"]
+    foreign = answer(json.dumps(body).encode())
+    with serving_aside(says(lambda row, time: foreign if row in (30, 31, 32) and time == 1 else choice())) as server:
+        summary, _ = run(tmp_path, server.url, rows=60)
+    assert (summary.exit_code, summary.by_status) == (0, {"ok": 60})
+    assert summary.possibly_billed_count == 3
 
 
 @pytest.mark.parametrize("said", OUTAGES)

@@ -603,6 +603,34 @@ def test_a_never_reached_endpoint_waits_less(heard: bool, patience_s: float) -> 
     assert rows < 200
 
 
+OTHER_API_200 = RowError("other_api", 200, None, "the answer comes from another API")
+
+
+def test_a_second_answer_of_another_api_stops_the_run() -> None:
+    """After the first one row is sent, whoever else is in flight."""
+    story = Story()
+    story.send(0, 1, 2)
+    story.ends(0, Verdict.MAYBE, OTHER_API_200)
+    assert isinstance(story.phase(), Probing)
+    story.send(3)
+    assert story.barred()
+    story.ends(1, Verdict.MAYBE, OTHER_API_200)
+    assert story.phase() == Stopped(Stop(ExitCode.USAGE, "HTTP 200: the answer comes from another API"))
+
+
+def test_a_good_answer_after_one_of_another_api_opens_the_gate() -> None:
+    story = Story()
+    story.send(0)
+    story.ends(0, Verdict.MAYBE, OTHER_API_200)
+    story.send(1)
+    story.ends(1, Verdict.OK)
+    assert story.phase() is OPEN
+    story.send(2, 3)
+    for row in (2, 3):
+        story.ends(row, Verdict.MAYBE, OTHER_API_200)
+    assert story.phase() is OPEN, "an answer came before, so the address is right"
+
+
 @pytest.mark.parametrize(("answered", "patience_s"), [(False, FIRST_ANSWER_S), (True, MAX_OUTAGE_S)])
 def test_an_endpoint_without_completions_is_left_soon(answered: bool, patience_s: float) -> None:
     """A login page is an answer, too, and never becomes one of a model."""

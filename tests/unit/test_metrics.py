@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from batchrun.records import Status
+from batchrun.records import PossiblyBilled, Status
 from batchrun.run_summary import BudgetUse, InForce, Live, Retrying, Summary, TotalsLine
 from batchrun.store.totals import LOST, SEVERAL
+from batchrun.telemetry.log_lines import figures
 from batchrun.telemetry.metrics import METRICS
 from batchrun.telemetry.prometheus import render
 from batchrun.telemetry.samples import MOST_MODELS, OTHER, STATES, Snapshot, samples_of
@@ -90,6 +91,32 @@ def test_prometheus_reads_each_figure_as_the_summary_has_it() -> None:
 
 def test_an_unknown_cost_is_absent_and_never_0() -> None:
     assert shown(FULL)["batchrun_cost_dollars_total"] == {("a",): 0.6}, "b has no known price"
+
+
+@pytest.mark.parametrize(
+    ("doubts", "known_usd", "bound", "cost"),
+    [
+        ((None,), "0", {}, {("a",): 0.5}),
+        ((None, Decimal(1)), "1", {(): 1.0}, {("a",): 0.5}),
+        ((Decimal(1),), "1", {(): 1.0}, {("a",): 0.5, ("b",): 0.0}),
+    ],
+)
+def test_a_doubt_at_an_unknown_price_leaves_no_complete_looking_cost(
+    doubts: tuple[Decimal | None, ...], known_usd: str, bound: dict[Any, float], cost: dict[Any, float]
+) -> None:
+    """Requests of b have no known end: its cost and the bound on theirs are unknown, not $0."""
+    answered = line("a", "ok", rows=7, attempts=7, prompt_tokens=700, total_tokens=700, cost_usd=Decimal("0.5"))
+    known = summary(
+        totals=[answered, line("b", "discarded", attempts=2)],
+        possibly_billed=[PossiblyBilled(0, 1, "k", usd, 100, "timeout", 1) for usd in doubts],
+        possibly_billed_count=len(doubts),
+        possibly_billed_usd=Decimal(known_usd),
+    )
+    samples = shown(known)
+    assert samples["batchrun_cost_dollars_total"] == cost
+    assert samples.get("batchrun_possibly_billed_dollars_total", {}) == bound
+    assert samples["batchrun_possibly_billed_unpriced_requests"] == {(): doubts.count(None)}
+    assert figures(known)["possibly_billed_usd"] == (Decimal(known_usd) or None)
 
 
 def test_an_ended_run_has_a_code() -> None:
