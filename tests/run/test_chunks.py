@@ -221,7 +221,7 @@ CRASHES: list[Crash] = [
 ]
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("crash", CRASHES)
 def test_any_interruption_gives_the_same_file(tmp_path: Path, kind: str, crash: Crash) -> None:

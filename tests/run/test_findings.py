@@ -69,6 +69,7 @@ FOUND: dict[str, tuple[Change, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", FOUND)
 def test_each_finding_is_reported_and_can_be_muted(tmp_path: Path, name: str) -> None:
     change, summary, said = FOUND[name]
