@@ -180,7 +180,7 @@ def test_a_stream_is_whole_with_its_last_mark(fault: Fault) -> None:
     events = b"data: " + CHUNK.replace(b"null", b'"stop"') + b"\n\n"
     for body, verdict in ((events + b"data: [DONE]\n\n", OK), (b"data: " + CHUNK + b"\n\n", MAYBE)):
         ended = msgspec.structs.replace(attempt(200, body, error=error), streamed=True)
-        assert judge(ended, read(body), Retry()).verdict is verdict
+        assert judge(ended, parse(body), Retry()).verdict is verdict
 
 
 MINIMAX = b'{"base_resp": {"status_code": 2056, "status_msg": "usage limit exceeded"}}'
