@@ -495,6 +495,7 @@ def test_there_are_examples_of_all_three_dialects(tmp_path: Path, monkeypatch: p
     assert dialects == {"columns", "messages", "openai-batch"}
 
 
+@pytest.mark.heavy
 def test_the_miniature_sends_every_row_and_retries(tmp_path: Path) -> None:
     """docs/miniature.py runs against a simulator that fails some attempts, and starts one if none is named."""
     faults = parse_faults("500=0.1,429=0.05")

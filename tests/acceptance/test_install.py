@@ -123,6 +123,7 @@ def other_version(folder: Path, version: str, old: str = "", new: str = "") -> P
     return folder
 
 
+@pytest.mark.heavy
 def test_a_newer_list_that_is_installed_counts(tmp_path: Path) -> None:
     newer = other_version(tmp_path, "0.2.10", "input_mtok=Decimal('0.25')", "input_mtok=Decimal('0.20')")
     assert priced(SHOW, newer) == "0.20 genai-prices 0.2.10"
@@ -133,6 +134,7 @@ def test_an_older_installed_list_does_not_count(tmp_path: Path) -> None:
     assert priced(SHOW, older) == f"0.25 {newest.price_list().source}"
 
 
+@pytest.mark.heavy
 def test_a_price_list_of_unknown_form_is_reported(tmp_path: Path) -> None:
     strange = other_version(tmp_path, "9.0", "providers: list[Provider] = [", "vendors: list[Provider] = [")
     assert priced(SHOW, strange) == (
@@ -140,6 +142,7 @@ def test_a_price_list_of_unknown_form_is_reported(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.heavy
 def test_a_tree_that_was_not_built_says_so(tmp_path: Path, url: str) -> None:
     """Also where it was built by a version with another shape of the list."""
     copy = tmp_path / "source"

@@ -142,7 +142,7 @@ def damaged_files(findings: Findings) -> set[str]:
 # ── what is sound ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["done", "killed", "retried", "in-parts"])
 def test_a_sound_run_is_reported_and_untouched(runs: Runs, name: str) -> None:
     before, folder = snapshot(runs.folder / name), (runs.folder / name).stat().st_mtime_ns
@@ -284,6 +284,7 @@ def test_verify_names_file_rows_and_cost(
 # ── other damage ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["done", "killed", "in-parts"])
 @pytest.mark.parametrize("kept", [0.0, 0.4, 0.99])
 def test_a_file_that_was_cut_is_named(runs: Runs, tmp_path: Path, name: str, kept: float) -> None:

@@ -242,7 +242,7 @@ def killed_run(folder: Path, plan: Plan, calm: Calm, *, bug: str | None = None) 
     """A run of its own in `folder`: it dies as planned as far as it can, converges, is started again, and judged."""
     folder.mkdir()
     with running_simulator(simulator_config(folder / "ledger")) as simulator:
-        trial = Trial(folder / "run", simulator, layout=plan.layout, bug=bug)
+        trial = Trial(folder / "run", simulator, rows=calm.output.num_rows, layout=plan.layout, bug=bug)
         for kill in plan.kills:
             if not trial.die(kill):
                 break

@@ -132,6 +132,7 @@ def simulator() -> Iterator[RunningSimulator]:
         yield running
 
 
+@pytest.mark.heavy
 def test_every_command_reads_a_run_in_json_lines(tmp_path: Path, simulator: RunningSimulator) -> None:
     lines = ({"id": f"r{number}", "text": f"text {number}", "score": number / 3} for number in range(40))
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")

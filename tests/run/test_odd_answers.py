@@ -225,6 +225,7 @@ FAILURES: dict[str, bytes] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("said", FAILURES.values(), ids=FAILURES.keys())
 @pytest.mark.parametrize("times", [1, 100])
 def test_a_choice_reporting_failure_is_retried(said: bytes, times: int, tmp_path: Path) -> None:
@@ -291,6 +292,7 @@ REFUSALS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("said", REFUSALS.values(), ids=REFUSALS.keys())
 @pytest.mark.parametrize(("action", "exit_code", "attempts"), [("accept", 0, 1), ("fail", 3, 1), ("retry", 3, 6)])
 def test_a_refusal_is_a_status_with_its_text(

@@ -118,6 +118,7 @@ def test_names_of_columns_may_be_anything(tmp_path: Path) -> None:
         assert surveyed(path).rows == 1
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("ending", ["csv", "parquet", "jsonl"])
 def test_five_thousand_columns_open_in_a_moment(tmp_path: Path, ending: str) -> None:
     names = ["text", *(f"c{n}" for n in range(WIDE - 1))]

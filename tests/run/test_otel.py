@@ -261,6 +261,7 @@ print(json.dumps({"seen": seen, "observed": observed, "spans": ids}))
 """
 
 
+@pytest.mark.heavy
 def test_a_program_gets_all_through_its_own_sdk(
     simulator: RunningSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def test_an_unpriced_tier_is_not_an_unpriced_model(tmp_path: Path) -> None:
     assert read_summary(tmp_path / "out")["unpriced_tiers"] == ["scale"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("used", "what"),
     [

@@ -193,6 +193,7 @@ def test_parsed_holds_the_requested_json() -> None:
 # ── parts and the final file ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", COLUMNS)
 def test_columns_of_every_type_reach_the_result(tmp_path: Path, name: str) -> None:
     whole = pa.table({"c": COLUMNS[name]})
@@ -300,6 +301,7 @@ def largest_row_group(path: Path) -> int:
     return max(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
 
 
+@pytest.mark.heavy
 def test_row_groups_stay_small_enough(tmp_path: Path) -> None:
     schema = output_schema(INPUT, Output())
     part = tmp_path / "part"

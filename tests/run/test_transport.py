@@ -337,6 +337,7 @@ def test_connections_never_outnumber_the_requests() -> None:
     assert run(main()) <= 16
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_fast_server_gets_few_connections(*, kept: bool) -> None:
     """From the first request on: while it is tested whether it keeps connections, the others wait for the result. A

@@ -30,7 +30,7 @@ SEEDS = level.amount(sample=1, full=5)
 NAME = operator.attrgetter("name")
 
 
-@pytest.mark.sampled(24)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=NAME)
 def test_each_server_gets_nearly_what_it_can_take(scenario: Scenario) -> None:
     """Chance costs only its retries, a limit is used and kept, too many at once are not sent."""

@@ -51,6 +51,7 @@ def test_origins_of_sent_rows_take_no_disk(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_keys_to_compare_are_not_in_memory(tmp_path: Path) -> None:
     """Nor do they take more than one file: a hundred million rows have 400 buckets of them."""
     keys, before, files = 1_000_000, resident_mb(), len(list(Path("/proc/self/fd").iterdir()))

@@ -89,6 +89,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 FORMATS = ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid")
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_an_instance_satisfies_its_schema(name: str) -> None:
     schema = SCHEMAS[name]
