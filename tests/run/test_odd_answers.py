@@ -1,5 +1,6 @@
 """Answers and refusals as other servers send them, through a whole run: what becomes of the rows and of the run."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -357,6 +358,21 @@ def test_a_gateways_own_bad_key_fails_no_row(tmp_path: Path) -> None:
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 199, "error": 1})
     assert [(row["row"], row["error"]["kind"]) for row in result if row["error"]] == [(100, "authentication")]
     assert len(server.exchanges) < 250
+
+
+def test_a_server_with_a_bad_key_behind_the_address_fails_no_row(tmp_path: Path) -> None:
+    """Every third connection meets it, from the first one on."""
+    wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
+
+    async def script(exchange: Exchange) -> None:
+        if exchange.connection % 3:
+            await asyncio.sleep(0.02)
+        await exchange.send(choice() if exchange.connection % 3 else wrong_key)
+
+    with serving_aside(script) as server:
+        summary, _ = run(tmp_path, server.url, 100)
+    assert (summary.exit_code, summary.by_status) == (0, {"ok": 100})
+    assert len(server.exchanges) < 150
 
 
 def test_a_login_page_ends_the_start_within_minutes(tmp_path: Path) -> None:
