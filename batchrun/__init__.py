@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from batchrun.run_summary import Summary, TotalsLine
     from batchrun.runner import Runner
     from batchrun.startup.adopt import ChangedError
-    from batchrun.tables.completions import Completion
+    from batchrun.tables.rows import Completion
 
 __version__ = "0.1.0"
 
@@ -94,7 +94,7 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
         **dict.fromkeys(("Summary", "TotalsLine"), "run_summary"),
         **dict.fromkeys(("Options", "RunIncompleteError", "run"), "api"),
         "ChangedError": "startup.adopt",
-        "Completion": "tables.completions",
+        "Completion": "tables.rows",
         "Job": "job.job",
         "Runner": "runner",
         "load_job": "job.load",

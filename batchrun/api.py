@@ -115,7 +115,7 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         raise TypeError(f"unknown option {unknown[0]}; expected some of {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
     text = options.get("deadline")
-    deadline = None if text is None else deadlines.read(text, datetime.now().astimezone(), time.monotonic())
+    deadline = None if text is None else deadlines.parse(text, datetime.now().astimezone(), time.monotonic())
     wanted, shard = shards.part_of(_job(job, rows, options), options.get("shard"), note)
     wanted, directory, command = _place(wanted, options, note)
     began_at = datetime.now(UTC)

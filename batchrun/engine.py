@@ -144,7 +144,7 @@ class Invocation(msgspec.Struct, frozen=True):
             return self.dispatch(msgspec.structs.replace(self.at_first_chunk(store), canary=rows))
 
         accept = self.options.accept_canary
-        return canary.settle(self.job, store, send, self.hooks.note, self.status.log, accept=accept)
+        return canary.run(self.job, store, send, self.hooks.note, self.status.log, accept=accept)
 
     def dispatch(self, store: Store) -> Stop | None:
         """Sends every pending row, in a canary every row of it; why the run stopped before the last, if it did."""

@@ -17,7 +17,7 @@ from batchrun.job.job import Job
 from batchrun.run_summary import Summary
 from batchrun.signals import StopRequest
 from batchrun.source import Rows
-from batchrun.tables.completions import Completion
+from batchrun.tables.rows import Completion
 
 
 class Runner:
@@ -82,7 +82,7 @@ class Runner:
         while not self._ready:
             self._news.clear()
             ended = self._ended.is_set()
-            if taken := self._results.take():
+            if taken := self._results.pop_all():
                 self._ready.extend(taken)
             elif ended:
                 self._raise()

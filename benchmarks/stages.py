@@ -126,7 +126,7 @@ async def at_the_gate() -> float:
 def the_answer() -> Iterator[tuple[str, float]]:
     """What an answer costs from its bytes to its price."""
     attempt = Attempt(1.7e9, 0.1, 200, {}, ANSWER)
-    read = answers.read(ANSWER)
+    read = answers.parse(ANSWER)
     retry, finish, usage = Retry(), Finish(), Usage(1000, 100, 1100)
     many = range(BATCH_ROWS)
     builder_expected = RequestBuilder(
@@ -139,10 +139,10 @@ def the_answer() -> Iterator[tuple[str, float]]:
             policy.judge(attempt, read, retry)
             row_status.settlement(read, expected, finish, 200)
 
-    yield "answer: read, typed", best_us(lambda: [answers.read(ANSWER) for _ in many], BATCH_ROWS)
+    yield "answer: read, typed", best_us(lambda: [answers.parse(ANSWER) for _ in many], BATCH_ROWS)
     yield (
         "answer: read, carefully (others)",
-        best_us(lambda: [answers.read_carefully(ANSWER) for _ in many], BATCH_ROWS),
+        best_us(lambda: [answers.parse_carefully(ANSWER) for _ in many], BATCH_ROWS),
     )
     yield "policy: judged and settled", best_us(judge, BATCH_ROWS)
     yield "price: cost", best_us(lambda: [prices.cost(usage, PRICE) for _ in many], BATCH_ROWS)

@@ -27,7 +27,7 @@ from batchrun.limits.in_flight import InFlight
 from batchrun.policy import judge
 from batchrun.records import Answer, Attempt, Completion, Request, Row, RowError, Status, Verdict
 from batchrun.request.builder import RequestBuilder
-from batchrun.response.answer import read
+from batchrun.response.answer import parse
 from batchrun.row_status import settlement
 from batchrun.source import find_files, open_source
 from batchrun.store.checkpoint import Checkpoint
@@ -62,7 +62,7 @@ async def send_all(job: Job, rows: list[Row], checkpoint: Checkpoint) -> None:
             slot = await gate.admit(Demand(tokens=request.max_prompt_tokens))  # 4. admitted: rate, tokens and a slot
             say(row.row, f"admitted to slot {slot}, {gate.in_flight} in flight")
             attempt = await wire.send(request.body, f"miniature-{row.row}-{attempts + 1}")  # 6. sent
-            answer = read(attempt.body)
+            answer = parse(attempt.body)
             judgement = judge(attempt, answer, job.retry)  # 7. judged
             say(row.row, f"HTTP {attempt.http_status} after {attempt.latency_s:.2f} s: verdict {judgement.verdict}")
             gate.settle(slot, None if answer.usage is None else answer.usage.total_tokens)

@@ -16,7 +16,7 @@ from batchrun.job.settings import Retry
 from batchrun.policy import judge
 from batchrun.price_list.lookup import resolve
 from batchrun.records import Attempt
-from batchrun.response.answer import read
+from batchrun.response.answer import parse
 
 TODAY, DAY_S = "2026-11-22", 86_400 * 20_000
 
@@ -56,7 +56,7 @@ def answered(bill: Bill) -> Attempt:
 def billed(bill: Bill) -> Decimal | None:
     """What the product makes of it."""
     attempt = answered(bill)
-    answer = read(attempt.body)
+    answer = parse(attempt.body)
     judgement = judge(attempt, answer, Retry())
     return cost_of(attempt, answer, judgement, resolve(bill.model, {}, TODAY, bill.url), reported(attempt, answer))
 

@@ -15,7 +15,7 @@ from batchrun.errors import ExitCode
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from batchrun.report.runs import Found
+    from batchrun.report.runs import FoundRun
 
 
 @click.command()
@@ -130,7 +130,7 @@ def report(
         sys.exit(ExitCode.DRIFT)
 
 
-def _reconciled(invoice: Path, found: "Sequence[Found]", form: str) -> bytes:
+def _reconciled(invoice: Path, found: "Sequence[FoundRun]", form: str) -> bytes:
     import msgspec
 
     from batchrun.errors import JobError

@@ -121,7 +121,7 @@ def run(
             "progress": progress.show,
             "note": note,
             "checked": progress.checked,
-            "command": resume_command.command(click.get_current_context().params),
+            "command": resume_command.command(click.get_current_context().params, flags_of(run)),
         }
         try:
             summary = batchrun.run(loaded, **started)
@@ -133,6 +133,11 @@ def run(
             summary = stopped.__cause__.summary
     _report(summary, shards.part_of(loaded, options["shard"], lambda line: None)[0])
     sys.exit(summary.exit_code or 0)
+
+
+def flags_of(command: click.Command) -> dict[str, str]:
+    """The flag of each option, by the name of its parameter."""
+    return {option.name or "": option.opts[0] for option in command.params if isinstance(option, click.Option)}
 
 
 def _report(summary: "Summary", job: "Job") -> None:

@@ -24,7 +24,7 @@ WARM_S = 240.0
 MOST_PARKED = 1_000
 """Rows that wait for the first of their group, over all groups: their bodies are in memory."""
 
-MOST_GROUPS = 10_000
+MOST_GROUPS = 10_000  # beyond that the oldest one that no row needs is forgotten
 
 Parked = TypeVar("Parked")
 
@@ -81,7 +81,7 @@ class CacheKeys(Generic[Parked]):
         self._group_of_key: dict[str, _Group[Parked]] = {}
         self.parked = 0
 
-    def take(self, body: bytes, *, may_wait: bool) -> Key | None:
+    def key_for(self, body: bytes, *, may_wait: bool) -> Key | None:
         """The key that the request is to be sent with; None: it has to wait for the first of its group (`park` it).
 
         Call `ended` with the key when the attempt has ended, or was not sent. Without `may_wait` there is always a key.

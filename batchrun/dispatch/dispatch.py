@@ -29,9 +29,10 @@ from batchrun.limits.admission import Found, Limit, Phase, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.deadline import Deadline
-from batchrun.limits.gate import Gate, Shared
+from batchrun.limits.gate import Gate
 from batchrun.limits.gates import AnyGate, Circuits, Gates, Lane
 from batchrun.limits.in_flight import InFlight
+from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.limits.token_bucket import BURST_S
 from batchrun.open_files import OpenFiles
 from batchrun.records import Notice
@@ -207,7 +208,7 @@ class Dispatch:
                 on_kind=functools.partial(_log_kind, self._status.log, {}),
             )
         circuits = Circuits()
-        shared = Shared(loop, circuits, budget)
+        shared = SharedAdmission(loop, circuits, budget)
         lanes, first_slot = [], 0
         for label, endpoint, most in zip(job.labels, job.endpoints, in_flight, strict=True):
             limits = job.limits_of(endpoint)

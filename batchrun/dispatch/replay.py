@@ -13,7 +13,7 @@ from batchrun.tables import completions, files
 def hand_over(batches: Iterable[pa.RecordBatch], results: ResultQueue) -> None:
     """Every row is in the queue, or the reader has stopped reading. Blocks while the queue is full."""
     for batch in batches:
-        for completion in completions.read(batch):
+        for completion in completions.of_rows(batch):
             if not results.put_earlier(completion):
                 return
 

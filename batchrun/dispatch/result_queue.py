@@ -9,7 +9,7 @@ from batchrun.records import Completion as Record
 from batchrun.response import packed
 from batchrun.store.open_chunk import OpenChunk
 from batchrun.store.stored_window import StoredBatch
-from batchrun.tables.completions import Completion
+from batchrun.tables.rows import Completion
 
 MAX_ROWS = 256
 """With so many unread rows no new row is sent: enough for a reader that is slow now and then."""
@@ -52,9 +52,10 @@ class ResultQueue:
         call_soon: Callable[[Callable[[], None]], object],
     ) -> None:
         """From now on `on_room` is called when the queue has room again, and `completions_of` reads what was put:
-        both in the reader's thread. `call_soon` is the sending event loop's: the reader is woken once a commit, after
-        all of its rows are there, because a row alone costs it ten times as much as one of many.
+        both in the reader's thread. `call_soon` is the sending event loop's.
         """
+        # By the loop, so that the reader is woken once a commit, when all rows of it are there: a row alone costs the
+        # reader ten times as much as one of many.
         self._on_room, self._completions_of, self._call_soon = on_room, completions_of, call_soon
 
     def has_room(self) -> bool:
@@ -84,7 +85,7 @@ class ResultQueue:
 
     # ── the reader ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def take(self) -> list[Completion]:
+    def pop_all(self) -> list[Completion]:
         """Every row in the queue, in the order in which it was put; the queue is empty afterwards."""
         if not self._unread:
             return []

@@ -60,7 +60,7 @@ class Serving:
 
     def cache_key(self, pending: Pending, *, may_wait: bool) -> Key | None:
         """The key of the row's next request; None: the row has to wait for the first of its group."""
-        return NO_KEY if self._keys is None else self._keys.take(pending.request.body, may_wait=may_wait)
+        return NO_KEY if self._keys is None else self._keys.key_for(pending.request.body, may_wait=may_wait)
 
     def park(self, pending: Pending) -> bool:
         """The row waits for the first of its group; False: too many rows wait already."""

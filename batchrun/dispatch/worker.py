@@ -113,7 +113,7 @@ class Workers:
         """Sends rows until none is left or the gate closes."""
         turns = self.gate.turns
         while True:
-            probes = await turns.take() if turns.circuit.in_doubt else False
+            probes = await turns.wait() if turns.circuit.in_doubt else False
             if (pending := await self._next(probes=probes)) is None:
                 turns.end()
                 return
@@ -226,7 +226,7 @@ class Workers:
         attempt = await to.transport.send(body, f"{self._attempt_prefix}-{row}-{n}")
         if attempt.http_status in (401, 403) and attempt.error is None:
             attempt = self.endpoints.refused(slot, attempt, version)
-        answer = answers.read(attempt.body, request.choices)
+        answer = answers.parse(attempt.body, request.choices)
 
         judgement = self._judge(pending, attempt, answer, tier, slot)
         settlement = None

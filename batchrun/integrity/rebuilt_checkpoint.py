@@ -34,7 +34,7 @@ _KEPT_ENTRIES = (
 )  # and not that the run is finished
 
 
-class Account:
+class KeptSums:
     """The sums over the kept rows: their chunks, their statuses, their cost."""
 
     def __init__(self, flying: Sequence[InFlight], spilled: Sequence[Frame]) -> None:
@@ -122,7 +122,7 @@ def _difference(wanted: TotalsLine | None, line: TotalsLine) -> TotalsLine:
     return TotalsLine(*wanted.key, **figures)
 
 
-def write(old: RunDirectory, known: DbRecords, account: Account, new: RunDirectory) -> None:
+def write(old: RunDirectory, known: DbRecords, account: KeptSums, new: RunDirectory) -> None:
     """Writes the checkpoint of the new directory, which a start resumes."""
     invocation = max((record[0] for record in known.invocations), default=1)
     prefix = Manifest.decode(known.manifest).attempt_prefix

@@ -38,7 +38,7 @@ Local = Callable[[datetime], datetime]
 """Local time → moment. `datetime.astimezone` uses the machine's own time zone, with daylight saving time."""
 
 
-def read(text: str, now: datetime, now_s: float, local: Local = datetime.astimezone) -> Deadline:
+def parse(text: str, now: datetime, now_s: float, local: Local = datetime.astimezone) -> Deadline:
     """Parses a deadline, given `now` (local, aware), which is `now_s` on the monotonic clock.
 
     Accepts a duration (`6h`, `90m`, `1h30m`), a time of day (`06:00`: the next one), or a moment (`2026-11-26T06:00`,

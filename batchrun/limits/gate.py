@@ -7,21 +7,20 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-import msgspec
-
 from batchrun.errors import ExitCode, RunStoppedError
 from batchrun.job.settings import Limits
 from batchrun.limits.adaptive_rate import AdaptiveRate, RateChange
 from batchrun.limits.admission import OPEN, Binding, Decision, Demand, Found, Limit, Outcome, Phase, Stop
-from batchrun.limits.admission_queue import UNLIMITED, AdmissionQueue
-from batchrun.limits.budget import BudgetAccount, Lease
+from batchrun.limits.admission_queue import UNLIMITED
+from batchrun.limits.budget import BudgetAccount
 from batchrun.limits.circuit import IN_FLIGHT, Circuit
 from batchrun.limits.daily import DailyCount
 from batchrun.limits.overruns import Overruns
-from batchrun.limits.probe_turns import Breaker, InDoubt, ProbeTurns
+from batchrun.limits.probe_turns import InDoubt
 from batchrun.limits.rate_headers import read_limit
 from batchrun.limits.rates import RateLimits, Rates
 from batchrun.limits.refusals import NOTHING, Finding, Refusals
+from batchrun.limits.shared_admission import Flight, SharedAdmission
 from batchrun.records import OK, Verdict
 from batchrun.run_summary import InForce
 
@@ -48,37 +47,6 @@ class GateClosed(RunStoppedError):
         self.stop = stop
 
 
-class Flight(msgspec.Struct):
-    """One admitted attempt, until its outcome is durable."""
-
-    demand: Demand
-    order: int
-    sent_s: float
-    others: int
-    requests_before: float
-    tokens_before: float
-    lease: Lease | None
-    drained: bool = False
-    """The response's headers show a bucket without room for this attempt."""
-    observed: bool = False
-    settled: bool = False
-
-
-class Shared:
-    """What gates with one backlog share: the queue, probing turns, budget, and the attempts in flight by slot."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, circuit: Breaker, budget: BudgetAccount | None) -> None:
-        self.queue = AdmissionQueue(loop)
-        self.turns = ProbeTurns(circuit, loop)
-        self.budget = budget or BudgetAccount()
-        self.flights: dict[int, Flight] = {}
-
-    def wake(self) -> None:
-        """Waiting attempts and workers check again."""
-        self.queue.wake()
-        self.turns.wake()
-
-
 class Gate:
     """Admits attempts, each into a slot of its own. One per event loop, not thread-safe.
 
@@ -98,7 +66,7 @@ class Gate:
         overruns: Overruns | None = None,
         on_pace: RateChange = lambda limit, before, after, why: None,
         on_kind: Callable[[str, str], None] = lambda kind, why: None,
-        shared: Shared | None = None,
+        shared: SharedAdmission | None = None,
         first_slot: int = 0,
     ) -> None:
         """The event loop's clock is the gate's clock, as it is aiolimiter's.
@@ -115,7 +83,7 @@ class Gate:
         rates = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
         self._refusals = Refusals(rates, circuit.in_flight, on_kind)
         self._next_headers_s = loop.time()
-        self._shared = shared or Shared(loop, circuit, budget)
+        self._shared = shared or SharedAdmission(loop, circuit, budget)
         self.budget = self._shared.budget
         self._overruns = overruns
         self._slots = circuit.in_flight.most

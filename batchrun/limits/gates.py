@@ -24,9 +24,10 @@ from batchrun.limits.admission import (
     Stopped,
 )
 from batchrun.limits.admission_queue import UNLIMITED
-from batchrun.limits.gate import NO_SLOT, Gate, GateClosed, Shared
+from batchrun.limits.gate import NO_SLOT, Gate, GateClosed
 from batchrun.limits.probe_turns import InDoubt, ProbeTurns
 from batchrun.limits.rates import Rates
+from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.records import Verdict
 from batchrun.run_summary import EndpointTotals, InForce
 
@@ -61,7 +62,7 @@ class Gates:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        shared: Shared,
+        shared: SharedAdmission,
         lanes: Sequence[Lane],
         on_set_aside: Callable[[str, Stop], None] = lambda label, stop: None,
     ) -> None:

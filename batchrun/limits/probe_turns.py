@@ -41,7 +41,7 @@ class ProbeTurns:
             return None
         return Binding(Limit.PROBING) if self._chosen else self.circuit.binding(self._loop.time())
 
-    async def take(self) -> bool:
+    async def wait(self) -> bool:
         """Waits until the caller may choose a row; True if that row is the probe."""
         while (blocked_by := self.blocked_by) is not None:
             await self._waiters.wait(None if blocked_by.until_s is None else blocked_by.until_s - self._loop.time())

@@ -265,7 +265,7 @@ class Fleet:
         while actor in self._actors:
             next_s = self._loop.time() + self._pause_s
             try:
-                await actor.handle.take.remote(actor.calls, credentials, *pieces(batch))
+                await actor.handle.submit.remote(actor.calls, credentials, *pieces(batch))
             except Exception as error:
                 if not await self._is_repeated(actor, error):
                     return

@@ -97,7 +97,7 @@ class Sender:
         self._start(self._sweep())
         return Ready(os.getpid(), host, min(room, setup.in_flight), tuple(choices))
 
-    async def take(self, number: int, credentials: Credentials | None, *batches: list[Parcel]) -> None:
+    async def submit(self, number: int, credentials: Credentials | None, *batches: list[Parcel]) -> None:
         """Sends these requests. The call with a number that was there before does nothing: it is a repetition.
 
         `credentials` are there if a key was replaced since the last call.

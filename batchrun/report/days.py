@@ -19,7 +19,7 @@ from batchrun.report import run_rows
 from batchrun.report.keys import UNKNOWN, day_of
 from batchrun.report.latencies import local_days
 from batchrun.report.run_rows import Result
-from batchrun.report.runs import Found
+from batchrun.report.runs import FoundRun
 from batchrun.run_summary import LineKey, TotalsLine
 from batchrun.store.totals import FIGURES
 
@@ -28,7 +28,7 @@ _SUMMED = (*_TOKENS, "answer_cost_usd", "reported_cost_usd")
 _OF_REUSE = ("reused_cost_usd", "duplicate_of")
 
 
-def localised(found: Found, zone: str) -> list[TotalsLine]:
+def localised(found: FoundRun, zone: str) -> list[TotalsLine]:
     """The run's totals with local days in `day`; their sum does not change."""
     if zone == "UTC":
         return [msgspec.structs.replace(line, day=line.day or UNKNOWN) for line in found.account.totals]
@@ -42,7 +42,7 @@ def localised(found: Found, zone: str) -> list[TotalsLine]:
     return lines + _divided(found, divided, zone) if divided else lines
 
 
-def _days(found: Found, line: TotalsLine, zone: str) -> list[str]:
+def _days(found: FoundRun, line: TotalsLine, zone: str) -> list[str]:
     """The local days on which the run's part of the line's UTC day can lie."""
     if not line.day:
         return [UNKNOWN]
@@ -55,7 +55,7 @@ def _days(found: Found, line: TotalsLine, zone: str) -> list[str]:
     return sorted({day_of(begin, zone), day_of(end, zone)})
 
 
-def _divided(found: Found, lines: list[TotalsLine], zone: str) -> list[TotalsLine]:
+def _divided(found: FoundRun, lines: list[TotalsLine], zone: str) -> list[TotalsLine]:
     """These lines by the local days on which their rows ended; attempts without a row are on one of several days."""
     rows: dict[LineKey, list[TotalsLine]] = defaultdict(list)
     read = run_rows.if_readable(found.place, lambda result: list(_rows_by_day(result, zone)))

@@ -10,7 +10,7 @@ from batchrun.report import drift, run_rows, runs
 from batchrun.report.drift import Jump
 from batchrun.report.findings import Finding, Night, findings
 from batchrun.report.profile import profile
-from batchrun.report.runs import Found
+from batchrun.report.runs import FoundRun
 
 NIGHTS = 7
 """Earlier nights with which the newest is compared."""
@@ -52,7 +52,7 @@ def against(text: str) -> Against:
     return Against(int(text))
 
 
-def unusual(found: Sequence[Found], limits: Mapping[str, float]) -> list[Finding]:
+def unusual(found: Sequence[FoundRun], limits: Mapping[str, float]) -> list[Finding]:
     """The unusual figures in the newest run of each job."""
     return [
         finding
@@ -61,7 +61,7 @@ def unusual(found: Sequence[Found], limits: Mapping[str, float]) -> list[Finding
     ]
 
 
-def compared(found: Sequence[Found], with_: Against) -> list[Compared]:
+def compared(found: Sequence[FoundRun], with_: Against) -> list[Compared]:
     """The newest run of each job, compared.
 
     Raises:
@@ -85,17 +85,17 @@ def compared(found: Sequence[Found], with_: Against) -> list[Compared]:
     return table
 
 
-def _night(found: Found) -> Night:
+def _night(found: FoundRun) -> Night:
     return Night(found.account, run_rows.if_readable(found.place, profile))
 
 
-def _ordered(found: Sequence[Found]) -> list[Found]:
+def _ordered(found: Sequence[FoundRun]) -> list[FoundRun]:
     return sorted(found, key=lambda each: (each.account.began, each.account.run_id), reverse=True)
 
 
-def _by_job(found: Sequence[Found]) -> list[list[Found]]:
+def _by_job(found: Sequence[FoundRun]) -> list[list[FoundRun]]:
     """Each job's runs, the newest first."""
-    jobs: dict[str, list[Found]] = {}
+    jobs: dict[str, list[FoundRun]] = {}
     for each in _ordered(found):
         jobs.setdefault(each.account.job, []).append(each)
     return [jobs[job] for job in sorted(jobs)]

@@ -81,7 +81,8 @@ DERIVED: dict[str, Callable[[BillLine], Decimal | float | None]] = {
     "ok_share": lambda line: _share(line.ok, line.rows),
     "cost_per_1000_rows_usd": lambda line: _per(_all_cost(line), line.rows, 1000),
     "cost_per_ok_usd": lambda line: _per(_all_cost(line), line.ok),
-    "cached_share": lambda line: _share(line.cached_tokens, line.prompt_tokens),
+    # 0 may only mean that the server reports no cache
+    "cached_share": lambda line: _share(line.cached_tokens or None, line.prompt_tokens),
     "attempts_per_row": lambda line: _share(line.attempts, line.rows),
     "p50_latency_s": _latency(0.5),
     "p95_latency_s": _latency(0.95),

@@ -174,7 +174,7 @@ def _cost(now: Night, before: Sequence[Night], limit: float) -> _Found:
 
 def _cache(now: Night, before: Sequence[Night], limit: float) -> _Found:
     profile = now.profile
-    if profile is None or profile.rows < FEW_ROWS or not profile.prompt_tokens:
+    if profile is None or profile.rows < FEW_ROWS or not profile.prompt_tokens or profile.cached_tokens is None:
         return
     shortest = min(profile.prompts.numbers, default=0)
     share = profile.cached_tokens / profile.prompt_tokens

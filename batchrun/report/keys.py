@@ -9,7 +9,7 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 
 from batchrun.errors import JobError
-from batchrun.report.runs import Found
+from batchrun.report.runs import FoundRun
 from batchrun.run_summary import TotalsLine
 
 KEYS = ("night", "day", "month", "job", "model", "service_tier", "status", "tag", "run")
@@ -21,7 +21,7 @@ OF_LINES = frozenset({"day", "month", "model", "service_tier", "status"})
 UNKNOWN = "unknown"
 
 
-class Span(msgspec.Struct, frozen=True):
+class DaySpan(msgspec.Struct, frozen=True):
     """From `since` to `until`, both included; None: no end. The days are those of `zone`."""
 
     zone: str = "UTC"
@@ -54,7 +54,7 @@ def keys(by: str) -> tuple[str, ...]:
     return named
 
 
-def span(zone: str, since: str | None, until: str | None) -> Span:
+def span(zone: str, since: str | None, until: str | None) -> DaySpan:
     """The days between two dates, in the time zone of that name; `local` is the machine's.
 
     Raises:
@@ -73,7 +73,7 @@ def span(zone: str, since: str | None, until: str | None) -> Span:
     first, last = _date("--since", since), _date("--until", until)
     if first is not None and last is not None and first > last:
         raise JobError(f"--since {since} is after --until {until}")
-    return Span(name, first, last)
+    return DaySpan(name, first, last)
 
 
 def _date(flag: str, text: str | None) -> date | None:
@@ -88,7 +88,7 @@ def _date(flag: str, text: str | None) -> date | None:
         raise JobError(f"{flag} {text}: expected a date like 2026-11-01, or a month like 2026-11") from error
 
 
-def night(found: Found, zone: str) -> str:
+def night(found: FoundRun, zone: str) -> str:
     """The date of a run: the `{date}` in its directory's name, else the day of its first start.
 
     The whole cost of the run belongs to that night, however long it took.
@@ -105,12 +105,12 @@ def day_of(at: datetime, zone: str) -> str:
     return at.astimezone(ZoneInfo(zone)).date().isoformat()
 
 
-def group(by: Sequence[str], found: Found, line: TotalsLine, zone: str) -> tuple[str, ...]:
+def group(by: Sequence[str], found: FoundRun, line: TotalsLine, zone: str) -> tuple[str, ...]:
     """The values of the keys for one line of a run's totals; its `day` is the local one."""
     return tuple(_value(key, found, line, zone) for key in by)
 
 
-def _value(key: str, found: Found, line: TotalsLine, zone: str) -> str:
+def _value(key: str, found: FoundRun, line: TotalsLine, zone: str) -> str:
     account = found.account
     match key:
         case "night":

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from batchrun.report import charts, drift, formats, page_data
 from batchrun.report.bill import Bill, counted
 from batchrun.report.figures import figure
-from batchrun.report.runs import Found
+from batchrun.report.runs import FoundRun
 
 HEADLINE = ("cost_usd", "cost_per_1000_rows_usd", "rows", "ok_share", "wasted_usd", "possibly_billed_usd")
 """The figures of the total at the top of the page."""
@@ -21,7 +21,7 @@ MOST_MESSAGE = 300
 """Characters shown of a server's message."""
 
 
-def page(bill: Bill, found: Sequence[Found], columns: Sequence[str], now: datetime) -> bytes:
+def page(bill: Bill, found: Sequence[FoundRun], columns: Sequence[str], now: datetime) -> bytes:
     """The page, in UTF-8.
 
     Raises:

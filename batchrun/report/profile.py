@@ -63,7 +63,7 @@ class Profile:
         self.attempts = 0
         self.prompts = Field()
         self.prompt_tokens = 0
-        self.cached_tokens = 0
+        self.cached_tokens: int | None = None  # None: no answer reports them
         self.lengths: Counter[int] = Counter()
         self.latencies: Counter[int] = Counter()
         self.contents = Field()
@@ -87,7 +87,8 @@ def profile(result: Result) -> Profile:
         made.statuses.update(run_rows.counts(table["status"]))
         made.attempts += pc.sum(table["attempts"]).as_py() or 0
         made.prompt_tokens += pc.sum(table["prompt_tokens"]).as_py() or 0
-        made.cached_tokens += pc.sum(table["cached_tokens"]).as_py() or 0
+        if (cached := pc.sum(table["cached_tokens"]).as_py()) is not None:
+            made.cached_tokens = (made.cached_tokens or 0) + cached
         made.prompts.add(table["prompt_tokens"])
         made.latencies.update(latencies.buckets_of(table["latency_s"]))
         made.lengths.update(latencies.buckets_of(pc.utf8_length(table["content"])))

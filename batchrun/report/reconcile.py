@@ -11,7 +11,7 @@ import msgspec
 
 from batchrun.errors import CheckpointError, InputError
 from batchrun.report import run_rows
-from batchrun.report.runs import Found
+from batchrun.report.runs import FoundRun
 from batchrun.store import at_rest
 from batchrun.store.rundir import RunDirectory
 
@@ -64,7 +64,7 @@ class Reconciled(msgspec.Struct, frozen=True):
     unread: tuple[str, ...] = ()
 
 
-def reconcile(invoice: Path, found: Sequence[Found]) -> Reconciled:
+def reconcile(invoice: Path, found: Sequence[FoundRun]) -> Reconciled:
     """The comparison.
 
     Raises:
@@ -160,7 +160,7 @@ def _amount(text: str | None, path: Path, number: int) -> Decimal:
     return amount
 
 
-def _days(found: Sequence[Found]) -> Iterator[Line]:
+def _days(found: Sequence[FoundRun]) -> Iterator[Line]:
     costs: dict[str, Decimal] = {}
     unknown: set[str] = set()
     for each in found:
@@ -173,7 +173,7 @@ def _days(found: Sequence[Found]) -> Iterator[Line]:
         yield Line(key, None if key in unknown else cost)
 
 
-def _requests(found: Sequence[Found]) -> Iterator[Line]:
+def _requests(found: Sequence[FoundRun]) -> Iterator[Line]:
     """Every attempt with an answer: those of the rows, and those whose answers are not in the output."""
     for each in found:
         if (result := run_rows.result_of(each.place)) is not None:

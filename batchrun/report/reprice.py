@@ -13,7 +13,7 @@ from batchrun import prices
 from batchrun.errors import JobError
 from batchrun.job.settings import Price
 from batchrun.records import Usage
-from batchrun.report.runs import Found
+from batchrun.report.runs import FoundRun
 from batchrun.report.wording import plural
 from batchrun.run_summary import TotalsLine
 
@@ -42,11 +42,11 @@ def read(path: Path) -> dict[str, Price]:
 class Repriced(NamedTuple):
     """The runs at the new prices. `kept` says which attempts keep their cost all the same, and why, for people."""
 
-    found: tuple[Found, ...]
+    found: tuple[FoundRun, ...]
     kept: tuple[str, ...]
 
 
-def repriced(found: Sequence[Found], new: Mapping[str, Price]) -> Repriced:
+def repriced(found: Sequence[FoundRun], new: Mapping[str, Price]) -> Repriced:
     """The runs as if attempts of these models had those prices. Other models keep theirs.
 
     The prices do not depend on the prompt's size, so the cost of a sum of tokens is the sum of their costs, up to
@@ -90,6 +90,6 @@ def _line(line: TotalsLine, price: Price) -> TotalsLine:
     return msgspec.structs.replace(line, cost_usd=cost + fee * answered, unpriced=0)
 
 
-def total(found: Sequence[Found]) -> Decimal:
+def total(found: Sequence[FoundRun]) -> Decimal:
     """The known cost of the runs."""
     return sum((each.account.cost_usd for each in found), Decimal(0))

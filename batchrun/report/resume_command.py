@@ -5,27 +5,24 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-_FLAGS = {
-    "input_path": "-i",
-    "reuse": "--reuse",
-    "shard": "--shard",
-    "max_cost_usd": "--max-cost",
-    "max_failures": "--max-failures",
-    "skip_invalid": "--skip-invalid",
-    "retry_failed": "--retry-failed",
-    "statuses": "--status",
-    "engine": "--engine",
-    "ray_address": "--ray-address",
-    "overrides": "--set",
-}
-"""The options of `batchrun run` that a resume needs, too. Not those that choose the run (--date, --new, -o: the
-directory is named instead), nor those for one start only (--deadline, --limit, --grace, --accept-changes)."""
+_OF_ONE_START = frozenset(
+    {
+        # they choose the run, and the command names its directory instead
+        *("job", "output_path", "state_dir", "date", "new"),
+        *("deadline", "limit", "grace_s", "accept_changes", "accept_input", "accept_canary"),
+    }
+)
+"""The options of `batchrun run` that a resume does without."""
 
 
-def command(options: Mapping[str, object]) -> str:
-    """`batchrun run JOB …` with the options of a start, by their names in `commands.run`. `in_directory` adds -o."""
+def command(options: Mapping[str, object], flags: Mapping[str, str]) -> str:
+    """`batchrun run JOB …` with the options of a start, by the names of their parameters in `commands.run`; `flags` has
+    the flag of each. `in_directory` adds -o.
+    """
     words = ["batchrun", "run", str(options["job"])]
-    for name, flag in _FLAGS.items():
+    for name, flag in flags.items():
+        if name in _OF_ONE_START:
+            continue
         match value := options.get(name):
             case None | False | ():
                 pass

@@ -93,7 +93,7 @@ class LeftOut(msgspec.Struct, frozen=True):
     why: str
 
 
-class Found(NamedTuple):
+class FoundRun(NamedTuple):
     """A run: its directory, or the completions file that was moved out of it."""
 
     place: Path
@@ -103,7 +103,7 @@ class Found(NamedTuple):
 class Runs(NamedTuple):
     """The runs that count, and what is left out; both sorted, so the order of the paths does not matter."""
 
-    found: tuple[Found, ...]
+    found: tuple[FoundRun, ...]
     left_out: tuple[LeftOut, ...]
 
 
@@ -113,28 +113,28 @@ def find(paths: Sequence[Path]) -> Runs:
     Raises:
         InputError: a path holds no run, or one whose account can't be read: a bill without it would be wrong.
     """
-    found: dict[Path, Found] = {}
+    found: dict[Path, FoundRun] = {}
     left_out: dict[str, LeftOut] = {}
     for path in paths:
         if (named := _named(path)) is not None:
             account, why_not = _account(named)
             if account is None:
                 raise InputError(f"{path}: {why_not}")
-            found.setdefault(named.resolve(), Found(named, account))
+            found.setdefault(named.resolve(), FoundRun(named, account))
             continue
         accounts = {place: _account(place) for place in sorted(_runs_below(path))}
         for place, (account, why_not) in accounts.items():
             if account is None:
                 left_out[str(place)] = LeftOut(_shown(place), why_not)
             else:
-                found.setdefault(place.resolve(), Found(place, account))
+                found.setdefault(place.resolve(), FoundRun(place, account))
         if not any(account for account, _ in accounts.values()):
             raise InputError(f"{path}: {NO_RUN}")
     return _each_once(list(found.values()), list(left_out.values()))
 
 
-def _each_once(found: list[Found], left_out: list[LeftOut]) -> Runs:
-    by_run: dict[str, list[Found]] = {}
+def _each_once(found: list[FoundRun], left_out: list[LeftOut]) -> Runs:
+    by_run: dict[str, list[FoundRun]] = {}
     for each in found:
         by_run.setdefault(each.account.run_id or str(each.place.resolve()), []).append(each)
     newest = []
@@ -155,7 +155,7 @@ def _each_once(found: list[Found], left_out: list[LeftOut]) -> Runs:
     return Runs(tuple(counted), tuple(sorted(left_out, key=lambda each: each.path)))
 
 
-def _without_merged(found: list[Found]) -> tuple[list[Found], list[LeftOut]]:
+def _without_merged(found: list[FoundRun]) -> tuple[list[FoundRun], list[LeftOut]]:
     """The runs without the shards that another of them was merged from, which counts them; and those."""
     merged = {shard.run_id: (each, shard) for each in found for shard in each.account.merged}
     left_out = []
@@ -171,7 +171,7 @@ def _without_merged(found: list[Found]) -> tuple[list[Found], list[LeftOut]]:
     return [each for each in found if each.account.run_id not in merged], left_out
 
 
-def _copy(other: Account, newest: Found) -> str:
+def _copy(other: Account, newest: FoundRun) -> str:
     """Why a copy is left out, and how much it spent by itself if it was resumed separately."""
     why = f"a copy of run {other.run_id}, counted as {_shown(newest.place)}"
     own, counted = _spent(other), _spent(newest.account)

@@ -19,13 +19,14 @@ from batchrun.job import answer_schema
 from batchrun.job.answer_schema import Expected
 from batchrun.job.fields import OUTPUT_LIMITS, as_json, check_messages, check_parameter, plain, same_number
 from batchrun.job.job import Job
-from batchrun.job.settings import Endpoint, MessageTemplate, RequestTemplate
+from batchrun.job.settings import Endpoint, RequestTemplate
 from batchrun.records import Correction, Request, Row
 from batchrun.request import image_parts
 from batchrun.request.frame import Frame
 from batchrun.request.image_parts import Image, Picture, Source
+from batchrun.request.messages import message_maker
 from batchrun.request.responses_body import append_message, responses_body
-from batchrun.request.templates import Columns, among, template, text_template
+from batchrun.request.templates import Columns, among
 
 _JUDGED_BY = ("response_format", "functions", "tools")
 """The fields of a body that specify its answer, as `answer_schema.of` takes them."""
@@ -85,7 +86,7 @@ class RequestBuilder:
         self._choices = None if sized_by_row else _choices(self._parameters)
         self._is_text = dialect == "columns" and not (job.request.images or isinstance(job.request.messages, list))
         self._frame = self._framed() if self._is_text and not self._from_columns else None
-        self._messages = _message_maker(job.request, dialect)
+        self._messages = message_maker(job.request, dialect)
         if dialect == "openai-batch" and (unused := _unused_by_batch(job.request)) is not None:
             raise JobError(f"request.{unused}: the lines of a provider's batch file bring their own; leave it out")
         if dialect != "openai-batch" and job.request.model is None and "model" not in job.request.from_columns:
@@ -343,77 +344,6 @@ def _wording(endpoint: Endpoint) -> Callable[[Body], Body] | None:
         return {**body, "messages": messages}
 
     return put
-
-
-def _message_maker(request: RequestTemplate, dialect: str) -> Callable[[Columns], list[Any]]:
-    """The function from a row's columns to its messages."""
-    if dialect == "openai-batch":
-        return lambda columns: []  # the body brings its own
-    if dialect == "messages":
-        return _messages_from_column(request)
-    if isinstance(request.messages, list):
-        return _joined([_turns_of(each, f"request.messages[{i}]") for i, each in enumerate(request.messages)])
-    if request.prompt is None:
-        raise JobError("request.prompt: the columns dialect needs a template, for example '{{ text }}'")
-    prompt = template(request.prompt, "request.prompt")
-    if request.system is None:
-        return _from_templates(["user"], [prompt])
-    return _from_templates(["system", "user"], [template(request.system, "request.system"), prompt])
-
-
-def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[Any]]:
-    """Messages as the column holds them; the job's `system` comes first where a row has none."""
-    column = request.messages if isinstance(request.messages, str) else "messages"
-    system = None if request.system is None else text_template(request.system, "request.system")
-
-    def make(columns: Columns) -> list[Any]:
-        if column not in columns:
-            raise InputError(f"column {column!r}, which holds the messages, is missing" + among(tuple(columns), column))
-        messages = check_messages(plain(as_json(columns[column]), column))
-        if system is not None and messages[0]["role"] not in ("system", "developer"):
-            return [{"role": "system", "content": system(columns)}, *messages]
-        return messages
-
-    return make
-
-
-Turns = Callable[[Columns], list[Any]]
-
-
-def _turns_of(given: MessageTemplate, place: str) -> Turns:
-    """The function to one message by template, or to those that a column holds, if it holds any."""
-    column = given.column
-    if column is None:
-        return _from_templates([str(given.role)], [template(given.content, f"{place}.content")])
-
-    def make(columns: Columns) -> list[Any]:
-        if column not in columns:
-            raise InputError(
-                f"column {column!r}, which {place}.column names, is missing" + among(tuple(columns), column)
-            )
-        value = as_json(columns[column])
-        return check_messages(plain(value, column)) if value else []
-
-    return make
-
-
-def _joined(parts: Sequence[Turns]) -> Turns:
-    """All of their messages, one after the other; there must be one."""
-
-    def make(columns: Columns) -> list[Any]:
-        messages = [message for turns in parts for message in turns(columns)]
-        if not messages:
-            raise InputError("messages: expected at least one message")
-        return messages
-
-    return make
-
-
-def _from_templates(
-    roles: Sequence[str], templates: Sequence[Callable[[Columns], Any]]
-) -> Callable[[Columns], list[Any]]:
-    makers = tuple(zip(roles, templates, strict=True))
-    return lambda columns: [{"role": role, "content": make(columns)} for role, make in makers]
 
 
 def _looked_at(pictures: list[Picture], read: Callable[[Source], Image]) -> bytes:

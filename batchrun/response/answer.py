@@ -11,10 +11,9 @@ from typing import Any
 
 import msgspec
 
-from batchrun.records import Answer, Choice
-from batchrun.response import billed_apart, error_body, messages, packed, responses_object, sse, typed
+from batchrun.records import Answer
+from batchrun.response import billed_apart, chat_completion, error_body, messages, packed, responses_object, sse
 from batchrun.response import usage as usages
-from batchrun.response.finish_reasons import Meaning, meaning_of
 
 MAX_CHOICES = 1024
 """Of a stream: servers accept an `n` of 128. Choices with a higher index are in the raw answer only."""
@@ -32,14 +31,14 @@ _GLUE = re.compile(r"(?:\s|\0|data:|event: ?\w*|:[^\n]*|\[DONE\]|0(?=\r?\n))*+")
 Possessive: no tail of a server's makes it try again and again."""
 
 
-def read(stored: bytes, choices: int = 1) -> Answer:
+def parse(stored: bytes, choices: int = 1) -> Answer:
     """The content of a body in its stored form: a chat completion as JSON or as server-sent events, an error object, or
     nothing usable. `choices`: how many the request wants. A stream without `[DONE]` is whole only when all have ended.
     """
-    return typed.read(stored) or read_carefully(stored, choices)
+    return chat_completion.parse_typed(stored) or parse_carefully(stored, choices)
 
 
-def read_carefully(stored: bytes, choices: int = 1) -> Answer:
+def parse_carefully(stored: bytes, choices: int = 1) -> Answer:
     """The same for any bytes, the common answer's included."""
     pieces = packed.pieces(stored)
     first = next(pieces, b"")
@@ -52,8 +51,8 @@ def read_carefully(stored: bytes, choices: int = 1) -> Answer:
         decoded, flagged = _unglued(body), True
     decoded = _unwrapped(_unquoted(decoded))
     if isinstance(decoded, dict):
-        return _from_object(decoded, flagged)
-    return _failed(Answer(flagged=flagged and decoded is not None), error_body.read(decoded))
+        return chat_completion.parse_object(decoded, flagged)
+    return chat_completion.with_failure(Answer(flagged=flagged and decoded is not None), error_body.failure_in(decoded))
 
 
 def _unwrapped(decoded: Any) -> Any:
@@ -66,7 +65,7 @@ def _unwrapped(decoded: Any) -> Any:
     name = next((name for name, value in inside.items() if _is_completion(value)), None)
     if name is None or decoded.get("error"):
         return decoded
-    failure = error_body.read({other: value for other, value in decoded.items() if other != name})
+    failure = error_body.failure_in({other: value for other, value in decoded.items() if other != name})
     if failure is not None and (failure.status is not None or failure.code is not None):
         return decoded
     return {"usage": decoded.get("usage"), **inside[name]}
@@ -137,83 +136,6 @@ def _without_surrogates(value: Any) -> Any:
     return value
 
 
-def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
-    if responses_object.is_response(body):
-        body = responses_object.as_completion(body)
-    all_choices = body.get("choices")
-    choices = all_choices if isinstance(all_choices, list) else []
-    # the one with the lowest number: servers were seen that list the one first that ended first
-    numbered = [(messages.index(each, place), place) for place, each in enumerate(choices) if isinstance(each, dict)]
-    choice: dict[str, Any] = choices[min(numbered)[1]] if numbered else {}
-    finish_reason = messages.text(choice.get("finish_reason"))
-    message = messages.of(choice)
-    usage, service_tier, reported_cost_usd = usages.stated_in(body)
-    apart = billed_apart.of(body, usages.of_answer(body))
-
-    failure = error_body.read(body)
-    if failure is None and choice.get("error"):  # a choice's own error, as OpenRouter sends it
-        failure = error_body.read({"error": choice["error"]})
-    elif failure is None and meaning_of(finish_reason) is Meaning.FAILURE:
-        text = f"the answer broke off with the finish_reason {finish_reason!r:.100}"
-        failure = error_body.Failure(text, code=finish_reason)
-    if message is None:
-        read = Answer(
-            flagged=flagged,
-            usage=usage,
-            model=messages.text(body.get("model")),
-            service_tier=service_tier,
-            reported_cost_usd=reported_cost_usd,
-            billed_apart=apart,
-        )
-        return _failed(read, failure)
-
-    calls = message.get("tool_calls")
-    tool_calls, shown = messages.as_text(calls) if calls and isinstance(calls, list) else (None, True)
-    created = body.get("created")
-    is_time = isinstance(created, int) and not isinstance(created, bool) and 0 <= created <= typed.MAX_CREATED
-    read = Answer(
-        completion=True,
-        flagged=flagged or not shown,
-        completion_id=messages.text(body.get("id")),
-        created=created if is_time else None,
-        model=messages.text(body.get("model")),
-        content=messages.content(message.get("content")),
-        refusal=messages.refusal(message),
-        function_call=messages.function_call(message.get("function_call")),
-        tool_calls=tool_calls,
-        choices=tuple(_choice(each, place) for place, each in enumerate(choices) if isinstance(each, dict))
-        if len(choices) > 1
-        else (),
-        finish_reason=finish_reason,
-        usage=usage,
-        service_tier=service_tier,
-        reported_cost_usd=reported_cost_usd,
-        billed_apart=apart,
-    )
-    return _failed(read, failure)
-
-
-def _choice(choice: dict[str, Any], place: int) -> Choice:
-    message = messages.of(choice)
-    content = None if message is None else messages.content(message.get("content"))
-    return Choice(messages.index(choice, place), content, messages.text(choice.get("finish_reason")))
-
-
-def _failed(answer: Answer, failure: error_body.Failure | None) -> Answer:
-    """The answer with the failure that its body reports. It is then not a completion, even if it has choices."""
-    if failure is None:
-        return answer
-    return msgspec.structs.replace(
-        answer,
-        completion=False,
-        error_message=failure.message,
-        error_code=failure.code,
-        error_words=failure.words,
-        error_status=failure.status,
-        error_wait_s=failure.wait_s,
-    )
-
-
 def has_token(data: bytes) -> bool:
     """True when the event's data has some text, call or reasoning of an answer, not only a role."""
     event, _ = decode(data)
@@ -247,7 +169,7 @@ def _from_events(pieces: Iterable[bytes], choices: int) -> Answer:
     for event in chain.from_iterable(_separated(event) for event in sse.events(pieces)):
         if done := event.data.strip() == _DONE:
             break
-        streamed.take(event)
+        streamed.add(event)
         if done := streamed.ended:
             break
     return streamed.answer(done=done, choices=choices)
@@ -270,9 +192,6 @@ _FIELD = b"data:"
 
 _NO_MESSAGE = "the stream ended with an error"
 
-_LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata", "output")
-"""Of these the last event that has one counts; of `usage` and `error` the last that says something."""
-
 
 class _StreamedAnswer:
     """The sum of a stream's events."""
@@ -286,7 +205,7 @@ class _StreamedAnswer:
         self._flagged = self._broken = self._searched = False
         self.ended = False  # by the last event of the Responses API
 
-    def take(self, event: sse.Event) -> None:
+    def add(self, event: sse.Event) -> None:
         decoded, lenient = _decode_piece(event.data)
         if event.name == b"error":  # its data says what went wrong, in any form
             if not isinstance(decoded, dict):
@@ -306,7 +225,7 @@ class _StreamedAnswer:
             message = decoded.get("choices", [{}])[0].get("message")
             if message is not None and any(message.get(name) for name in _DELTA_PARTS):
                 self._messages.pop(0, None)  # the last event holds the whole message: it replaces the deltas
-        for name in _LAST_COUNTS:
+        for name in chat_completion.LAST_COUNTS:
             if (value := decoded.get(name)) is not None:
                 self._last[name] = value
         if (usage := usages.found_in(decoded)) is not None:
@@ -346,7 +265,7 @@ class _StreamedAnswer:
         of_choices = usages.of_choices(self._usages.values())
         if of_choices is not None and usages.of(whole.get("usage")) is None:
             whole["usage"] = usages.joined(whole.get("usage"), of_choices)
-        answer = _from_object(_without_surrogates(whole) if self._flagged else whole, self._flagged)
+        answer = chat_completion.parse_object(_without_surrogates(whole) if self._flagged else whole, self._flagged)
         if self._searched and answer.billed_apart is None:
             answer = msgspec.structs.replace(answer, billed_apart=billed_apart.SEARCHES)
         expected = self._messages.keys() | set(range(min(choices, MAX_CHOICES)))

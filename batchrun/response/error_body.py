@@ -71,7 +71,7 @@ class Failure(msgspec.Struct, frozen=True):
     wait_s: float | None = None
 
 
-def read(body: Any) -> Failure | None:
+def failure_in(body: Any) -> Failure | None:
     """The failure that a decoded body reports; None if it reports none.
 
     Beside `choices` only `error` counts: an answer may also have a `status` or a `message`.
@@ -80,7 +80,9 @@ def read(body: Any) -> Failure | None:
         case str() if body.strip():
             return _failure(body.strip(), None, {})
         case list():
-            return next((found for item in body[:MAX_ITEMS] if isinstance(item, dict) and (found := read(item))), None)
+            return next(
+                (found for item in body[:MAX_ITEMS] if isinstance(item, dict) and (found := failure_in(item))), None
+            )
         case dict():
             if not (error := body.get("error")):
                 return None if body.get("choices") else _inside(body, 0)

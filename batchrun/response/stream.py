@@ -1,6 +1,6 @@
 """A streamed answer while it arrives: detects its first token and its end, keeps its bytes packed and redacted.
 
-Its content is parsed after its end, like an answer from the disk (`answer.read`).
+Its content is parsed after its end, like an answer from the disk (`answer.parse`).
 """
 
 from batchrun.credentials import Cleaner
@@ -25,7 +25,7 @@ class Stream:
         self._gathered: list[bytes] = []
         self._gathered_bytes = 0
 
-    def take(self, piece: bytes) -> None:
+    def feed(self, piece: bytes) -> None:
         """The next bytes are kept, and looked at."""
         self.size += len(piece)
         self._gathered.append(piece)

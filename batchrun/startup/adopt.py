@@ -80,7 +80,7 @@ def _adopt(
     """
     job, directory, checkpoint, options = start.job, start.directory, start.checkpoint, start.options
     with Questions(directory.path) as questions, Questions(directory.path) as pictures:
-        found = input_pass.read(source, job, directory, options, questions.add, pictures.add)
+        found = input_pass.check(source, job, directory, options, questions.add, pictures.add)
         new = input_pass.manifest_of(job, source, identities, found, run_id=known.run_id, created_at=known.created_at)
         expected = None if known.estimate is None else scaled(known.estimate, found.rows)
         new = msgspec.structs.replace(

@@ -142,11 +142,8 @@ class Answers:
         completions = self._checkpoint.completions(chunk.first_row, chunk.end_row)
         keep_raw = self._manifest.output.raw == "always"
         newer = own_table(completions, keep_raw=keep_raw)
-        if not chunk.generation:
-            return newer
-        path = self._directory.part_of(chunk.chunk, chunk.generation)
-        base = BasePart(path, chunk.part_digest or "", self._manifest.output.prefix)
-        return base.updated(newer, chunk.first_row, chunk.end_row)
+        base = BasePart.of(chunk, self._directory, self._manifest.output.prefix)
+        return newer if base is None else base.updated(newer, chunk.first_row, chunk.end_row)
 
 
 def examine(

@@ -31,13 +31,13 @@ def input_files(
     if job.input.path != "-":
         return find_files(job.input.path, job.input.partitions, job.storage)
     if options.stdin is not None and not options.stdin.isatty():
-        return (stdin_copy.take(options.stdin, directory, started=started),)
+        return (stdin_copy.save(options.stdin, directory, started=started),)
     if not directory.spool.exists():
         raise InputError("standard input is a terminal, or closed; pipe JSON lines into it, or name a file with -i")
     return (directory.spool,)
 
 
-def read(
+def check(
     source: Source,
     job: Job,
     directory: RunDirectory,

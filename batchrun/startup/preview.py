@@ -17,7 +17,7 @@ from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory
 
 
-class Found(msgspec.Struct, frozen=True):
+class Preview(msgspec.Struct, frozen=True):
     """The run's last summary, how many rows a start with this job would send, and what has changed since."""
 
     summary: Summary
@@ -25,7 +25,7 @@ class Found(msgspec.Struct, frozen=True):
     changes: Changes | None
 
 
-def of_run(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Found:
+def of_run(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Preview:
     """The run that a start with this job would resume.
 
     Raises:
@@ -43,9 +43,9 @@ def of_run(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Fou
             to_send = plan.manifest.rows - checkpoint.totals.settled()
             if (made := plan.origins) is not None:
                 to_send -= max(0, made.reused + made.duplicates - summary.reused)
-            return Found(summary, to_send, None)
+            return Preview(summary, to_send, None)
         except ChangedError as changed:
-            return Found(summary, changed.changes.to_send, changed.changes)
+            return Preview(summary, changed.changes.to_send, changed.changes)
         finally:
             if result.FINISHED in entries:
                 result.tidy(directory, result.finished(entries))  # the parts that a comparison cut from the result

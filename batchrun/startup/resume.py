@@ -79,7 +79,7 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
     if options.shard is not None and part.span is not None:
         share = InputShare(options.shard, part.span, tuple(sorted(map(str, failing(job.finish)))))
     with Questions(directory.path) as keys, Questions(directory.path) as pictures:
-        found = input_pass.read(source, part.job, directory, options, keys.add, pictures.add)
+        found = input_pass.check(source, part.job, directory, options, keys.add, pictures.add)
         found = msgspec.structs.replace(found, types=part.types or found.types)
         run_id = uuid.uuid4().hex[:12]
         new = input_pass.manifest_of(job, source, files, found, run_id=run_id, created_at=now, share=share)
@@ -113,13 +113,13 @@ def _resume(start: Start, entries: dict[str, str], today: str) -> Plan:
     known, ways = Manifest.decode(entries), variants.decode(entries)
     shards.require_same(options.shard, known, directory.path)
     require_same_shape(job, known)
-    stdin_copy.settle(directory, known)
+    stdin_copy.restore_unless_accepted(directory, known)
     files = stdin_copy.put_in_place(input_pass.input_files(job, directory, options), directory)
     try:
         known, ways, variant, source = adopt.as_it_is_now(start, known, ways, files)
         made = unsent_rows.stored_or_found(start, known, source)
     finally:  # other rows that were not accepted must not stay in the place of the run's own
-        stdin_copy.settle(directory, Manifest.decode(checkpoint.manifest_entries()))
+        stdin_copy.restore_unless_accepted(directory, Manifest.decode(checkpoint.manifest_entries()))
     prices_known = price_tables.decode(entries)
     limit = None if options.limit is None else max(options.limit, start.opened_rows(known))
     plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)

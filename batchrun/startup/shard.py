@@ -33,7 +33,7 @@ CENT = Decimal("0.01")
 T = TypeVar("T", Limits, Endpoint, Budget)
 
 
-def read(text: str) -> Shard:
+def parse(text: str) -> Shard:
     """The shard that `--shard K/N` names.
 
     Raises:
@@ -69,7 +69,7 @@ def part_of(job: Job, named: str | None, note: Callable[[str], None]) -> tuple[J
     """
     if named is None:
         return job, None
-    shard = read(named)
+    shard = parse(named)
     own = job_of(job, shard)
     for line in in_words(job, own, shard):
         note(line)

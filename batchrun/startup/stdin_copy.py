@@ -16,14 +16,14 @@ NOTHING = hashlib.blake2b(digest_size=16).hexdigest()
 """The digest of an empty input."""
 
 
-def take(stream: BinaryIO, directory: RunDirectory, *, started: bool) -> Path:
+def save(stream: BinaryIO, directory: RunDirectory, *, started: bool) -> Path:
     """The file with the rows of this start: the run's own copy if the stream has the same rows, or none.
 
     A new run takes the rows that it is given, and the copy of an earlier start only if it is given none. Rows that
     differ from those of a started run stay beside its own copy until they are accepted.
     """
     if started and directory.spool.exists():
-        return _take_beside(stream, directory)
+        return _save_beside(stream, directory)
     spool(stream, directory.given)
     if directory.given.stat().st_size or not directory.spool.exists():
         directory.given.replace(directory.spool)
@@ -32,7 +32,7 @@ def take(stream: BinaryIO, directory: RunDirectory, *, started: bool) -> Path:
     return directory.spool
 
 
-def _take_beside(stream: BinaryIO, directory: RunDirectory) -> Path:
+def _save_beside(stream: BinaryIO, directory: RunDirectory) -> Path:
     found = hashlib.blake2b(digest_size=16)
     with tempfile.TemporaryFile(dir=directory.path) as copy:  # without a name, so that a finished run stays as it is
         while block := _read(stream):
@@ -48,7 +48,9 @@ def _take_beside(stream: BinaryIO, directory: RunDirectory) -> Path:
 
 
 def put_in_place(files: tuple[InputFile, ...], directory: RunDirectory) -> tuple[InputFile, ...]:
-    """Puts other rows in the place of the run's own, which stay beside them until `settle`; returns the files."""
+    """Puts other rows in the place of the run's own, which stay beside them until `restore_unless_accepted`; returns
+    the files.
+    """
     if files != (directory.given,):
         return files
     with disk_errors(directory.path):
@@ -58,7 +60,7 @@ def put_in_place(files: tuple[InputFile, ...], directory: RunDirectory) -> tuple
     return (directory.spool,)
 
 
-def settle(directory: RunDirectory, known: Manifest) -> None:
+def restore_unless_accepted(directory: RunDirectory, known: Manifest) -> None:
     """Restores the rows that the run knows, unless the others were accepted."""
     if directory.spool_before.exists():
         with disk_errors(directory.path):

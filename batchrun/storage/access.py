@@ -38,7 +38,8 @@ Environ = Mapping[str, str]
 
 
 def connect(url: Url, access: Access = Access(), environ: Environ | None = None) -> tuple[pafs.FileSystem, str]:  # noqa: B008
-    """The file system that the URL is in, and the path there. Sends nothing yet, except that S3 may look for a region.
+    """The file system that the URL is in, and the path there: the URL's own, so that the names of files that are found
+    become URLs again. Sends nothing yet, except that S3 may look for a region.
 
     Raises:
         JobError: a setting or a package is missing.

@@ -3,14 +3,15 @@
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.records import replaces
-from batchrun.store.db_tables import Reopened
+from batchrun.store.db_tables import Chunk, Reopened
+from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked
 from batchrun.tables.files import require_digest
 from batchrun.tables.rows import as_own, own_schema
@@ -34,6 +35,13 @@ class BasePart:
         self.statuses = cast(list[str], self._table.column("status").to_pylist())
         firsts = cast(list[int | None], self._table.column("duplicate_of").to_pylist())
         self.originals = {row: first for row, first in zip(self.rows, firsts, strict=True) if first is not None}
+
+    @classmethod
+    def of(cls, chunk: Chunk, directory: RunDirectory, prefix: str) -> Self | None:
+        """The chunk's base part, if it has one."""
+        if not chunk.generation:
+            return None
+        return cls(directory.part_of(chunk.chunk, chunk.generation), chunk.part_digest or "", prefix)
 
     def reopened(self, statuses: Collection[str], variant: int) -> list[Reopened]:
         """The rows with one of the statuses, to be sent again with `variant` of the job."""

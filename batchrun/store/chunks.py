@@ -1,9 +1,7 @@
 """Opens chunks and seals them into parts. `open_next` and `seal` block: call them in threads."""
 
-import functools
 import threading
 import weakref
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, Self, cast
@@ -22,6 +20,7 @@ from batchrun.store import result_folder
 from batchrun.store.base_part import BasePart
 from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.copies import Copies
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
 from batchrun.store.open_chunk import OpenChunk
@@ -31,6 +30,7 @@ from batchrun.tables import booked, completions, files, pending
 from batchrun.tables.arrow_types import JSON, Column
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_table
+from batchrun.tables.rows import Completion as OutputRow
 
 MOST_FULL = 2
 """Chunks whose rows are all settled may wait to be sealed; with more, no other is opened until one is sealed."""
@@ -105,7 +105,6 @@ class Chunks:
         self._open_chunks = weakref.WeakValueDictionary[int, OpenChunk]()
         self._waiting: list[OpenChunk] = []  # full chunks with copies of rows further up that are not settled yet
         self._failed = False
-        self._part = functools.lru_cache(maxsize=2)(self._read_part)  # copies of rows of a part come together
         self._directory = directory
         self._checkpoint = checkpoint
         self._layout = layout
@@ -117,6 +116,7 @@ class Chunks:
         self._end_row = None if layout.limit is None else layout.first_row + layout.limit
         on_record = checkpoint.chunks()
         self._on_record = list(on_record)
+        self._copies = Copies(directory, checkpoint, self._on_record, carry, layout.settings)
         self.sealed = {chunk.chunk: chunk for chunk in on_record if not chunk.open}
         self._opened = iter([chunk for chunk in on_record if chunk.open])
         self._next = len(on_record)
@@ -171,7 +171,7 @@ class Chunks:
             with self._sealing:
                 self._waiting.append(open_chunk)
                 open_chunk.window.release()
-                while (ready := next((full for full in self._waiting if self._has_all(full)), None)) is not None:
+                while (ready := next(filter(self._copies.are_answered, self._waiting), None)) is not None:
                     self._waiting.remove(ready)
                     self._seal(ready)
         except BaseException:
@@ -189,15 +189,7 @@ class Chunks:
         batches = self._batches(open_chunk, carried)
         part_digest = files.write_part(part, self._schema, batches, self._settings, chunk.rows)
         sealed = msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest, open=0)
-        first, end = chunk.first_row, chunk.end_row
-        keep = [  # rows whose answer a row of a later chunk takes that is not sealed yet
-            row
-            for row, last in self._carry.last_copies(first, end).items()
-            if last >= end and (last >= self._next_row or self._chunk_of(last).open)
-        ]
-        taken = self._carried_rows(open_chunk, first, end).values()
-        before = {each.original for each in taken if each.of_this_run and each.original < first}
-        drop = [row for row in before if self._carry.last_copies(row, row + 1).get(row, -1) < end]  # no later one does
+        keep, drop = self._copies.kept(chunk, self._next_row), self._copies.dropped(open_chunk)
         self._checkpoint.seal_chunk(sealed, carried, keep=keep, drop=drop)
         self.sealed[chunk.chunk] = self._on_record[chunk.chunk] = sealed
         self._open_chunks.pop(chunk.chunk, None)
@@ -209,54 +201,6 @@ class Chunks:
             self._directory.part_of(chunk.chunk, chunk.generation).unlink(missing_ok=True)
         if self._mirror is not None:
             self._mirror.sealed(sealed, self._directory, self._checkpoint)
-
-    # ── rows that take the answer of an equal one ─────────────────────────────────────────────────────────────────────
-
-    def _has_all(self, full: OpenChunk) -> bool:
-        """Whether every row whose answer a row of the chunk takes has it."""
-        if full.waits_for is None:
-            first, end = full.chunk.first_row, full.chunk.end_row
-            taken = self._carried_rows(full, first, end).values()
-            full.waits_for = {each.original for each in taken if each.of_this_run and not first <= each.original < end}
-        full.waits_for = {row for row in full.waits_for if self._chunk_of(row).open}
-        full.waits_for -= self._checkpoint.rows_among(list(full.waits_for))
-        for number in {self._chunk_of(row).chunk for row in full.waits_for}:
-            chunk = self._on_record[number]
-            if (base := self._base(chunk)) is not None:
-                full.waits_for -= set(base.rows) - self._checkpoint.reopened(chunk).keys()
-        return not full.waits_for
-
-    def _carried_rows(self, open_chunk: OpenChunk, first_row: int, end_row: int) -> dict[int, Taken]:
-        """Of these rows of the chunk, those that take their answer without a request, and where it is."""
-        if not open_chunk.has_carried:
-            return {}
-        rows = range(first_row, end_row)
-        found = {
-            row: each for row, each in self._carry.window(first_row, end_row).items() if open_chunk.is_carried(row)
-        }
-        found |= {row: each for row, each in open_chunk.copied_again.items() if row in rows}
-        return dict(sorted(found.items()))
-
-    def _own_answers(self, rows: Sequence[int]) -> pa.Table:
-        """The records of settled rows of this run, in this order: from the database, else from their parts."""
-        records = self._checkpoint.records_of(sorted(set(rows)))
-        found = {record.row for record in records}
-        tables = [self._own(records)]
-        by_chunk: dict[int, list[int]] = {}
-        for row in sorted(set(rows) - found):
-            by_chunk.setdefault(self._chunk_of(row).chunk, []).append(row)
-        for number, of_chunk in by_chunk.items():
-            chunk = self._on_record[number]
-            tables.append(self._part(number, chunk.generation, chunk.part_digest or "").take(of_chunk))
-        together = pa.concat_tables(tables)
-        place = {row: at for at, row in enumerate(cast(list[int], together.column("row").to_pylist()))}
-        return together.take(pa.array([place[row] for row in rows], pa.int64()))
-
-    def _read_part(self, chunk: int, generation: int, digest: str) -> BasePart:
-        return BasePart(self._directory.part_of(chunk, generation), digest, self._settings.prefix)
-
-    def _chunk_of(self, row: int) -> Chunk:
-        return self._on_record[bisect_right(self._on_record, row, key=lambda chunk: chunk.first_row) - 1]
 
     def remove_orphans(self) -> None:
         """Deletes files in `parts/` that belong to no chunk, which a killed process left."""
@@ -291,7 +235,7 @@ class Chunks:
         for attempt in self._checkpoint.discarded(chunk):
             discarded.setdefault(attempt.row, []).append(attempt)
         settled, reopened = self._checkpoint.settled_rows(chunk), self._checkpoint.reopened(chunk)
-        if (base := self._base(chunk)) is not None:
+        if (base := BasePart.of(chunk, self._directory, self._settings.prefix)) is not None:
             settled |= set(base.rows) - reopened.keys()
         taken = self._carry.window(chunk.first_row, chunk.end_row)
         copied_again: dict[int, Taken] = {}
@@ -308,13 +252,6 @@ class Chunks:
             [row for row in taken if row not in settled and row not in reopened],
             copied_again,
         )
-
-    def _base(self, chunk: Chunk) -> BasePart | None:
-        """Our columns of the chunk's base part, if it has one."""
-        if not chunk.generation:
-            return None
-        path = self._directory.part_of(chunk.chunk, chunk.generation)
-        return BasePart(path, chunk.part_digest or "", self._settings.prefix)
 
     def _open(self, window: Window) -> OpenChunk:
         path = self._input_of(self._next)
@@ -344,14 +281,14 @@ class Chunks:
         A row without a completion is an error, unless `with_pending`.
         """
         row = open_chunk.chunk.first_row
-        base = self._base(open_chunk.chunk)
+        base = BasePart.of(open_chunk.chunk, self._directory, self._settings.prefix)
         for window in open_chunk.window.tables(self._types):
             completions = self._checkpoint.completions(row, row + window.num_rows)
             for first_row, end_row, settled in _by_size(row, row + window.num_rows, completions):
                 table, own = window.slice(first_row - row, end_row - first_row), self._own(settled)
-                taken = {} if carried is None else self._carried_rows(open_chunk, first_row, end_row)
+                taken = {} if carried is None else self._copies.taken(open_chunk, first_row, end_row)
                 if carried is not None and taken:
-                    more = self._carry.table(taken, self._own_answers, invocation=self._checkpoint.invocation)
+                    more = self._copies.records(taken)
                     carried.update(zip(taken, booked.lines(more), strict=True))
                     own = pa.concat_tables([own, more]).sort_by("row")
                 if base is not None:
@@ -371,7 +308,7 @@ class Chunks:
 
     def completions_of(
         self, records: Sequence[Completion], inputs: Sequence[tuple[StoredBatch, int]]
-    ) -> Iterator[completions.Completion]:
+    ) -> Iterator[OutputRow]:
         """These rows as in the output; `inputs` say where each is stored. Only one thread may call it."""
         names = self._schema.names[: -len(OWN_COLUMNS)]
         rows = [batch.typed_row(place, self._types, names) for batch, place in inputs]
@@ -387,7 +324,7 @@ class Chunks:
                 yield from files.batches_of(part)
 
     def _settled_rows(self, open_chunk: OpenChunk) -> Iterator[pa.RecordBatch]:
-        row, base = open_chunk.chunk.first_row, self._base(open_chunk.chunk)
+        row, base = open_chunk.chunk.first_row, BasePart.of(open_chunk.chunk, self._directory, self._settings.prefix)
         for table in open_chunk.window.tables(self._types):
             end_row = row + table.num_rows
             completions = self._checkpoint.completions(row, end_row)

@@ -142,7 +142,7 @@ def write(
             folder.mkdir(mode=0o700, parents=True)
             path, rows = part_in(folder, 0), 0
             with ParquetFile(path, inside, compression) as file:
-                for batch in gathered.take(name):
+                for batch in gathered.pop(name):
                     file.write(pa.Table.from_batches([batch]).cast(inside).combine_chunks().to_batches()[0])
                     rows += batch.num_rows
             require_rows(path, rows)
@@ -184,7 +184,7 @@ class _Gathered:
                 stream.write_table(inside.slice(first, rows))
             first += rows
 
-    def take(self, name: str) -> Iterator[pa.RecordBatch]:
+    def pop(self, name: str) -> Iterator[pa.RecordBatch]:
         """The partition's rows; its file is deleted."""
         path = self.partitions[name]
         with pa.OSFile(str(path), "rb") as file:

@@ -1,8 +1,10 @@
 """Settled rows as an Arrow table: the input's columns, then ours. The schemas are constants. PURE"""
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from decimal import Decimal
 from operator import attrgetter
-from typing import Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 import pyarrow as pa
@@ -10,10 +12,13 @@ import pyarrow as pa
 from batchrun import compute as pc
 from batchrun.errors import JobError
 from batchrun.job.settings import Output
-from batchrun.records import Answer, Completion, RowError, Status, Usage
+from batchrun.records import Answer, Choice, FunctionCall, RowError, SetAside, Status, Usage
+from batchrun.records import Completion as Record
 from batchrun.response import answer as answers
 from batchrun.response import packed
 from batchrun.tables.arrow_types import JSON, Column, array_of
+
+T = TypeVar("T")
 
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
 USD = pa.decimal128(20, 12)
@@ -24,52 +29,80 @@ _SET_ASIDE = pa.struct(
     [("attempt", pa.int32()), ("kind", pa.string()), ("message", pa.string()), ("content", pa.large_string())]
 )
 
-_OWN: list[tuple[str, pa.DataType]] = [
-    ("row", pa.int64()),
-    ("status", pa.string()),
-    ("content", pa.large_string()),
-    ("refusal", pa.large_string()),
-    ("parsed", pa.large_string()),
-    ("function_call", pa.struct([("name", pa.string()), ("arguments", pa.large_string())])),
-    ("tool_calls", pa.large_string()),
-    ("finish_reason", pa.string()),
-    ("choices", pa.list_(pa.field("element", _CHOICE))),
-    ("model", pa.string()),
-    ("requested_model", pa.string()),
-    ("service_tier", pa.string()),
-    ("completion_id", pa.string()),
-    ("request_id", pa.string()),
-    ("created", UTC_MICROSECONDS),
-    ("finished_at", UTC_MICROSECONDS),
-    ("prompt_tokens", pa.int64()),
-    ("cached_tokens", pa.int64()),
-    ("cache_write_tokens", pa.int64()),
-    ("completion_tokens", pa.int64()),
-    ("reasoning_tokens", pa.int64()),
-    ("total_tokens", pa.int64()),
-    ("cost_usd", USD),
-    ("reported_cost_usd", USD),
-    ("answer_cost_usd", USD),
-    ("attempts", pa.int32()),
-    ("set_aside", pa.list_(pa.field("element", _SET_ASIDE))),
-    ("latency_s", pa.float64()),
-    ("time_to_first_token_s", pa.float64()),
-    (
-        "error",
-        pa.struct(
-            [("kind", pa.string()), ("http_status", pa.int32()), ("code", pa.string()), ("message", pa.string())]
-        ),
-    ),
-    ("request_key", pa.binary(16)),
-    ("reused", pa.bool_()),
-    ("reused_from", pa.string()),
-    ("reused_cost_usd", USD),
-    ("duplicate_of", pa.int64()),
-    ("variant", pa.int32()),
-    ("invocation", pa.int32()),
-    ("raw", pa.large_binary()),
-]
-OWN_COLUMNS = pa.schema(_OWN)
+Text = Annotated[str | None, pa.string()]
+LongText = Annotated[str | None, pa.large_string()]  # with 64-bit offsets: a chunk's answers may exceed 2 GB
+Tokens = Annotated[int | None, pa.int64()]
+Usd = Annotated[Decimal | None, USD]
+Time = Annotated[datetime | None, UTC_MICROSECONDS]
+
+_ERROR = [("kind", pa.string()), ("http_status", pa.int32()), ("code", pa.string()), ("message", pa.string())]
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """The final record of a row: an answer, or why there is none. The fields are the output's columns, each with its
+    Arrow type, except `input`.
+
+    `input` holds the input's columns as the output has them. `parsed` is the answer as Python values where
+    the request wanted JSON and got it; so are `tool_calls`. `choices` has the answers if there are several, `set_aside`
+    those that were replaced. A field is None where the server did not say; `cost_usd`, where the price is unknown.
+    """
+
+    row: Annotated[int, pa.int64()]
+    status: Annotated[Status, pa.string()]
+    content: LongText
+    refusal: LongText
+    parsed: Annotated[Any, pa.large_string()]
+    function_call: Annotated[FunctionCall | None, pa.struct([("name", pa.string()), ("arguments", pa.large_string())])]
+    tool_calls: Annotated[Any, pa.large_string()]
+    finish_reason: Text
+    choices: Annotated[tuple[Choice, ...], pa.list_(pa.field("element", _CHOICE))]
+    model: Text
+    requested_model: Annotated[str, pa.string()]
+    service_tier: Text
+    completion_id: Text
+    request_id: Text
+    created: Time
+    finished_at: Time
+    prompt_tokens: Tokens
+    cached_tokens: Tokens
+    cache_write_tokens: Tokens
+    completion_tokens: Tokens
+    reasoning_tokens: Tokens
+    total_tokens: Tokens
+    cost_usd: Usd
+    reported_cost_usd: Usd
+    answer_cost_usd: Usd
+    attempts: Annotated[int, pa.int32()]
+    set_aside: Annotated[tuple[SetAside, ...], pa.list_(pa.field("element", _SET_ASIDE))]
+    latency_s: Annotated[float | None, pa.float64()]
+    time_to_first_token_s: Annotated[float | None, pa.float64()]
+    error: Annotated[RowError | None, pa.struct(_ERROR)]
+    request_key: Annotated[bytes, pa.binary(16)]
+    reused: Annotated[bool, pa.bool_()]
+    reused_from: Text
+    reused_cost_usd: Usd
+    duplicate_of: Annotated[int | None, pa.int64()]
+    variant: Annotated[int, pa.int32()]
+    invocation: Annotated[int, pa.int32()]
+    raw: Annotated[bytes | None, pa.large_binary()]
+    input: dict[str, Any]
+
+    def parse(self, type: type[T]) -> T:
+        """The answer as a `type`: a msgspec Struct, dataclass or TypedDict, or a Pydantic model.
+
+        Raises:
+            ValueError: there is no answer, or it is not of that type.
+        """
+        content = self.content or ""
+        if (validate := getattr(type, "model_validate_json", None)) is not None:
+            model: T = validate(content)
+            return model
+        return msgspec.json.decode(content, type=type)
+
+
+OWN_COLUMNS = pa.schema(
+    [(name, hint.__metadata__[0]) for name, hint in Completion.__annotations__.items() if name != "input"]
+)
 """Our columns, after the input's; docs/output.md explains each. The same for all data, except `parsed`: it is
 JSON text here, and gets the type that the job's schema gives it when rows are written into a file (`joined`).
 """
@@ -136,7 +169,7 @@ def own_schema(prefix: str, parsed: Column = JSON) -> pa.Schema:
     return pa.schema([field.with_name(prefix + field.name) for field in typed])
 
 
-def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
+def own_table(completions: Sequence[Record], *, keep_raw: bool) -> pa.Table:
     """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw` here."""
     values = own_values(completions, keep_raw=keep_raw)
     made: dict[str, Any] = {}
@@ -152,9 +185,9 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
     return pa.Table.from_arrays(list(made.values()), schema=OWN_COLUMNS)
 
 
-def own_values(completions: Sequence[Completion], *, keep_raw: bool) -> dict[str, list[Any]]:
+def own_values(completions: Sequence[Record], *, keep_raw: bool) -> dict[str, list[Any]]:
     """The same as lists of Python values by the columns' names; times are microseconds."""
-    read = [answers.read(completion.raw) if completion.raw else Answer() for completion in completions]
+    read = [answers.parse(completion.raw) if completion.raw else Answer() for completion in completions]
     pairs = list(zip(completions, read, strict=True))
     usages = [answer.usage or _NO_USAGE for answer in read]
     return {

@@ -71,7 +71,7 @@ class Receiver:
             room = self._max_bytes - stream.size
             if unpacker is not None:
                 piece = unpacker.unpack(piece, room + 1)
-            stream.take(piece[:room])
+            stream.feed(piece[:room])
             if len(piece) > room:
                 return self._too_large()
             exchange.heard_at = time.monotonic()

@@ -19,7 +19,7 @@ import pytest
 from batchrun.errors import JobError
 from batchrun.records import PossiblyBilled
 from batchrun.report import bill, figures, keys
-from batchrun.report.runs import Found, find
+from batchrun.report.runs import FoundRun, find
 from batchrun.simulator import Fault, LedgerLine, SimulatorConfig, parse_faults
 from tests.cli_process import batchrun, finish, kill_when, read_summary, start, write_job, write_rows
 from tests.result_files import row, write_result
@@ -111,7 +111,7 @@ def known_to_the_ledger(nights: Nights) -> dict[str, list[dict[str, Any]]]:
     return by_night
 
 
-def lost(found: Found) -> list[PossiblyBilled]:
+def lost(found: FoundRun) -> list[PossiblyBilled]:
     """The attempts in flight when a process of the run died."""
     return [doubt for doubt in found.account.possibly_billed if doubt.cause == "crash"]
 

@@ -26,7 +26,7 @@ from batchrun.records import Attempt, PossiblyBilled, Status, Verdict
 from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
 from batchrun.report.findings import THRESHOLDS
-from batchrun.response.answer import read
+from batchrun.response.answer import parse
 from batchrun.run_summary import Summary, TotalsLine
 from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.source import find_files, open_source
@@ -215,7 +215,7 @@ def test_the_table_of_statuses_is_the_policys_own() -> None:
     assert stated == BY_STATUS
     body = b'{"error": {"message": "no"}}'
     for status, (verdict, kind) in stated.items():
-        judgement = judge(Attempt(0.0, 0.0, status, {}, body), read(body), Retry())
+        judgement = judge(Attempt(0.0, 0.0, status, {}, body), parse(body), Retry())
         assert judgement.error is not None
         assert (judgement.verdict, judgement.error.kind) == (verdict, kind), status
 
@@ -223,6 +223,19 @@ def test_the_table_of_statuses_is_the_policys_own() -> None:
 def test_the_table_of_faults_is_the_policys_own() -> None:
     stated = [(bare(kind), bare(verdict)) for kind, verdict, *_ in rows("docs/failures.md", "`error.kind`", "verdict")]
     assert sorted(stated) == sorted((str(fault), str(verdict)) for fault, verdict in FAULT_VERDICTS.items())
+
+
+def test_every_rule_about_a_body_is_listed() -> None:
+    """A rule that changes the verdict of a status has an item with its status, verdict and kind."""
+    section = text_of("docs/failures.md").partition("### By body and header")[2].partition("Headers and the moment")[0]
+    items = [" ".join(item.split()) for item in section.split("\n- ")[1:]]
+    changing = {
+        ("2xx" if status == 200 else str(status), f"`{rule.verdict}`", f"`{rule.kind}`")
+        for status, rules in RULES.items()
+        for rule in rules
+        if (rule.verdict, rule.kind) != BY_STATUS.get(status)
+    }
+    assert {rule for rule in changing if not any(all(word in item for word in rule) for item in items)} == set()
 
 
 def test_every_kind_of_error_is_listed() -> None:

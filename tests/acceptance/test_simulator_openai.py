@@ -166,7 +166,7 @@ def ours(simulator: RunningSimulator, **fields: Any) -> Answer:
             assert attempt.error is None
             assert attempt.streamed
             assert attempt.time_to_first_token_s is not None
-            return answers.read(attempt.body)
+            return answers.parse(attempt.body)
 
     return asyncio.run(main())
 

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from batchrun import credentials
+from batchrun.commands.run import ACCEPT_INPUT, flags_of, run
 from batchrun.dispatch.run_status import RunStatus
 from batchrun.limits.admission import Limit
 from batchrun.limits.forecast import Forecast
@@ -194,7 +195,16 @@ def test_a_run_at_work_is_not_unfinished(runs: Runs, tmp_path: Path) -> None:
     ],
 )
 def test_the_resume_command_is_complete(options: dict[str, object], expected: str) -> None:
-    assert resume_command.command({"job": Path("a.toml"), **options}) == expected
+    assert resume_command.command({"job": Path("a.toml"), **options}, flags_of(run)) == expected
+
+
+def test_a_resume_has_every_flag_but_those_of_one_start() -> None:
+    """Any other flag of `batchrun run`, a future one too, is in the command that resumes."""
+    flags = flags_of(run)
+    words = resume_command.command({"job": "a.toml", **dict.fromkeys(flags, True)}, flags).split()[3:]
+    names_the_run = {"-o", "--state-dir", "--date", "--new"}
+    of_one_start = {"--deadline", "--limit", "--grace", "--accept-changes", "--accept-canary", ACCEPT_INPUT}
+    assert set(words) == set(flags.values()) - names_the_run - of_one_start
 
 
 def test_the_command_in_the_summary_has_no_key(tmp_path: Path) -> None:

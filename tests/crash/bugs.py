@@ -83,9 +83,9 @@ _SLOT_TAKEN_LATE = Bug(
     (
         ("        self._slots.take(slot, request.row, n, request.key, usd, tokens)\n", ""),
         (
-            "        answer = answers.read(attempt.body, request.choices)\n",
+            "        answer = answers.parse(attempt.body, request.choices)\n",
             "        self._slots.take(slot, request.row, n, request.key, usd, tokens)\n"
-            "        answer = answers.read(attempt.body, request.choices)\n",
+            "        answer = answers.parse(attempt.body, request.choices)\n",
         ),
     ),
     "the first was forgotten",

@@ -29,7 +29,7 @@ from batchrun.store.at_rest import wal_of
 from batchrun.store.checkpoint import FORMAT
 from batchrun.store.database import Database
 from batchrun.store.rundir import RunDirectory
-from tests import level
+from tests import level, structure
 from tests.cli_process import (
     Ended,
     batchrun,
@@ -218,9 +218,8 @@ def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: st
     files, before = files_of(directory), state_of(directory)
     chance = level.seeded("test_a_flipped_bit_is_named_or_harmless")
     named = 0
-    for _ in range(flips):
-        path = chance.choice(files)
-        place, bit, content = chance.randrange(path.stat().st_size), chance.randrange(8), path.read_bytes()
+    for path, place in structure.chosen(files, chance, flips):
+        bit, content = chance.randrange(8), path.read_bytes()
         flip(path, place, bit)
         if verify(directory).damages:
             named += 1
@@ -243,8 +242,7 @@ def test_a_start_over_a_flipped_bit_is_safe(runs: Runs, tmp_path: Path, name: st
     chance = level.seeded("test_a_start_over_a_flipped_bit_is_safe")
     for number in range(6):
         directory = runs.copy(name, tmp_path / str(number))
-        path = chance.choice(files_of(directory))
-        place = chance.randrange(path.stat().st_size)
+        ((path, place),) = structure.chosen(files_of(directory), chance, 1)
         flip(path, place)
         damages, what = verify(directory).damages, f"{path.name}, byte {place}, {level.replay()}"
         try:

@@ -91,6 +91,13 @@ def test_usual_runs_have_no_findings(tmp_path: Path) -> None:
     assert collect([tmp_path], Query(("job",), limits=findings.THRESHOLDS)).findings == ()
 
 
+def test_an_unreported_cache_is_not_an_unused_one(tmp_path: Path) -> None:
+    night(tmp_path, 1, lambda n: {"prompt_tokens": 2000, "cached_tokens": None})
+    assert "finding (cache)" not in batchrun("report", tmp_path, "--findings").stdout
+    bill = json.loads(batchrun("report", tmp_path, "--format", "json").stdout)
+    assert (bill["total"]["prompt_tokens"], bill["total"]["cached_share"]) == (400_000, None)
+
+
 def test_thresholds_can_be_set_within_range(tmp_path: Path) -> None:
     night(tmp_path, 1, lambda n: {"attempts": 2 if n % 10 == 0 else 1})
     assert "finding (retries): job: 220 attempts" in batchrun("report", tmp_path, "--findings").stdout

@@ -20,7 +20,6 @@ import pytest
 import batchrun
 from batchrun.dispatch.result_queue import MAX_ROWS
 from batchrun.simulator import SimulatorConfig, parse_faults
-from batchrun.tables.completions import OWN
 from batchrun.tables.rows import OWN_COLUMNS
 from tests.cli_process import kill_when, read_summary, start, write_job, write_rows
 from tests.run.test_api import KEYS, job_at, texts
@@ -74,7 +73,7 @@ def test_each_row_is_yielded_once_as_written(tmp_path: Path, simulator: RunningS
     for completion in found:
         row = written[completion.row]
         assert completion.input == {"id": row["id"], "text": row["text"]}
-        for name in OWN:
+        for name in OWN_COLUMNS.names:
             value: Any = getattr(completion, name)
             as_written = msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else value
             empty = name in ("choices", "set_aside")  # null in the file
@@ -83,7 +82,7 @@ def test_each_row_is_yielded_once_as_written(tmp_path: Path, simulator: RunningS
 
 
 def test_a_completion_has_every_column_of_the_output() -> None:
-    assert list(OWN) == OWN_COLUMNS.names
+    assert list(batchrun.Completion.__struct_fields__) == [*OWN_COLUMNS.names, "input"]
 
 
 def test_a_finished_run_is_yielded_without_sending(tmp_path: Path, simulator: RunningSimulator) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from batchrun.errors import DiskError, InputError
 from batchrun.source import changed, digest, find_files, fingerprint, open_source
-from batchrun.startup.stdin_copy import spool, take
+from batchrun.startup.stdin_copy import save, spool
 from batchrun.store.rundir import RunDirectory
 
 NOBODY = 65534
@@ -179,7 +179,7 @@ def test_unreadable_stdin_is_named_also_at_resume(tmp_path: Path, started: bool)
         write(directory.spool)
     only_written = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
     with open(only_written, "rb") as stream, pytest.raises(InputError, match="standard input can't be read"):
-        take(stream, directory, started=started)
+        save(stream, directory, started=started)
 
 
 def test_a_full_disk_leaves_no_stdin_copy(tmp_path: Path) -> None:

@@ -74,11 +74,11 @@ def ended(*steps: Step, head: bytes = HEAD, **endpoint: Any) -> Attempt:
 
 
 def judged(attempt: Attempt) -> policy.Judgement:
-    return policy.judge(attempt, answers.read(attempt.body), Retry())
+    return policy.judge(attempt, answers.parse(attempt.body), Retry())
 
 
 def content(attempt: Attempt) -> str | None:
-    return answers.read(attempt.body).content
+    return answers.parse(attempt.body).content
 
 
 # -- what is kept
@@ -91,7 +91,7 @@ def test_a_stream_is_kept_byte_for_byte(size: int) -> None:
     assert (attempt.error, attempt.streamed) == (None, True)
     assert attempt.body.startswith(MARK)
     assert plain(attempt.body) == raw
-    assert answers.read(attempt.body) == answers.read(raw)
+    assert answers.parse(attempt.body) == answers.parse(raw)
     assert judged(attempt).verdict is Verdict.OK
 
 
@@ -284,7 +284,7 @@ def test_a_finish_reason_completes_a_stream(
     last: tuple[bytes, ...], how: Callable[[Exchange], Awaitable[None]]
 ) -> None:
     attempt = ended(ROLE, FI, NE, STOP, *last, 0.02, how)
-    answer = answers.read(attempt.body)
+    answer = answers.parse(attempt.body)
     assert judged(attempt) == policy.Judgement(Verdict.OK)
     assert (answer.content, answer.finish_reason, answer.flagged) == ("Fine.", "stop", False)
     assert (answer.usage is not None) == (last == (USAGE,))
@@ -310,7 +310,7 @@ def test_without_done_every_choice_must_end(
     sent: tuple[bytes, ...], *, whole: bool, how: Callable[[Exchange], Awaitable[None]]
 ) -> None:
     attempt = ended(*sent, 0.02, how)
-    answer = answers.read(attempt.body, choices=2)
+    answer = answers.parse(attempt.body, choices=2)
     assert answer.completion == whole
     assert answer.content == "One."
     expected = Verdict.OK if whole else Verdict.MAYBE
@@ -331,7 +331,7 @@ def test_without_done_every_choice_must_end(
 )
 def test_an_error_in_a_stream_is_no_answer(failure: bytes) -> None:
     attempt = ended(ROLE, FI, NE, failure, STOP, DONE, ends)
-    answer = answers.read(attempt.body)
+    answer = answers.parse(attempt.body)
     assert not answer.completion
     assert answer.content == "Fine."
     assert judged(attempt).verdict is Verdict.MAYBE

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.records import Answer, Choice, FunctionCall, Usage
-from batchrun.response.answer import decode, read
+from batchrun.response.answer import decode, parse
 from batchrun.response.error_body import MAX_MESSAGE_CHARS
 from batchrun.response.sse import events
 from batchrun.response.usage import MAX_COUNT
@@ -57,11 +57,11 @@ def but(**changed: Any) -> Answer:
 
 
 def test_a_completion_is_read_whole() -> None:
-    assert read(body()) == WHOLE
+    assert parse(body()) == WHOLE
 
 
 def test_an_empty_usage_hides_no_other() -> None:
-    assert read(body(usage={}, x_groq={"usage": USAGE})) == WHOLE
+    assert parse(body(usage={}, x_groq={"usage": USAGE})) == WHOLE
 
 
 NO_COMPLETION = Answer(model="m", usage=WHOLE.usage)
@@ -211,7 +211,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
     ],
 )
 def test_an_odd_body_is_read_where_possible(raw: bytes, answer: Answer) -> None:
-    assert read(raw) == answer
+    assert parse(raw) == answer
 
 
 @pytest.mark.parametrize(
@@ -226,21 +226,21 @@ def test_an_odd_body_is_read_where_possible(raw: bytes, answer: Answer) -> None:
     ],
 )
 def test_lenient_json_is_read_and_flagged(raw: bytes, answer: Answer) -> None:
-    assert read(raw) == msgspec.structs.replace(answer, flagged=True)
+    assert parse(raw) == msgspec.structs.replace(answer, flagged=True)
 
 
 def test_of_a_name_twice_the_last_counts() -> None:
-    assert read(body()[:-1] + b',"model":"m2"}').model == "m2"
+    assert parse(body()[:-1] + b',"model":"m2"}').model == "m2"
 
 
 def test_an_error_message_is_bounded() -> None:
-    answer = read(json.dumps({"error": {"message": "x" * 10_000, "code": "y" * 10_000}}).encode())
+    answer = parse(json.dumps({"error": {"message": "x" * 10_000, "code": "y" * 10_000}}).encode())
     assert (len(answer.error_message or ""), len(answer.error_code or "")) == (MAX_MESSAGE_CHARS, 200)
 
 
 @pytest.mark.parametrize("depth", range(850, 1010, 3))
 def test_a_deeply_nested_error_raises_nothing(depth: int) -> None:
-    assert not read(b'{"error":{"x":' + b"[" * depth + b"]" * depth + b"}}").completion
+    assert not parse(b'{"error":{"x":' + b"[" * depth + b"]" * depth + b"}}").completion
 
 
 # -- streams
@@ -387,20 +387,20 @@ COUNTED = chunk(choices=[], usage=USAGE)
     ],
 )
 def test_a_stream_is_read_as_a_completion(raw: bytes, answer: Answer) -> None:
-    assert read(raw) == answer
+    assert parse(raw) == answer
 
 
 def test_a_character_may_be_cut_between_events() -> None:
     """Servers that cut texts by UTF-16 units send one half of a surrogate pair in each of two events."""
     halves = [chunk({"content": "Fi\ud83d"}), chunk({"content": "\ude00ne.\ud83d"}), STOP, COUNTED]
-    assert read(stream(*halves)) == but(content="Fi\U0001f600ne.\ufffd", flagged=True)
+    assert parse(stream(*halves)) == but(content="Fi\U0001f600ne.\ufffd", flagged=True)
 
 
 def test_a_cut_stream_is_complete_only_after_its_end() -> None:
     raw = stream(*WORDS, STOP, COUNTED)
     said = raw.index(b'"stop"}') + len(b'"stop"}]}')
     for length in range(len(raw)):
-        answer = read(raw[:length])
+        answer = parse(raw[:length])
         assert answer.completion == (length >= said), length
         assert "Fine.".startswith(answer.content or "")
 
@@ -410,7 +410,7 @@ def test_a_cut_stream_is_complete_only_after_its_end() -> None:
     st.sampled_from(["\n\n", "\r\n\r\n", "\r\r"]),
 )
 def test_streamed_text_arrives_letter_by_letter(parts: list[str], end: str) -> None:
-    answer = read(stream(FIRST, *(chunk({"content": part}) for part in parts), STOP, end=end))
+    answer = parse(stream(FIRST, *(chunk({"content": part}) for part in parts), STOP, end=end))
     assert answer.content == "".join(parts)
     assert not answer.flagged
 
@@ -423,7 +423,7 @@ def test_the_lines_of_an_event_are_joined(lines: list[str]) -> None:
 
 @given(st.binary(max_size=200))
 def test_no_bytes_at_all_raise(raw: bytes) -> None:
-    assert not read(raw).completion
+    assert not parse(raw).completion
     decode(raw)
 
 
@@ -438,7 +438,7 @@ CALLS = [
 
 def test_tool_calls_are_kept_as_json_text() -> None:
     message = {"role": "assistant", "content": None, "tool_calls": CALLS}
-    whole = read(msgspec.json.encode({"choices": [{"message": message, "finish_reason": "tool_calls"}]}))
+    whole = parse(msgspec.json.encode({"choices": [{"message": message, "finish_reason": "tool_calls"}]}))
     pieces: list[dict[str, object]] = [
         {"content": None, "tool_calls": [{"index": 0, **CALLS[0], "function": {"name": "find", "arguments": ""}}]},
         {"tool_calls": [{"index": 1, **CALLS[1]}]},
@@ -447,7 +447,7 @@ def test_tool_calls_are_kept_as_json_text() -> None:
     ]
     events = [{"choices": [{"index": 0, "delta": piece}]} for piece in pieces]
     events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
-    streamed = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
+    streamed = parse(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
     for said in (whole, streamed):
         assert said.completion
         assert json.loads(said.tool_calls or "") == CALLS
@@ -458,7 +458,7 @@ def spelled(*tool_calls: Sequence[object]) -> Any:
     """The calls that the deltas of a stream add up to."""
     events = [{"choices": [{"index": 0, "delta": {"tool_calls": pieces}}]} for pieces in tool_calls]
     events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
-    said = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
+    said = parse(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
     return json.loads(said.tool_calls or "null")
 
 
@@ -482,12 +482,12 @@ def test_streamed_calls_are_separated_by_any_index() -> None:
 
 @pytest.mark.parametrize("calls", [None, [], {}, "call", 7])
 def test_malformed_tool_calls_are_ignored(calls: object) -> None:
-    assert read(msgspec.json.encode({"choices": [{"message": {"tool_calls": calls}}]})).tool_calls is None
+    assert parse(msgspec.json.encode({"choices": [{"message": {"tool_calls": calls}}]})).tool_calls is None
 
 
 def test_several_choices_keep_their_order() -> None:
     reasons = ["stop", "length", None]
-    whole = read(
+    whole = parse(
         msgspec.json.encode(
             {
                 "choices": [
@@ -500,7 +500,7 @@ def test_several_choices_keep_their_order() -> None:
     pieces = [(0, "c"), (2, "c"), (1, "c"), (1, "1"), (0, "0"), (2, "2")]
     events = [{"choices": [{"index": at, "delta": {"content": text}}]} for at, text in pieces]
     events += [{"choices": [{"index": at, "delta": {}, "finish_reason": reasons[at]} for at in (1, 0)]}]
-    streamed = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events) + b"data: [DONE]\n\n")
+    streamed = parse(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events) + b"data: [DONE]\n\n")
     for said in (whole, streamed):
         assert [(c.index, c.content, c.finish_reason) for c in said.choices] == [
             (at, f"c{at}", reason) for at, reason in enumerate(reasons)
@@ -510,9 +510,9 @@ def test_several_choices_keep_their_order() -> None:
 
 def test_one_choice_is_not_a_list() -> None:
     """Absurd usage numbers are left out."""
-    assert read(msgspec.json.encode({"choices": [{"message": {"content": "c"}}]})).choices == ()
+    assert parse(msgspec.json.encode({"choices": [{"message": {"content": "c"}}]})).choices == ()
     events = [{"choices": [{"index": at, "delta": {"content": "c"}, "finish_reason": "stop"}]} for at in (0, 10**8)]
-    streamed = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
+    streamed = parse(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
     assert (streamed.content, streamed.choices, streamed.completion) == ("c", (), True)
 
 
@@ -535,7 +535,7 @@ STATED = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
 )
 def test_usage_in_pieces_adds_up(later: list[dict[str, int]], counts: tuple[int, int, int]) -> None:
     usages = [chunk(choices=[], usage=usage) for usage in (STATED, *later)]
-    usage = read(stream(*WORDS, STOP, *usages)).usage
+    usage = parse(stream(*WORDS, STOP, *usages)).usage
     assert usage is not None
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == counts
 
@@ -569,15 +569,15 @@ AROUND: list[dict[str, Any]] = [
     ],
 )
 def test_a_gateway_wrapper_is_removed(raw: bytes, flagged: bool) -> None:
-    answer = read(raw)
+    answer = parse(raw)
     assert (answer.completion, answer.content, answer.flagged) == (True, "Fine.", flagged)
-    assert answer.usage == read(body()).usage
+    assert answer.usage == parse(body()).usage
 
 
 def test_usage_beside_a_wrapped_answer_counts() -> None:
     usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
     inner = {name: value for name, value in COMPLETE.items() if name != "usage"}
-    read_usage = read(json.dumps({"usage": usage, "data": inner}).encode()).usage
+    read_usage = parse(json.dumps({"usage": usage, "data": inner}).encode()).usage
     assert read_usage is not None
     assert read_usage.prompt_tokens == 7
 
@@ -599,4 +599,4 @@ def test_usage_beside_a_wrapped_answer_counts() -> None:
     ],
 )
 def test_wrapped_failures_are_no_answers(raw: bytes) -> None:
-    assert not read(raw).completion
+    assert not parse(raw).completion

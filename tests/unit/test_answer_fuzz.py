@@ -19,7 +19,7 @@ from batchrun.job.settings import Retry
 from batchrun.policy import judge
 from batchrun.records import Answer, Attempt, Verdict
 from batchrun.response import packed
-from batchrun.response.answer import MAX_CHOICES, read
+from batchrun.response.answer import MAX_CHOICES, parse
 from batchrun.response.stream import Stream
 from batchrun.response.usage import MAX_COUNT
 from tests import level
@@ -194,7 +194,7 @@ def check(attempt: Attempt, answer: Answer, raw: bytes) -> bool:
     """The attempt says what `answer` and the oracle say of `raw`, its columns can be written, its bytes are kept; True
     if it counts.
     """
-    assert read(attempt.body) == answer
+    assert parse(attempt.body) == answer
     expected = said(raw)
     counts = judge(attempt, answer, Retry()).verdict is Verdict.OK
     assert counts == expected.counts, raw
@@ -214,7 +214,7 @@ def attempt(stored: bytes, *, streamed: bool) -> Attempt:
 def test_ten_thousand_mutated_bodies_are_safe() -> None:
     """They count only as what they are."""
     counted = sum(
-        check(attempt(packed.stored(raw), streamed=False), read(packed.stored(raw)), raw)
+        check(attempt(packed.stored(raw), streamed=False), parse(packed.stored(raw)), raw)
         for raw in mutated([*BODIES, *STREAMS[:1]], COUNT, random.Random(4711))
     )
     assert COUNT // 10 < counted < COUNT * 9 // 10
@@ -229,7 +229,7 @@ def test_ten_thousand_mutated_streams_are_safe() -> None:
         cuts = sorted(chance.randint(0, len(raw)) for _ in range(chance.choice((0, 1, 3, 9))))
         whole, split = received(raw), received(*(raw[at:to] for at, to in pairwise([0, *cuts, len(raw)])))
         assert (whole.has_token, whole.done) == (split.has_token, split.done)
-        counted += check(attempt(split.stored(), streamed=True), read(raw), raw)
+        counted += check(attempt(split.stored(), streamed=True), parse(raw), raw)
     assert COUNT // 10 < counted < COUNT * 9 // 10
 
 
@@ -237,5 +237,5 @@ def received(*pieces: bytes) -> Stream:
     """The stream as the client takes it, but for what comes behind its last event: that it would leave."""
     taken = Stream(NOTHING_SECRET.cleaner())
     for piece in pieces:
-        taken.take(piece)
+        taken.feed(piece)
     return taken

@@ -23,7 +23,7 @@ def _body(group: str, row: int = 0) -> bytes:
 
 
 def _take(keys: CacheKeys[int], group: str = "a", row: int = 0) -> Key | None:
-    return keys.take(_body(group, row), may_wait=True)
+    return keys.key_for(_body(group, row), may_wait=True)
 
 
 def test_one_request_of_each_group_goes_first() -> None:
@@ -81,14 +81,14 @@ def test_a_cold_prefix_is_filled_again() -> None:
 
 def test_a_short_prompt_has_no_key() -> None:
     keys = CacheKeys[int](Clock())
-    assert keys.take(b'{"messages":[]}', may_wait=True) is NO_KEY
+    assert keys.key_for(b'{"messages":[]}', may_wait=True) is NO_KEY
     assert keys.ended(NO_KEY, answered=True) == []
 
 
 def test_a_probe_is_never_parked() -> None:
     keys = CacheKeys[int](Clock())
     _take(keys)
-    assert keys.take(_body("a"), may_wait=False) is not None
+    assert keys.key_for(_body("a"), may_wait=False) is not None
     assert all(keys.park(_body("a"), row) for row in range(MOST_PARKED))
     assert not keys.park(_body("a"), -1)
 

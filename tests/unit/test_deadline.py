@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.errors import JobError
-from batchrun.limits.deadline import Deadline, in_words, read
+from batchrun.limits.deadline import Deadline, in_words, parse
 
 BERLIN = ZoneInfo("Europe/Berlin")
 NOW_S = 5_000.0
@@ -20,7 +20,7 @@ def local(wall: datetime) -> datetime:
 
 def at_clock(text: str, day: str = "2026-11-25T22:30:15") -> Deadline:
     """The deadline as it is seen in Berlin when clocks show `day`."""
-    return read(text, local(datetime.fromisoformat(day)), NOW_S, local)
+    return parse(text, local(datetime.fromisoformat(day)), NOW_S, local)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from batchrun.job.settings import Limits
 from batchrun.limits.admission import Demand, Limit, Outcome, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit
-from batchrun.limits.gate import Gate, GateClosed, Shared
+from batchrun.limits.gate import Gate, GateClosed
 from batchrun.limits.gates import Circuits, Gates, Lane
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.rates import Rates
+from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.records import RowError, Verdict
 from tests.moved_clock import run_on_moved_clock
 
@@ -26,7 +27,7 @@ def gates_of(*weights: float, limits: Limits = UNLIMITED, most: int = 64, budget
     """One gate for each weight. All have these limits."""
     loop = asyncio.get_running_loop()
     circuits = Circuits()
-    shared = Shared(loop, circuits, budget)
+    shared = SharedAdmission(loop, circuits, budget)
     lanes = []
     for number, weight in enumerate(weights):
         circuit = Circuit(

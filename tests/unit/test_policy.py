@@ -30,7 +30,7 @@ from batchrun.job.answer_schema import ANYTHING, Expected, of
 from batchrun.job.settings import Finish, Retry
 from batchrun.policy import ANSWERED, BROKEN_OFF, FAULT_VERDICTS, Fault, Judgement, judge
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
-from batchrun.response.answer import read
+from batchrun.response.answer import parse
 from batchrun.response.retry_after import reset_s, retry_after_s
 from batchrun.row_status import Settlement, failing, settlement
 
@@ -51,7 +51,7 @@ def attempt(
 
 
 def judged(status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> Judgement:
-    return judge(attempt(status, body, headers), read(body), Retry())
+    return judge(attempt(status, body, headers), parse(body), Retry())
 
 
 def said(message: str, code: str | int | None = None) -> bytes:
@@ -107,7 +107,7 @@ FAULTS: Mapping[Fault, Verdict] = {
 def test_every_fault_has_one_verdict(fault: Fault, body: bytes) -> None:
     error_type = APITimeoutError if fault is Fault.TIMEOUT else APIConnectionError
     exchange = attempt(200 if body else None, body, error=error_type("why", kind=fault, sent=True))
-    judgement = judge(exchange, read(body), Retry())
+    judgement = judge(exchange, parse(body), Retry())
     assert judgement.verdict is FAULTS[fault]
     assert judgement.error == RowError(fault, exchange.http_status, None, "why")
     assert set(FAULT_VERDICTS) == set(Fault)
@@ -163,7 +163,7 @@ def test_what_came_whole_counts_although_its_transfer_failed(
 ) -> None:
     """JSON ends with its last bracket, whatever length was announced; a refusal's status is enough."""
     judgement = judge(
-        attempt(status, body, error=APIConnectionError("why", kind=fault, sent=True)), read(body), Retry()
+        attempt(status, body, error=APIConnectionError("why", kind=fault, sent=True)), parse(body), Retry()
     )
     if counts is not None and fault in BROKEN_OFF:
         assert judgement == counts
@@ -306,7 +306,7 @@ def test_billed_attempts_are_counted_whatever_follows(
 ) -> None:
     body = said("odd", code)
     ended = msgspec.structs.replace(attempt(status, body, headers), time_to_first_token_s=first_token_s)
-    judgement = judge(ended, read(body), Retry())
+    judgement = judge(ended, parse(body), Retry())
     assert (judgement.verdict, judgement.in_doubt) == (verdict, in_doubt)
 
 

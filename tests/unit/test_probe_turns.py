@@ -38,14 +38,14 @@ async def trouble(gate: Gate) -> None:
 @on_moved_clock
 async def test_an_open_gate_needs_no_turns() -> None:
     gate = new_gate()
-    assert not any([await gate.turns.take() for _ in range(20)])
+    assert not any([await gate.turns.wait() for _ in range(20)])
 
 
 @on_moved_clock
 async def test_in_doubt_rows_choose_one_by_one() -> None:
     gate = new_gate()
     await trouble(gate)
-    waiting = [asyncio.create_task(gate.turns.take()) for _ in range(10)]
+    waiting = [asyncio.create_task(gate.turns.wait()) for _ in range(10)]
     await asyncio.sleep(0.9)
     assert not any(task.done() for task in waiting)
     assert gate.binding.limit is Limit.COOLING
@@ -65,8 +65,8 @@ async def test_in_doubt_rows_choose_one_by_one() -> None:
 async def test_a_turn_without_row_passes_on() -> None:
     gate = new_gate()
     await trouble(gate)
-    first = await gate.turns.take()
-    second = asyncio.create_task(gate.turns.take())
+    first = await gate.turns.wait()
+    second = asyncio.create_task(gate.turns.wait())
     await asyncio.sleep(100)
     assert not second.done()
     gate.turns.end()
@@ -92,7 +92,7 @@ async def test_queued_rows_return_when_in_doubt() -> None:
 async def test_a_closing_gate_holds_no_worker() -> None:
     gate = new_gate()
     await trouble(gate)
-    waiting = [asyncio.create_task(gate.turns.take()) for _ in range(10)]
+    waiting = [asyncio.create_task(gate.turns.wait()) for _ in range(10)]
     await asyncio.sleep(0)
     gate.close(Stop(ExitCode.STOPPED, "enough"))
     assert await asyncio.gather(*waiting) == [False] * 10

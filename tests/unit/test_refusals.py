@@ -13,7 +13,7 @@ from multidict import CIMultiDict
 from batchrun.job.settings import Retry
 from batchrun.policy import Judgement, judge
 from batchrun.records import Attempt, Verdict
-from batchrun.response.answer import read
+from batchrun.response.answer import parse
 from tests.unit.test_answer import body, chunk, stream
 
 OK, ROW, FREE, MAYBE, SLOW, PAUSE, STOP = Verdict
@@ -22,7 +22,7 @@ OK, ROW, FREE, MAYBE, SLOW, PAUSE, STOP = Verdict
 def judged(status: int, said: object, headers: Mapping[str, str] | None = None) -> Judgement:
     """The judgement on an answer whose body is `said`: bytes as they are, else as JSON."""
     raw = said if isinstance(said, bytes) else json.dumps(said, ensure_ascii=False).encode()
-    return judge(Attempt(0.0, 1.0, status, CIMultiDict(headers or {}), raw), read(raw), Retry())
+    return judge(Attempt(0.0, 1.0, status, CIMultiDict(headers or {}), raw), parse(raw), Retry())
 
 
 def error(message: str, code: object = None, type: str | None = None, **more: object) -> dict[str, Any]:
@@ -596,7 +596,7 @@ WORDS: dict[str, tuple[object, str | None, str]] = {
 @pytest.mark.parametrize("case", WORDS.values(), ids=WORDS.keys())
 def test_every_envelope_gives_its_code_and_its_message(case: tuple[object, str | None, str]) -> None:
     said, code, message = case
-    answer = read(json.dumps(said).encode())
+    answer = parse(json.dumps(said).encode())
     assert (answer.completion, answer.error_code, answer.error_message) == (False, code, message)
 
 
@@ -608,9 +608,9 @@ def test_an_error_saying_success_is_no_failure() -> None:
         {"code": 0, "detail": "x"},
     ]
     for more in fine:
-        assert read(body(**more)).completion
-        assert read(body(**more)).error_message is None
-    assert read(b'{"base_resp":{"status_code":0,"status_msg":"success"}}').error_message is None
+        assert parse(body(**more)).completion
+        assert parse(body(**more)).error_message is None
+    assert parse(b'{"base_resp":{"status_code":0,"status_msg":"success"}}').error_message is None
 
 
 # -- in the midst of an answer
@@ -630,7 +630,7 @@ def test_a_failed_choice_is_no_answer(reason: str) -> None:
         assert judgement.error is not None
         assert (judgement.error.kind, judgement.error.code) == ("error_in_answer", reason)
         assert reason in (judgement.error.message or "")
-        assert read(raw).content == "Fi"
+        assert parse(raw).content == "Fi"
 
 
 @pytest.mark.parametrize("reason", ["error", "stop", None])
@@ -658,7 +658,7 @@ GLUED = [
 @pytest.mark.parametrize("tail", GLUED)
 @pytest.mark.parametrize("head", [b"", b"\n\n", b"\xef\xbb\xbf"])
 def test_a_glued_stream_end_is_ignored(tail: bytes, head: bytes) -> None:
-    answer = read(head + body() + tail)
+    answer = parse(head + body() + tail)
     assert (answer.completion, answer.content, answer.flagged) == (True, "Fine.", True)
     assert judged(200, head + body() + tail).verdict is OK
 

@@ -31,7 +31,7 @@ def response(*output: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def read(body: object) -> Answer:
-    return answers.read(msgspec.json.encode(body))
+    return answers.parse(msgspec.json.encode(body))
 
 
 def stream(*events: dict[str, Any]) -> bytes:
@@ -94,7 +94,7 @@ def test_an_envelope_around_it_is_opened() -> None:
 
 
 def test_a_stream_says_what_the_whole_answer_says() -> None:
-    streamed = answers.read(stream(CREATED, delta("Go"), delta("od"), COMPLETED))
+    streamed = answers.parse(stream(CREATED, delta("Go"), delta("od"), COMPLETED))
     assert streamed == read(COMPLETED["response"])
 
 
@@ -104,10 +104,10 @@ def test_a_stream_of_calls_says_what_the_whole_says() -> None:
         {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": d} for d in ('{"score"', ":3}")
     ]
     whole = response(CALL)
-    assert answers.read(stream(CREATED, added, *pieces, {"type": "response.completed", "response": whole})) == read(
+    assert answers.parse(stream(CREATED, added, *pieces, {"type": "response.completed", "response": whole})) == read(
         whole
     )
-    cut = answers.read(stream(CREATED, added, *pieces))
+    cut = answers.parse(stream(CREATED, added, *pieces))
     assert (cut.completion, cut.tool_calls) == (False, read(whole).tool_calls)
 
 
@@ -115,7 +115,7 @@ def test_a_stream_cut_anywhere_is_not_whole() -> None:
     """What came is kept; only the last event makes a completion of it."""
     whole = stream(CREATED, delta("Go"), delta("od"), COMPLETED)
     for end in range(len(whole) - 1 - len(msgspec.json.encode(COMPLETED)), len(whole) - 40, 7):
-        cut = answers.read(whole[:end])
+        cut = answers.parse(whole[:end])
         assert (cut.completion, cut.content) == (False, "Good")
         assert cut.completion_id == "resp_1"
 
@@ -125,10 +125,10 @@ def test_a_failed_stream_has_its_error() -> None:
         "type": "response.failed",
         "response": response(status="failed", error={"code": "server_error", "message": "It broke"}),
     }
-    read_ = answers.read(stream(CREATED, delta("Go"), failed))
+    read_ = answers.parse(stream(CREATED, delta("Go"), failed))
     assert (read_.completion, read_.error_message, read_.error_code) == (False, "It broke", "server_error")
     error = {"type": "error", "code": "rate_limit_exceeded", "message": "Slow down"}
-    assert answers.read(stream(CREATED, error)).error_message == "Slow down"
+    assert answers.parse(stream(CREATED, error)).error_message == "Slow down"
 
 
 def test_tokens_and_ends_are_seen_in_events() -> None:

@@ -40,7 +40,7 @@ def attempt(status: int, body: bytes) -> Attempt:
 )
 def test_only_a_full_tier_is_a_capacity_refusal(status: int, body: bytes, in_flex: bool, kind: str) -> None:
     ended = attempt(status, body)
-    judgement = policy.judge(ended, answers.read(body), Retry(), tier_may_be_full=in_flex)
+    judgement = policy.judge(ended, answers.parse(body), Retry(), tier_may_be_full=in_flex)
     assert judgement.error is not None
     assert judgement.error.kind == kind
     assert judgement.is_capacity == (kind == CAPACITY)
@@ -51,7 +51,7 @@ def test_only_a_full_tier_is_a_capacity_refusal(status: int, body: bytes, in_fle
 
 
 def test_a_capacity_refusal_counts_against_no_cap() -> None:
-    judgement = policy.judge(attempt(429, OPENAI), answers.read(OPENAI), Retry(), tier_may_be_full=True)
+    judgement = policy.judge(attempt(429, OPENAI), answers.parse(OPENAI), Retry(), tier_may_be_full=True)
     history = attempt_caps.NEW
     for _ in range(100):
         history = attempt_caps.after(history, judgement, corroborated=True, at_end=True)

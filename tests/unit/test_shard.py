@@ -55,7 +55,7 @@ def test_ranges_are_contiguous_and_equal_to_within_a_row(rows: int, count: int) 
 )
 def test_a_wrong_shard_is_one_line(text: str, says: str) -> None:
     with pytest.raises(JobError) as error:
-        shards.read(text)
+        shards.parse(text)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -65,7 +65,7 @@ def test_names_sort_in_the_order_of_shards() -> None:
         suffixes = [shard.suffix for shard in all_of(count)]
         assert suffixes == sorted(suffixes)
     assert Shard(3, 16).suffix == ".shard-03-of-16"
-    assert shards.read("3/16") == Shard(3, 16)
+    assert shards.parse("3/16") == Shard(3, 16)
 
 
 # ── limits ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchrun.response import answer as answers
-from batchrun.response import typed
+from batchrun.response.chat_completion import parse_typed
 
 PLAIN: dict[str, Any] = {
     "id": "chatcmpl-1",
@@ -85,14 +85,14 @@ def test_typed_and_careful_readers_agree(
     changes: list[tuple[tuple[str | int, ...], Any]],
 ) -> None:
     body = msgspec.json.encode(changed(changes))
-    assert typed.read(body) in (None, answers.read_carefully(body))
+    assert parse_typed(body) in (None, answers.parse_carefully(body))
 
 
 @given(st.integers(0, 700), st.integers(0, 255))
 def test_so_it_does_with_any_byte_changed(place: int, byte: int) -> None:
     body = bytearray(msgspec.json.encode(PLAIN))
     body[place % len(body)] = byte
-    assert typed.read(bytes(body)) in (None, answers.read_carefully(bytes(body)))
+    assert parse_typed(bytes(body)) in (None, answers.parse_carefully(bytes(body)))
 
 
 ODD = [
@@ -132,10 +132,10 @@ HUGE = [b"1e999", b"9" * 400, b"9" * 5000]
 def test_they_agree_on_odd_json_too(odd: bytes, place: bytes) -> None:
     """In fields that neither of them reads."""
     body = msgspec.json.encode(PLAIN).replace(place, odd, 1)
-    careful = answers.read_carefully(body)
+    careful = answers.parse_carefully(body)
     unread = place == b'"fp"' and odd in HUGE
-    assert typed.read(body) in (None, careful) or unread
-    assert not unread or typed.read(body) == msgspec.structs.replace(careful, flagged=False)
+    assert parse_typed(body) in (None, careful) or unread
+    assert not unread or parse_typed(body) == msgspec.structs.replace(careful, flagged=False)
 
 
 @pytest.mark.parametrize(
@@ -152,4 +152,4 @@ def test_they_agree_on_odd_json_too(odd: bytes, place: bytes) -> None:
 )
 def test_it_accepts_the_answers_of_common_servers(changes: list[tuple[tuple[str | int, ...], Any]]) -> None:
     body = msgspec.json.encode(changed(changes))
-    assert typed.read(body) == answers.read_carefully(body) is not None
+    assert parse_typed(body) == answers.parse_carefully(body) is not None

@@ -1,0 +1,41 @@
+"""The attempts in flight, and what the gates of several endpoints share."""
+
+import asyncio
+
+import msgspec
+
+from batchrun.limits.admission import Demand
+from batchrun.limits.admission_queue import AdmissionQueue
+from batchrun.limits.budget import BudgetAccount, Lease
+from batchrun.limits.probe_turns import Breaker, ProbeTurns
+
+
+class Flight(msgspec.Struct):
+    """One admitted attempt, until its outcome is durable."""
+
+    demand: Demand
+    order: int
+    sent_s: float
+    others: int
+    requests_before: float
+    tokens_before: float
+    lease: Lease | None
+    drained: bool = False
+    """The response's headers show a bucket without room for this attempt."""
+    observed: bool = False
+    settled: bool = False
+
+
+class SharedAdmission:
+    """What gates with one backlog share: the queue, probing turns, budget, and the attempts in flight by slot."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, circuit: Breaker, budget: BudgetAccount | None) -> None:
+        self.queue = AdmissionQueue(loop)
+        self.turns = ProbeTurns(circuit, loop)
+        self.budget = budget or BudgetAccount()
+        self.flights: dict[int, Flight] = {}
+
+    def wake(self) -> None:
+        """Waiting attempts and workers check again."""
+        self.queue.wake()
+        self.turns.wake()
