@@ -75,6 +75,9 @@ class Endings:
             self._release_held(decision, row)
         if result.settlement is not None:
             self._settle_answer(result, result.settlement, slot)
+        elif row in decision.own:  # a verdict that is the run's elsewhere, and is known to be a row's here
+            self._hold(result, slot)
+            self._settle_held(row)
         elif decision.hold and not self._is_refused_again(result):
             self._hold(result, slot)
         elif row in decision.elsewhere:
@@ -173,7 +176,7 @@ class Endings:
             return
         if result.attempt.http_status == 401:
             result = _as_free(result)
-            history = attempt_caps.after(result.pending.history, result.judgement, corroborated=True)
+            history = attempt_caps.wrong_key(result.pending.history)
             result = msgspec.structs.replace(result, history=history)
             if not self._last_rows.gives_up(history):
                 self._retry(result, None, self._gate.successes)
