@@ -89,6 +89,7 @@ class Story:
 SLOW_429 = error(429, "rate_limit")
 SLOW_503 = error(503, "overloaded")
 REFUSED_401 = error(401, "authentication")
+EMPTY_402 = RowError("insufficient_quota", 402, None, "Insufficient Balance")
 FORBIDDEN_403 = error(403, "forbidden")
 MISSING_404 = error(404, "not_found")
 BROKEN_500 = error(500, "server_error")
@@ -421,6 +422,18 @@ def test_rows_accepted_beside_a_refused_one_disprove_the_verdict() -> None:
     story.send(8)
     assert story.ends(8, Verdict.PAUSE, REFUSED_401) == HOLD, "so many without an answer between are the run's"
     assert isinstance(story.phase(), Probing)
+
+
+def test_rows_in_flight_disprove_no_empty_account() -> None:
+    """An account that runs out may still pay for small requests: the verdict is the run's, and no row fails by it."""
+    story = Story()
+    story.send(*range(8))
+    assert story.ends(0, Verdict.PAUSE, EMPTY_402) == HOLD
+    for row in range(1, 7):
+        assert story.ends(row, Verdict.OK) == PROCEED
+    story.send(8)
+    assert story.ends(8, Verdict.PAUSE, EMPTY_402) == HOLD
+    assert isinstance(story.phase(), Stopped), "at once, though row 7 is in flight"
 
 
 @pytest.mark.parametrize("accepted", [True, False])
