@@ -217,7 +217,8 @@ class Circuit:
         self._first_failures = None
         own = self._cleared_by(row, order) if self._suspicions else ()
         self._answered(order, now_s)
-        self._stop_if_heard()
+        if self._unheard_stop is not None:
+            self._stop_if_heard()
         return Decision(own=own) if own else PROCEED
 
     def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Decision:
