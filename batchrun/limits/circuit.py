@@ -191,7 +191,8 @@ class Circuit:
         if own and not self._verdicts:
             self._stop_when_heard = None
         self._answered(order, now_s)
-        self._stop_if_heard()
+        if self._unheard_stop is not None:
+            self._stop_if_heard()
         return Decision(own=own) if own else PROCEED
 
     def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Decision:
