@@ -136,7 +136,7 @@ def test_a_thousand_sparse_results_are_one_commit(tmp_path: Path) -> None:
     assert commits == [1, MAX_GROUP]
 
 
-def test_rows_ended_in_one_turn_share_a_commit(tmp_path: Path) -> None:
+def test_what_ends_in_one_turn_of_the_event_loop_shares_a_commit(tmp_path: Path) -> None:
     commits: list[list[int]] = []
     later: list[Callable[[], None]] = []
     with opened(tmp_path / "checkpoint.db") as checkpoint:

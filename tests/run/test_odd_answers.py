@@ -133,7 +133,7 @@ def test_another_api_stops_the_run_after_two_answers(tmp_path: Path, api: str) -
     assert any(line.startswith("fix") and "endpoint.url: " in line and url in line for line in said)
 
 
-def test_a_gateway_mixing_apis_stops_no_run(tmp_path: Path) -> None:
+def test_a_gateway_that_mixes_apis_does_not_stop_a_run(tmp_path: Path) -> None:
     """Once a row was answered, such an answer is like any other that can't be read: its row is sent again."""
     body, _ = OTHER_APIS["Ollama's own API"]
     foreign = answer(json.dumps(body).encode())

@@ -618,7 +618,7 @@ def test_a_second_answer_of_another_api_stops_the_run() -> None:
     assert story.phase() == Stopped(Stop(ExitCode.USAGE, "HTTP 200: the answer comes from another API"))
 
 
-def test_one_good_answer_reopens_after_a_foreign_one() -> None:
+def test_a_good_answer_after_one_of_another_api_opens_the_gate() -> None:
     story = Story()
     story.send(0)
     story.ends(0, Verdict.MAYBE, OTHER_API_200)

@@ -101,7 +101,7 @@ def test_an_unknown_cost_is_absent_and_never_0() -> None:
         ((Decimal(1),), "1", {(): 1.0}, {("a",): 0.5, ("b",): 0.0}),
     ],
 )
-def test_a_doubt_without_price_completes_no_cost(
+def test_a_doubt_at_an_unknown_price_leaves_no_complete_looking_cost(
     doubts: tuple[Decimal | None, ...], known_usd: str, bound: dict[Any, float], cost: dict[Any, float]
 ) -> None:
     """Requests of b have no known end: its cost and the bound on theirs are unknown, not $0."""
