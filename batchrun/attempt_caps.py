@@ -115,6 +115,20 @@ def refused(history: History, judgement: Judgement, *, corroborated: bool, at_en
     return msgspec.structs.replace(history, refused_alone=history.refused_alone + (at_end and not is_quota))
 
 
+def wrong_key(history: History) -> History:
+    """`history` with one more attempt that was refused for its key, while other rows were answered.
+
+    One key of several may be bad, which is no row's fault. It counts as two 429s do: twelve such refusals of one row
+    are no longer chance, where half of all keys are good.
+    """
+    return msgspec.structs.replace(
+        history,
+        attempts=history.attempts + 1,
+        refused=history.refused + 2,
+        corroborated=history.corroborated + 1,
+    )
+
+
 def is_refused_for_good(history: History, retry: Retry, share: float) -> bool:
     """Whether the row is refused for itself. `share`: the share of good rows that are refused by chance."""
     return history.refused >= REFUSALS * retry.max_attempts * _by_chance(share) or history.refused_alone >= max(

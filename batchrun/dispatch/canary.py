@@ -16,7 +16,7 @@ from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 from batchrun.job.settings import Canary
 from batchrun.limits.admission import Stop
-from batchrun.records import Completion, Notice, Status
+from batchrun.records import CompletionRecord, Notice, Status
 from batchrun.report.wording import are, plural
 from batchrun.store.checkpoint import Checkpoint
 
@@ -165,7 +165,7 @@ def spread(rows: Iterable[int], count: int, chance: random.Random) -> list[int]:
     return [kept[int((number + 0.5) * len(kept) / count)] for number in range(count)]
 
 
-def _cost_usd(completion: Completion) -> Decimal | None:
+def _cost_usd(completion: CompletionRecord) -> Decimal | None:
     """The cost of all the row's attempts, including what may have been billed."""
     doubt = completion.possibly_billed_usd if completion.maybe_billed else Decimal(0)
     return None if completion.cost_usd is None or doubt is None else completion.cost_usd + doubt

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from batchrun.records import Completion as Record
+from batchrun.records import CompletionRecord
 from batchrun.response import packed
 from batchrun.store.open_chunk import OpenChunk
 from batchrun.store.stored_window import StoredBatch
@@ -17,13 +17,13 @@ MAX_ROWS = 256
 MAX_BYTES = 64_000_000
 """The same limit in bytes of the rows' answers, unpacked."""
 
-CompletionsOf = Callable[[Sequence[Record], Sequence[tuple[StoredBatch, int]]], Iterable[Completion]]
+CompletionsOf = Callable[[Sequence[CompletionRecord], Sequence[tuple[StoredBatch, int]]], Iterable[Completion]]
 
 
 class Settled(msgspec.Struct, frozen=True):
     """A row whose completion is durable, and where its input is stored."""
 
-    record: Record
+    record: CompletionRecord
     input: tuple[StoredBatch, int]
 
 
@@ -62,7 +62,7 @@ class ResultQueue:
         """True while another row may be sent."""
         return self._stopped_reading or (len(self._unread) < self._max_rows and self._bytes < self._max_bytes)
 
-    def put(self, record: Record, chunk: OpenChunk) -> None:
+    def put(self, record: CompletionRecord, chunk: OpenChunk) -> None:
         """The row, settled just now, is in the queue."""
         if not self._stopped_reading:
             self._put(Settled(record, chunk.window.stored(record.row)), packed.size(record.raw))

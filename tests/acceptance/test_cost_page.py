@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_there_are_ten() -> None:
+def test_the_page_answers_ten_questions() -> None:
     assert len(ANSWERS) == 10
 
 

@@ -504,7 +504,7 @@ def test_bad_records_are_reported_before_sending(tmp_path: Path) -> None:
     ]
 
 
-def test_an_empty_input_needs_the_job_to_allow_it(tmp_path: Path) -> None:
+def test_the_job_must_allow_an_empty_input(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("\n\n")
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", source)

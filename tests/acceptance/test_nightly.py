@@ -172,7 +172,7 @@ def units(place: Place) -> dict[str, Path]:
     return found
 
 
-def test_systemd_takes_the_units(place: Place) -> None:
+def test_systemd_accepts_the_units_shown(place: Place) -> None:
     files = units(place)
     assert list(files) == ["batchrun-tickets.service", "batchrun-tickets.timer", "batchrun-alert@.service"]
     (place.folder / "key.env").write_text("VTRIX_API_KEY=secret\n")
@@ -349,7 +349,7 @@ for name in sorted(bag.dags):
 
 
 @pytest.mark.skipif(not AIRFLOW.exists(), reason="Airflow is not installed; make airflow")
-def test_airflow_runs_the_dags(place: Place) -> None:
+def test_airflow_runs_the_dags_shown(place: Place) -> None:
     (first, _, second) = dags(place)
     environ = {
         **os.environ,

@@ -79,7 +79,7 @@ def test_no_answer_is_lost_in_killed_retries(tmp_path: Path, calm: Calm) -> None
 @pytest.mark.heavy
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BUGS)
-def test_the_harness_notices_when(name: str, tmp_path: Path, calm: Calm) -> None:
+def test_the_harness_notices_each_bug(name: str, tmp_path: Path, calm: Calm) -> None:
     bug = BUGS[name]
     kills = () if bug.point is None else (Kill(bug.point, bug.passage),)
     outcome = killed_run(tmp_path / "run", Plan(kills, "file"), calm, bug=name)

@@ -117,7 +117,7 @@ def recover(run: Trial, calm: Calm) -> None:
     assert run.outcome.violations == []
 
 
-def test_strace_is_installed() -> None:
+def test_strace_is_installed_for_these_tests() -> None:
     assert shutil.which("strace"), MISSING
 
 

@@ -563,7 +563,7 @@ def test_salvage_names_requests_in_flight(runs: Runs, tmp_path: Path) -> None:
     assert named <= {(entry.row, entry.n) for entry in flying} - ended
 
 
-def test_a_damaged_part_of_a_result_is_lost_alone(runs: Runs, tmp_path: Path) -> None:
+def test_a_damaged_result_part_is_lost_alone(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("in-parts", tmp_path / "run")
     path = directory.completions_folder / "part-000003.parquet"
     flip(path, middle_of(path))
@@ -623,7 +623,7 @@ def test_salvage_keeps_a_retry_under_way(runs: Runs, tmp_path: Path) -> None:
     assert sent == set(new.reopened)
 
 
-def test_salvage_overwrites_nothing(runs: Runs, tmp_path: Path) -> None:
+def test_a_salvage_overwrites_no_directory(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("done", tmp_path / "run")
     directory.usage.unlink()
     salvage(directory)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from batchrun.report import bill
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
 from batchrun.store import in_flight
-from batchrun.store.in_flight import InFlight
+from batchrun.store.in_flight import NamedRequest
 from tests import cli_process, prefork
 from tests.cli_process import KEY, KEY_ENV, Ended, read_summary, snapshot, write_job, write_rows
 from tests.crash.launcher import Orders
@@ -109,7 +109,7 @@ class Trial:
         self.flags: tuple[str, ...] = ()
         source = write_rows(folder / "in.jsonl", rows)
         self.job = write_job(folder / "job.toml", simulator.url, source, MORE.format(layout=layout))
-        self._in_flight: list[list[InFlight]] = []
+        self._in_flight: list[list[NamedRequest]] = []
 
     def die(self, kill: Kill) -> bool:
         """The run is started and killed; False when it ended by itself, with luck or with an error on record."""

@@ -154,7 +154,7 @@ def test_a_small_run_has_no_canary(simulator: RunningSimulator, tmp_path: Path) 
 
 
 @pytest.mark.heavy
-def test_a_canary_sends_no_row_that_needs_no_request(simulator: RunningSimulator, tmp_path: Path) -> None:
+def test_a_canary_skips_rows_without_a_request(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 20\nmin_ok_share = 0.5")
     texts = [f"item {row % 100}" for row in range(ROWS)]  # each one three times
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -193,7 +193,7 @@ def test_a_stopped_canary_judges_all_its_rows(simulator: RunningSimulator, tmp_p
 
 
 @given(st.integers(0, 3000), st.integers(1, 60), st.integers(0, 99))
-def test_rows_are_spread_evenly(rows: int, count: int, seed: int) -> None:
+def test_canary_rows_are_spread_evenly(rows: int, count: int, seed: int) -> None:
     chosen = spread(range(rows), count, random.Random(seed))
     assert len(chosen) == min(rows, count)
     assert chosen == sorted(set(chosen))

@@ -68,7 +68,7 @@ def test_columns_of_every_type_are_json(tmp_path: Path, name: str) -> None:
     assert [value is None for value in found] == [value is None for value in values(table.column("c"))]
 
 
-def test_numbers_are_exact(tmp_path: Path) -> None:
+def test_numbers_keep_all_their_digits(tmp_path: Path) -> None:
     inputs: dict[str, Any] = {
         "big": pa.array([2**63 - 1, -(2**63)], pa.int64()),
         "unsigned": pa.array([2**64 - 1, 0], pa.uint64()),

@@ -207,7 +207,7 @@ def test_known_limits_start_without_a_refusal() -> None:
     run_on_moved_clock(main())
 
 
-def test_headers_overrule_earlier_findings() -> None:
+def test_headers_overrule_what_was_learned() -> None:
     async def main() -> None:
         run = Run(Server(RPM, None))
         await send_all(run, gate := new_gate(run, found=Found(requests_per_minute=RPM / 4)), [150] * 1_500)

@@ -116,7 +116,7 @@ def test_the_spacing_of_requests_is_found(limit_per_s: float) -> None:
     assert not found.is_contradicted
 
 
-def test_refusals_long_after_an_accepted_request_are_no_bucket() -> None:
+def test_late_refusals_contradict_the_spacing_found() -> None:
     found = RequestSpacing(1)
     for turn in range(6):
         found.count(turn / 5, refused=False)

@@ -90,7 +90,7 @@ libc.fclose(file)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such parameters")
-def test_threads_share_one_arena(tmp_path: Path) -> None:
+def test_all_threads_share_one_arena(tmp_path: Path) -> None:
     """With one for each, what a thread has freed is of no use to the others."""
     found = tmp_path / "malloc.xml"
     for how in ("one", "as they are"):

@@ -183,6 +183,12 @@ def test_a_stream_is_whole_with_its_last_mark(fault: Fault) -> None:
         assert judge(ended, parse(body), Retry()).verdict is verdict
 
 
+ANTHROPIC_PACE = (
+    "This request would exceed your organization's rate limit of 80,000 output tokens per minute. For details, refer "
+    "to: https://h/rate-limits; see the response headers for current usage. Please reduce the prompt length or the "
+    "maximum tokens requested, or try again later. You may also contact sales to discuss a rate limit increase."
+)
+GROQ_SIZE = "Limit 6000, Requested 6500, please reduce your message size and try again. Visit https://h for more."
 MINIMAX = b'{"base_resp": {"status_code": 2056, "status_msg": "usage limit exceeded"}}'
 OPENAI_RATE = "Rate limit reached for m on tokens per min (TPM). Add a payment method at https://h/account/billing."
 AZURE_RATE = (
@@ -194,6 +200,8 @@ QUOTA = "You exceeded your current quota, please check your plan and billing det
 @pytest.mark.parametrize(
     ("status", "body", "headers", "verdict", "kind"),
     [
+        pytest.param(429, said(ANTHROPIC_PACE), {}, SLOW, "rate_limit", id="Anthropic's 429 of tokens a minute"),
+        pytest.param(429, said(GROQ_SIZE), {}, ROW, "bad_request", id="Groq's 429 for one request's size"),
         pytest.param(200, FINE, {}, OK, None, id="200"),
         pytest.param(201, FINE, {}, OK, None, id="201"),
         pytest.param(200, b"", {}, MAYBE, "unreadable", id="200 empty"),
@@ -832,7 +840,7 @@ def test_refusals_at_the_end_are_spread(left: int, wait_s: float) -> None:
     assert attempt_caps.end_wait_s(many, refusal(), Retry(), left) == wait_s
 
 
-def test_repeated_refusals_wait_longer() -> None:
+def test_repeated_refusals_wait_ever_longer() -> None:
     usual, stubborn = History(attempts=9, refused=5), History(attempts=9, refused=6)
     assert attempt_caps.backoff_s(usual, 1.0, Retry(), 0.999) < 2.0
     assert attempt_caps.backoff_s(stubborn, 1.0, Retry(), 0.999) > 50.0
