@@ -287,7 +287,7 @@ class CountedFile(BudgetFile):
         return super().draw(lease, need_usd)
 
 
-def test_what_is_left_of_a_lease_ends_with_its_day(tmp_path: Path) -> None:
+def test_a_lease_ends_with_its_day(tmp_path: Path) -> None:
     now = [datetime(2026, 11, 30, 23, 59, 59, tzinfo=UTC)]
 
     async def night() -> None:

@@ -121,7 +121,7 @@ def test_a_second_cap_is_tried_and_then_none(story: Story) -> None:
     assert not story.cap()
 
 
-def test_a_disproved_crowd_is_ruled_out_for_longer_each_time(story: Story) -> None:
+def test_a_disproved_crowd_stays_ruled_out_longer(story: Story) -> None:
     for wait_s in (RULED_OUT_FOR_S, 2 * RULED_OUT_FOR_S):
         assert story.suspect()
         while story.crowding.doubt(story.now_s):

@@ -55,7 +55,7 @@ def test_each_step_is_due_after_the_last() -> None:
     assert not climb.is_due(2 * EVERY_S, 400.0, 100.0, 100.0), "of the last three seconds only one was used"
 
 
-def test_a_climb_in_vain_rests_until_it_is_paid_for() -> None:
+def test_a_climb_in_vain_rests_until_paid_for() -> None:
     """Its refusals are then a small share of all that was sent since it began."""
     climb = begun()
     climb.counted_before = 1_000
