@@ -187,11 +187,13 @@ class Circuit:
         self.withdraw(order)
         self.successes += 1
         self._first_failures = None
-        own = self._verdicts.disproved_by(row, order, self._episode) if self._verdicts else ()
-        if own and not self._verdicts:
-            self._stop_when_heard = None
+        own: tuple[int, ...] = ()
+        if self._verdicts:
+            own = self._verdicts.disproved_by(row, order, self._episode)
+            if not self._verdicts:
+                self._stop_when_heard = None
         self._answered(order, now_s)
-        if self._unheard_stop is not None:
+        if self._stop_when_heard is not None:
             self._stop_if_heard()
         return Decision(own=own) if own else PROCEED
 
