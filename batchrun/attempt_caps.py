@@ -81,12 +81,13 @@ def answered(history: History) -> History:
 def after(history: History, judgement: Judgement, *, corroborated: bool, at_end: bool = False) -> History:
     """`history` with one more attempt that failed.
 
-    It counts against the row only if another row succeeded meanwhile (`corroborated`), so that an outage fails no row;
-    or if only rows that have failed are left (`at_end`), since no other row can succeed then. A wait after a 429 never
-    counts; an overload that only this row gets does.
+    It counts against the row only if another row succeeded meanwhile (`corroborated`), or if only rows that have failed
+    are left (`at_end`). A 429 never counts here (`refused`).
     """
     status, chargeable = judgement.http_status, judgement.is_chargeable
+    # Alone, a failure may be an outage, which must fail no row. At the end no other row is left to show that.
     counts = (corroborated or at_end) and chargeable
+    # A 503 for overload is SLOW: it counts as an attempt, and not as the server's own failure.
     server_error = status is not None and status >= 500 and judgement.verdict is not Verdict.SLOW
     return History(
         attempts=history.attempts + 1,
@@ -104,15 +105,29 @@ def after(history: History, judgement: Judgement, *, corroborated: bool, at_end:
 def refused(history: History, judgement: Judgement, *, corroborated: bool, at_end: bool) -> History:
     """`history` with the last attempt's 429 counted, if it was one.
 
-    Another row's answer (`corroborated`) shows that a limit lets rows through. At the end of the run a quota is not
-    counted: it may be a month's, and pauses the run.
+    `corroborated`: another row was answered meanwhile.
     """
     if not judgement.is_refusal:
         return history
-    if corroborated:
+    if corroborated:  # the limit lets other rows through
         return msgspec.structs.replace(history, refused=history.refused + 1, refused_alone=0)
+    # A quota may be a month's: at the end of the run it pauses the run and fails no row.
     is_quota = judgement.error is not None and judgement.error.kind == QUOTA
     return msgspec.structs.replace(history, refused_alone=history.refused_alone + (at_end and not is_quota))
+
+
+def wrong_key(history: History) -> History:
+    """`history` with one more attempt that was refused for its key, while other rows were answered.
+
+    One key of several may be bad, which is no row's fault. It counts as two 429s do: twelve such refusals of one row
+    are no longer chance, where half of all keys are good.
+    """
+    return msgspec.structs.replace(
+        history,
+        attempts=history.attempts + 1,
+        refused=history.refused + 2,
+        corroborated=history.corroborated + 1,
+    )
 
 
 def is_refused_for_good(history: History, retry: Retry, share: float) -> bool:
@@ -140,14 +155,11 @@ def after_unwanted_answer(history: History, settled: Settlement, retry: Retry) -
 
 
 def exhausted(history: History, retry: Retry, stretched: float = 1.0) -> bool:
-    """True if the row has reached one of its caps and is settled as `error`.
-
-    `stretched` raises the caps on attempts that cost nothing, not the one on attempts that may have been billed.
-    """
+    """True if the row has reached one of its caps and is settled as `error`. `stretched` raises two of them."""
     return (
         history.counted >= retry.max_attempts * stretched
         or history.counted_5xx >= retry.max_5xx * stretched
-        or history.maybe_billed > retry.max_maybe_billed
+        or history.maybe_billed > retry.max_maybe_billed  # never stretched: each of these may be paid for
     )
 
 
@@ -202,7 +214,7 @@ def _by_chance(share: float) -> float:
 
 # rows that were refused together must not come back together, however short the wait
 LEAST_JITTER_S = 0.1
-RETRY_AFTER_JITTER = 0.25
+RETRY_AFTER_JITTER = 0.25  # of the wait: enough to spread them, and the wait is hardly longer
 
 
 def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: float) -> float:

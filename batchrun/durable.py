@@ -92,15 +92,14 @@ def replacing(path: Path) -> Iterator[Path]:
 def replace_folder(new: Path, folder: Path) -> None:
     """`folder` is now what `new` was, in one step: readers see its old content whole, or the new one. `new` then holds
     the old content, or is gone.
-
-    Where the file system can't exchange two directories (Linux can since 3.15, on ext4, xfs, btrfs and tmpfs), the
-    folder is missing for a moment, and never half there.
     """
     with disk_errors(folder):
         fsync(new)
         if not folder.exists():
             new.rename(folder)
         elif not _exchange(new, folder):
+            # Linux can exchange two directories since 3.15, on ext4, xfs, btrfs and tmpfs. Elsewhere the folder is
+            # missing for a moment, and never half there.
             exchange_in_steps(new, folder)
         fsync(folder.parent)
 

@@ -1,14 +1,14 @@
 """One start of a run, from the lock to the result. Start reading here.
 
-    source ─→ request ─→ gate ─→ transport ─→ policy ─→ checkpoint ─→ output ─→ report
+    source ─→ request ─→ limits ─→ transport ─→ policy ─→ store ─→ tables ─→ report
 
     lock      lock the run directory                                       store.rundir
-    resume    find out what earlier starts left                            store.checkpoint
-    check     read the source, build every request, or accept changes      startup
+    resume    read what earlier starts have left                           store.checkpoint, startup.resume
+    check     read the input and build every request once                  startup.input_pass
     dispatch  send every pending row, judge, commit and seal               dispatch
     finish    write result, usage and summary                              store.result
 
-`run` names these steps in their order, `Invocation` has them. Every way out writes summary.json.
+`run` calls these steps in their order; they are methods of `Invocation`. Every way out writes summary.json.
 """
 
 import asyncio

@@ -55,11 +55,10 @@ class OpenFiles:
 
 
 def allow(wanted: int) -> None:
-    """Raises the soft limit for so many connections, as far as the hard limit allows.
-
-    Only for a process of our own, because the limit holds for the whole process. The soft limit is usually 1,024, the
-    hard one often a million.
+    """Raises the soft limit for so many connections, as far as the hard limit allows. Only for a process of our own,
+    because the limit holds for the whole process.
     """
+    # Usually the soft limit is 1,024, and the hard one often a million.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + FEWEST
     needed = needed if hard == resource.RLIM_INFINITY else min(hard, needed)

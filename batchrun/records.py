@@ -297,7 +297,7 @@ class Restored(msgspec.Struct, frozen=True, gc=False):
     last_at: float
 
 
-class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
+class CompletionRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
 
     `usage` and `last_cost_usd` are the last attempt's alone: what the totals still lack. The record is that attempt's,
@@ -342,7 +342,7 @@ class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
         return self.last_cost_usd if self.restored is None else self.restored.cost_usd
 
 
-Ending = Completion | Discarded
+Ending = CompletionRecord | Discarded
 """How an attempt ends for the checkpoint: with its row settled, or with the row still pending."""
 
 

@@ -21,11 +21,9 @@ class StdoutClosedError(BatchrunError):
 
 
 def open_all() -> None:
-    """Opens closed descriptors 0 to 2 as /dev/null, and escapes characters that the encoding lacks.
-
-    Otherwise the next file opened would get that number, and a message would be written into the checkpoint.
-    (libuv aborts if one of its descriptors is below 3.)
-    """
+    """Opens closed descriptors 0 to 2 as /dev/null, and escapes characters that the encoding lacks."""
+    # Otherwise the next file that is opened gets that number, and a message would be written into the checkpoint.
+    # (And libuv aborts if one of its descriptors is below 3.)
     for descriptor in range(3):
         try:
             os.fstat(descriptor)

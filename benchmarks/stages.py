@@ -23,7 +23,7 @@ from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
-from batchrun.records import Attempt, Completion, Row, Status, Usage, Verdict
+from batchrun.records import Attempt, CompletionRecord, Row, Status, Usage, Verdict
 from batchrun.request.builder import RequestBuilder
 from batchrun.response import answer as answers
 from batchrun.source import START, find_files, open_source
@@ -64,10 +64,10 @@ def best_us(work: Callable[[], object], rows: int) -> float:
     return min(once() for _ in range(ROUNDS))
 
 
-def completion(row: int) -> Completion:
+def completion(row: int) -> CompletionRecord:
     """A settled row."""
     usage, usd = Usage(1000, 100, 1100), Decimal("0.000450000000")
-    return Completion(
+    return CompletionRecord(
         row=row, key=b"k" * 16, status=Status.OK, attempts=1, http_status=200, error=None, request_id=f"run-{row}-1",
         finished_at=1.7e9, latency_s=0.1, time_to_first_token_s=None, model="m", answered_model="m", usage=usage,
         cost_usd=usd, last_cost_usd=usd, maybe_billed=False, possibly_billed_usd=usd, raw=ANSWER, invocation=1,

@@ -25,7 +25,7 @@ from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate, GateClosed
 from batchrun.limits.in_flight import InFlight
 from batchrun.policy import judge
-from batchrun.records import Answer, Attempt, Completion, Request, Row, RowError, Status, Verdict
+from batchrun.records import Answer, Attempt, CompletionRecord, Request, Row, RowError, Status, Verdict
 from batchrun.request.builder import RequestBuilder
 from batchrun.response.answer import parse
 from batchrun.row_status import settlement
@@ -94,9 +94,9 @@ async def keep_deadlines(wire: transport.Transport) -> None:
 
 def completion(
     request: Request, attempt: Attempt, answer: Answer, status: Status, error: RowError | None, attempts: int
-) -> Completion:
+) -> CompletionRecord:
     """The row's final record: the raw answer, and what is not in it."""
-    return Completion(
+    return CompletionRecord(
         row=request.row,
         key=request.key,
         status=status,

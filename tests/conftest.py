@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     level.choose(Level(config.option.level), config.option.seed)
     config.addinivalue_line("markers", "sampled(count): the sample has that many of the function's cases")
     config.addinivalue_line("markers", "campaign: tries less in the sample, by level.amount")
-    config.addinivalue_line("markers", "heavy: takes seconds; the sample has a quarter of these, chosen by the seed")
+    config.addinivalue_line("markers", "heavy: takes seconds; the sample has a sixth of these, chosen by the seed")
     # how long an example takes shows how busy the machine is, and nothing about the product
     calm = [HealthCheck.too_slow]
     settings.register_profile("full", deadline=None, suppress_health_check=calm)
@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept: list[pytest.Item] = []
     for name, group in groupby(list(items), key=lambda item: item.nodeid.partition("[")[0]):
         cases = list(group)
-        if cases[0].get_closest_marker("heavy") and level.seeded(f"heavy {name}").random() > 0.25:
+        if cases[0].get_closest_marker("heavy") and level.seeded(f"heavy {name}").random() > level.HEAVY_SHARE:
             kept += [] if in_sample else cases
             continue
         # what tries less in the sample is tried whole by the rest

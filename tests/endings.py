@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun.records import Completion, Discarded, Status, Usage, Verdict
+from batchrun.records import CompletionRecord, Discarded, Status, Usage, Verdict
 
 MODEL = "vtrix-gpt-5.3-codex"
 
@@ -22,9 +22,9 @@ def answer_body(content: str = "fine", **changes: object) -> bytes:
     return msgspec.json.encode(body | changes)
 
 
-def completion(row: int, **changes: object) -> Completion:
+def completion(row: int, **changes: object) -> CompletionRecord:
     """A row answered at its first attempt, except for `changes`."""
-    whole = Completion(
+    whole = CompletionRecord(
         row=row,
         key=row.to_bytes(16, "big"),
         status=Status.OK,

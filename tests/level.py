@@ -15,6 +15,10 @@ class Level(StrEnum):
     FULL = "full"
 
 
+HEAVY_SHARE = 1 / 6
+"""The share of heavy tests in the sample: at a quarter they were a third of its work."""
+
+
 class _Chosen:
     level = Level.FULL  # outside of pytest
     seed = 0

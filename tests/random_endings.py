@@ -3,7 +3,17 @@
 import msgspec
 from hypothesis import strategies as st
 
-from batchrun.records import Completion, Discarded, Ending, OfflineCount, RowError, SetAside, Status, Usage, Verdict
+from batchrun.records import (
+    CompletionRecord,
+    Discarded,
+    Ending,
+    OfflineCount,
+    RowError,
+    SetAside,
+    Status,
+    Usage,
+    Verdict,
+)
 from tests.endings import MODEL
 
 COUNTS = st.integers(0, 10**9)
@@ -19,7 +29,7 @@ KEYS = st.binary(min_size=16, max_size=16)
 SET_ASIDE = st.builds(SetAside, st.integers(1, 50), TEXTS, st.none() | TEXTS, TEXTS)
 
 COMPLETIONS = st.builds(
-    Completion,
+    CompletionRecord,
     row=st.just(0),
     key=KEYS,
     status=st.sampled_from(Status),

@@ -13,7 +13,7 @@ from batchrun import streams
 from batchrun.errors import InputError
 from batchrun.job.job import Job
 from batchrun.job.load import load
-from batchrun.terminal import Progress, note
+from batchrun.terminal import Progress, harmless, note
 
 if TYPE_CHECKING:
     from batchrun.prices import PriceTable
@@ -105,15 +105,17 @@ def _about_stdin(text: str, job: Job, copy: object) -> str:
 
 
 def require_budget(job: Job, found: "Survey") -> "dict[str, PriceTable | None]":
-    """The prices of the models that the rows name.
+    """The prices of the models that the rows name; a warning on stderr names fees that no cap reserves.
 
     Raises:
         JobError: a cap of the job can't be kept with them.
     """
     from batchrun.price_list import lookup
-    from batchrun.startup import preconditions
+    from batchrun.startup import preconditions, search_fees
 
     today, urls = date.today().isoformat(), [each.url for each in job.endpoints]
     tables = {model: lookup.resolve_for_all(model, job.pricing, today, urls) for model in found.models}
     preconditions.require_budget(job, found.max_request, tables)
+    if (fees := search_fees.warning(job, tables)) is not None:
+        note(harmless(fees))
     return tables

@@ -11,7 +11,7 @@ from batchrun.response.finish_reasons import is_known
 FIRST_ROWS = 40
 """How many rows show whether nearly all are filtered. Ten would be too few: a file may begin with ten blocked ones."""
 
-NEARLY_ALL = 0.95
+NEARLY_ALL = 0.95  # 38 of 40: two good rows may be among them
 
 WELL_AGAIN = 0.5
 """After a stop, and in a resumed run, refusals can stop the run again only after the refused share of the last rows has

@@ -15,7 +15,7 @@ from batchrun.records import (
     OK,
     Answer,
     Attempt,
-    Completion,
+    CompletionRecord,
     Discarded,
     OfflineCount,
     Restored,
@@ -76,7 +76,7 @@ class AttemptResult(msgspec.Struct, frozen=True):
             return self.cost_usd, None if self.judgement.verdict is OK else 0
         return self.cost_usd, usage.prompt_tokens + usage.billed_output_tokens
 
-    def completion(self, status: Status, invocation: int) -> Completion:
+    def completion(self, status: Status, invocation: int) -> CompletionRecord:
         """The row's final record."""
         pending, attempt, answer, settlement = self.pending, self.attempt, self.answer, self.settlement
         request, restored, cost_usd, service_tier = pending.request, None, self.cost_usd, answer.service_tier
@@ -87,7 +87,7 @@ class AttemptResult(msgspec.Struct, frozen=True):
             service_tier = invalid.service_tier
             restored = Restored(invalid.usage, invalid.cost_usd, self._ended_at)
         # by place where the names are the same: msgspec looks for each name among all fields
-        return Completion(
+        return CompletionRecord(
             request.row,
             request.key,
             status,

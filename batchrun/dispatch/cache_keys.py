@@ -24,7 +24,7 @@ WARM_S = 240.0
 MOST_PARKED = 1_000
 """Rows that wait for the first of their group, over all groups: their bodies are in memory."""
 
-MOST_GROUPS = 10_000
+MOST_GROUPS = 10_000  # beyond that the oldest one that no row needs is forgotten
 
 Parked = TypeVar("Parked")
 

@@ -16,15 +16,15 @@ from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 from batchrun.job.settings import Canary
 from batchrun.limits.admission import Stop
-from batchrun.records import Completion, Notice, Status
+from batchrun.records import CompletionRecord, Notice, Status
 from batchrun.report.wording import are, plural
 from batchrun.store.checkpoint import Checkpoint
 
 ENTRY = "canary"
-"""The manifest's entry that holds a `Record`."""
+"""The manifest's entry that holds a `CanaryRecord`."""
 
 
-class Seen(msgspec.Struct, frozen=True):
+class CanaryOutcome(msgspec.Struct, frozen=True):
     """The outcome of the canary's rows. `cost_usd` includes what may have been billed, but no `unpriced` rows."""
 
     by_status: dict[str, int]
@@ -42,7 +42,7 @@ class Seen(msgspec.Struct, frozen=True):
         return self.cost_usd / self.rows if self.rows and not self.unpriced else None
 
 
-class Record(msgspec.Struct, frozen=True):
+class CanaryRecord(msgspec.Struct, frozen=True):
     """`question` identifies the job's requests and the layout of the input; `seen` is None until all rows have ended.
 
     `accepted`: send the rest whatever the outcome.
@@ -50,7 +50,7 @@ class Record(msgspec.Struct, frozen=True):
 
     question: str
     rows: tuple[int, ...]
-    seen: Seen | None = None
+    seen: CanaryOutcome | None = None
     accepted: bool = False
 
 
@@ -69,14 +69,14 @@ def run(
     """
     question = f"{job.fingerprint()}.{store.plan.manifest.layout}"
     entry = store.checkpoint.manifest_entries().get(ENTRY)
-    record = None if entry is None else msgspec.json.decode(entry, type=Record)
+    record = None if entry is None else msgspec.json.decode(entry, type=CanaryRecord)
     wanted = job.canary.rows or 0
     if record is None or record.question != question:
         if store.pending <= wanted:
             return None
         rows = (row for chunk in iter(store.chunks.open_next, None) for row in chunk.to_send())
         chance = random.Random(store.plan.manifest.run_id)
-        record = Record(question, tuple(spread(rows, wanted, chance)))
+        record = CanaryRecord(question, tuple(spread(rows, wanted, chance)))
         _keep(store.checkpoint, record)
         if record.rows:
             line = f"canary: {plural(len(record.rows), 'row')}, spread over the input, are sent first"
@@ -104,20 +104,20 @@ def run(
     return None
 
 
-def _keep(checkpoint: Checkpoint, record: Record) -> None:
+def _keep(checkpoint: Checkpoint, record: CanaryRecord) -> None:
     checkpoint.write_manifest({ENTRY: msgspec.json.encode(record).decode()})
 
 
-def _look(checkpoint: Checkpoint, rows: Sequence[int]) -> Seen:
+def _look(checkpoint: Checkpoint, rows: Sequence[int]) -> CanaryOutcome:
     """The outcome of these rows, from their records in open chunks."""
     found = [each for row in rows for each in checkpoint.completions(row, row + 1)]
     by_status = {str(status): n for status in Status if (n := sum(each.status is status for each in found))}
     known = [cost for each in found if (cost := _cost_usd(each)) is not None]
     errors = (each.error.text for each in found if each.status is not Status.OK and each.error is not None)
-    return Seen(by_status, sum(known, Decimal(0)), len(found) - len(known), next(errors, None))
+    return CanaryOutcome(by_status, sum(known, Decimal(0)), len(found) - len(known), next(errors, None))
 
 
-def judge(seen: Seen, wanted: Canary) -> Iterator[str]:
+def judge(seen: CanaryOutcome, wanted: Canary) -> Iterator[str]:
     """Each bound that the outcome breaks, in words; none if the rest may be sent."""
     if not seen.rows:
         return
@@ -134,7 +134,7 @@ def judge(seen: Seen, wanted: Canary) -> Iterator[str]:
         yield f"a row costs ${cost:.6f} (canary.max_cost_per_row_usd = {most:f})"
 
 
-def _in_words(seen: Seen) -> str:
+def _in_words(seen: CanaryOutcome) -> str:
     statuses = ", ".join(f"{n:,} {status}" for status, n in seen.by_status.items())
     cost = f", ${cost_usd:.6f} a row" if (cost_usd := seen.cost_per_row_usd) is not None else ""
     return f"{plural(seen.rows, 'row')}: {statuses}{cost}"
@@ -165,7 +165,7 @@ def spread(rows: Iterable[int], count: int, chance: random.Random) -> list[int]:
     return [kept[int((number + 0.5) * len(kept) / count)] for number in range(count)]
 
 
-def _cost_usd(completion: Completion) -> Decimal | None:
+def _cost_usd(completion: CompletionRecord) -> Decimal | None:
     """The cost of all the row's attempts, including what may have been billed."""
     doubt = completion.possibly_billed_usd if completion.maybe_billed else Decimal(0)
     return None if completion.cost_usd is None or doubt is None else completion.cost_usd + doubt

@@ -20,7 +20,7 @@ from batchrun.job.job import Job
 from batchrun.limits.admission import Decision, Stop
 from batchrun.limits.circuit import PROCEED
 from batchrun.limits.gates import AnyGate
-from batchrun.records import Completion, Correction, Ending, Status, Verdict
+from batchrun.records import CompletionRecord, Correction, Ending, Status, Verdict
 from batchrun.request.builder import corrected
 from batchrun.row_status import PLAIN, Settlement
 
@@ -75,6 +75,9 @@ class Endings:
             self._release_held(decision, row)
         if result.settlement is not None:
             self._settle_answer(result, result.settlement, slot)
+        elif row in decision.own:  # a verdict that is the run's elsewhere, and is known to be a row's here
+            self._hold(result, slot)
+            self._settle_held(row)
         elif decision.hold and not self._is_refused_again(result):
             self._hold(result, slot)
         elif row in decision.elsewhere:
@@ -89,7 +92,7 @@ class Endings:
         spent: list[tuple[int, Decimal | None, int | None]] = []
         settled, is_kept = 0, self._gate.budget.is_kept
         for ending in endings:
-            n = ending.attempts if isinstance(ending, Completion) else ending.n
+            n = ending.attempts if isinstance(ending, CompletionRecord) else ending.n
             attempt = self._uncommitted.pop((ending.row, n), None)
             if attempt is None:
                 continue  # the record of a held attempt, whose slot was freed when it was held
@@ -173,7 +176,7 @@ class Endings:
             return
         if result.attempt.http_status == 401:
             result = _as_free(result)
-            history = attempt_caps.after(result.pending.history, result.judgement, corroborated=True)
+            history = attempt_caps.wrong_key(result.pending.history)
             result = msgspec.structs.replace(result, history=history)
             if not self._last_rows.gives_up(history):
                 self._retry(result, None, self._gate.successes)

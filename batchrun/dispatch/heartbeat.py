@@ -24,7 +24,7 @@ from batchrun.report.limit_lines import limits_in_words
 from batchrun.run_summary import Summary, Tuned
 from batchrun.store.rundir import RunDirectory
 
-BEAT_S = 0.5
+BEAT_S = 0.5  # progress, deadlines and `batchrun tune` are at most so late
 SWEEP_EVERY = 2  # beats: once a second, requests past their deadline are ended
 SUMMARY_EVERY = 10  # beats
 FIRST_SUMMARIES = frozenset({1, 2, 4, 6, 8})

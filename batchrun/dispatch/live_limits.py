@@ -24,7 +24,7 @@ from batchrun.store.rundir import RunDirectory
 PATIENCE_S = 15.0
 """How long `tune` waits for the reply: thirty heartbeats."""
 
-POLL_S = 0.1
+POLL_S = 0.1  # looks for the reply: a look at a small file costs next to nothing
 
 LONGEST_SHOWN = 40
 """How many characters of an invalid value an error message repeats."""

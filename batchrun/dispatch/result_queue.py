@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from batchrun.records import Completion as Record
+from batchrun.records import CompletionRecord
 from batchrun.response import packed
 from batchrun.store.open_chunk import OpenChunk
 from batchrun.store.stored_window import StoredBatch
@@ -17,13 +17,13 @@ MAX_ROWS = 256
 MAX_BYTES = 64_000_000
 """The same limit in bytes of the rows' answers, unpacked."""
 
-CompletionsOf = Callable[[Sequence[Record], Sequence[tuple[StoredBatch, int]]], Iterable[Completion]]
+CompletionsOf = Callable[[Sequence[CompletionRecord], Sequence[tuple[StoredBatch, int]]], Iterable[Completion]]
 
 
 class Settled(msgspec.Struct, frozen=True):
     """A row whose completion is durable, and where its input is stored."""
 
-    record: Record
+    record: CompletionRecord
     input: tuple[StoredBatch, int]
 
 
@@ -52,16 +52,17 @@ class ResultQueue:
         call_soon: Callable[[Callable[[], None]], object],
     ) -> None:
         """From now on `on_room` is called when the queue has room again, and `completions_of` reads what was put:
-        both in the reader's thread. `call_soon` is the sending event loop's: the reader is woken once a commit, after
-        all of its rows are there, because a row alone costs it ten times as much as one of many.
+        both in the reader's thread. `call_soon` is the sending event loop's.
         """
+        # By the loop, so that the reader is woken once a commit, when all rows of it are there: a row alone costs the
+        # reader ten times as much as one of many.
         self._on_room, self._completions_of, self._call_soon = on_room, completions_of, call_soon
 
     def has_room(self) -> bool:
         """True while another row may be sent."""
         return self._stopped_reading or (len(self._unread) < self._max_rows and self._bytes < self._max_bytes)
 
-    def put(self, record: Record, chunk: OpenChunk) -> None:
+    def put(self, record: CompletionRecord, chunk: OpenChunk) -> None:
         """The row, settled just now, is in the queue."""
         if not self._stopped_reading:
             self._put(Settled(record, chunk.window.stored(record.row)), packed.size(record.raw))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-MAX_BYTES = 50_000_000
+MAX_BYTES = 50_000_000  # the file before it is kept, too: 100 MB of disk at most
 
 
 class _LossyHandler(logging.handlers.RotatingFileHandler):

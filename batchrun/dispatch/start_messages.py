@@ -8,6 +8,7 @@ from batchrun.records import Notice
 from batchrun.report.cost_lines import about_cost
 from batchrun.report.wording import plural
 from batchrun.row_status import failing
+from batchrun.startup import search_fees
 from batchrun.startup.resume import Plan
 from batchrun.store.totals import Totals
 
@@ -53,4 +54,6 @@ def start_lines(job: Job, plan: Plan, where: Path, totals: Totals, lost: int, *,
         )
         for model in unknown
     ]
+    if (fees := search_fees.warning(job, plan.prices)) is not None:
+        lines.append(fees)
     return lines

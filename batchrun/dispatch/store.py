@@ -7,7 +7,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.dispatch.result_queue import ResultQueue
-from batchrun.records import Completion, Ending, Status
+from batchrun.records import CompletionRecord, Ending, Status
 from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks
@@ -89,7 +89,7 @@ class OpenRun(msgspec.Struct, frozen=True):
 
     def settled(self, ending: Ending, chunk: OpenChunk) -> None:
         """The row's completion is durable: it goes to the reader, and its chunk to the sealer after the last row."""
-        if self.results is not None and isinstance(ending, Completion):
+        if self.results is not None and isinstance(ending, CompletionRecord):
             self.results.put(ending, chunk)
         chunk.left -= 1
         if not chunk.left and self.store.canary is None:  # the canary is judged by records in the database

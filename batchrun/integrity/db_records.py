@@ -12,7 +12,7 @@ import msgspec
 from batchrun.durable import disk_errors
 from batchrun.integrity import damaged_db
 from batchrun.integrity.damaged_db import FRAME_HEADER_BYTES, LOG_HEADER_BYTES
-from batchrun.records import FAILURES, Completion, PossiblyBilled
+from batchrun.records import FAILURES, CompletionRecord, PossiblyBilled
 from batchrun.store import db_tables
 from batchrun.store.at_rest import private_copy, wal_of
 from batchrun.store.checkpoint import FORMAT
@@ -36,7 +36,7 @@ class DbRecords(msgspec.Struct, frozen=True):
     manifest: dict[str, str]
     invocations: list[Record]
     chunks: list[Chunk]
-    rows: dict[int, Completion]
+    rows: dict[int, CompletionRecord]
     attempts: list[Record]
     possibly_billed: list[PossiblyBilled]
     totals: Totals

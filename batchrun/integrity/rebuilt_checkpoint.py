@@ -17,11 +17,11 @@ from batchrun.store.checkpoint import FORMAT
 from batchrun.store.commits import SPILL
 from batchrun.store.database import Database, Record
 from batchrun.store.db_tables import Chunk, Reopened
-from batchrun.store.in_flight import InFlight
+from batchrun.store.in_flight import NamedRequest
 from batchrun.store.ledger import SINCE
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
-from batchrun.store.spill import Frame
+from batchrun.store.spill import SpillFrame
 from batchrun.store.totals import DISCARDED, FIGURES, LOST, UNSTATED, plus
 from batchrun.tables import booked
 
@@ -34,10 +34,10 @@ _KEPT_ENTRIES = (
 )  # and not that the run is finished
 
 
-class Account:
+class KeptSums:
     """The sums over the kept rows: their chunks, their statuses, their cost."""
 
-    def __init__(self, flying: Sequence[InFlight], spilled: Sequence[Frame]) -> None:
+    def __init__(self, flying: Sequence[NamedRequest], spilled: Sequence[SpillFrame]) -> None:
         """`flying` were in flight when the old run's last process ended; no start has stored `spilled` yet."""
         self.spilled = spilled
         self.chunks: list[Chunk] = []
@@ -96,7 +96,7 @@ class Account:
             _add(changes, msgspec.structs.replace(unbooked, rows=0, reused=0, duplicates=0, saved_usd=Decimal(0)))
         return list(changes.values())
 
-    def without_known_end(self, known: DbRecords) -> list[InFlight]:
+    def without_known_end(self, known: DbRecords) -> list[NamedRequest]:
         """Requests in flight without a recorded end, as the next start would have found them."""
         ended = {record[:2] for record in known.attempts if record[-1] >= known.since}
         ended |= {(doubt.row, doubt.n) for doubt in known.possibly_billed if doubt.invocation >= known.since}
@@ -122,7 +122,7 @@ def _difference(wanted: TotalsLine | None, line: TotalsLine) -> TotalsLine:
     return TotalsLine(*wanted.key, **figures)
 
 
-def write(old: RunDirectory, known: DbRecords, account: Account, new: RunDirectory) -> None:
+def write(old: RunDirectory, known: DbRecords, account: KeptSums, new: RunDirectory) -> None:
     """Writes the checkpoint of the new directory, which a start resumes."""
     invocation = max((record[0] for record in known.invocations), default=1)
     prefix = Manifest.decode(known.manifest).attempt_prefix
@@ -169,9 +169,9 @@ def write(old: RunDirectory, known: DbRecords, account: Account, new: RunDirecto
             shutil.copyfile(kept, new.path / kept.name)
 
 
-def spilled(directory: RunDirectory) -> list[Frame]:
+def spilled(directory: RunDirectory) -> list[SpillFrame]:
     """The spilled answers, up to the first frame that can't be read."""
-    frames: list[Frame] = []
+    frames: list[SpillFrame] = []
     with contextlib.suppress(CheckpointError):
         for frame in spill.read(directory.checkpoint.with_name(SPILL)):
             frames.append(frame)  # one by one: those before the damage count

@@ -23,7 +23,7 @@ from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity import readable_groups, rebuilt_checkpoint
 from batchrun.integrity.db_records import DbRecords
 from batchrun.integrity.findings import Findings
-from batchrun.integrity.rebuilt_checkpoint import Account
+from batchrun.integrity.rebuilt_checkpoint import KeptSums
 from batchrun.integrity.sound_rows import NO_END, SoundRows
 from batchrun.integrity.verify import inspected
 from batchrun.job.job import SIMULATOR, Job
@@ -159,7 +159,7 @@ class Salvage:
                 self._builders.append(RequestBuilder(Job(endpoint, request=variant.request), manifest.dialect))
         self._parsed = JSON if manifest is None else manifest.answer_column
         self._kept = SoundRows(old, known, self._schema, self._prefix)
-        self.account = Account(in_flight.read(old.inflight), rebuilt_checkpoint.spilled(old))
+        self.account = KeptSums(in_flight.read(old.inflight), rebuilt_checkpoint.spilled(old))
         self.missing = 0
 
     def write(self) -> None:

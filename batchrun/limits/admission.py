@@ -121,9 +121,9 @@ class Decision(msgspec.Struct, frozen=True):
     """What an outcome means for rows.
 
     `hold`: the verdict concerns the whole run and is not confirmed: keep this row unsettled, and send it again only
-    when no other row is left. `own`: rows held earlier whose verdict proved to be only theirs: settle them by it. A
-    row still held when the gate has closed stays pending. `elsewhere`: this row or held ones, whose endpoint was set
-    aside: send them again, to another endpoint.
+    when no other row is left. `own`: rows held earlier whose verdict proved to be only theirs: settle them by it (with
+    `hold`: this row, at once). A row still held when the gate has closed stays pending. `elsewhere`: this row or held
+    ones, whose endpoint was set aside: send them again, to another endpoint.
     """
 
     hold: bool = False

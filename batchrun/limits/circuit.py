@@ -27,6 +27,13 @@ MOST_DISPROVED = 4
 """Each run-wide verdict that an answer disproved makes the next one need one more confirmation, up to five: a gateway
 with one bad key among several refuses rows at random, and a revoked key refuses them all."""
 
+ACCEPTED_BESIDE = 2
+"""This many rows that were sent after a refused one and accepted, by the same key, show that the verdict was not the
+run's. One may have reached another process of a server that just revoked the key."""
+
+REFUSED_IN_A_ROW = 6
+"""Where accepted rows showed that, a run-wide verdict is its row's own until so many come without an answer between."""
+
 FIRST_REACH_S = 15.0
 """How long to try an endpoint that never sent a byte: a DNS hiccup is over by then, a wrong name is not."""
 
@@ -67,9 +74,12 @@ HOLD = Decision(hold=True)
 
 
 class _Suspicion(msgspec.Struct, frozen=True):
-    """A run-wide verdict that only one row has met; attempts of order >= `since` were sent after it."""
+    """A run-wide verdict that only one row has met, with its attempt of this `order`; attempts of order >= `since` were
+    sent after it.
+    """
 
     verdict: Verdict
+    order: int
     since: int
 
 
@@ -82,7 +92,8 @@ class Circuit:
 
     An **episode** begins whenever the endpoint's state becomes doubtful. Each attempt has an `order` among all that
     were admitted: one sent before the episode is no evidence of the present. For the same reason only a row sent
-    *after* a verdict can disprove it: when a key is revoked, older requests still succeed for minutes.
+    *after* a verdict can disprove it: when a key is revoked, older requests still succeed for minutes. Two that were
+    sent after the *refused* one disprove it, too, and a second verdict stops nothing while such rows are in flight.
     """
 
     def __init__(
@@ -114,6 +125,11 @@ class Circuit:
         self._unanswered = Unanswered()
         self._suspicions: dict[int, _Suspicion] = {}
         self._confirmed = self._disproved = 0
+        self._in_flight_before = 0  # attempts in flight that were sent after the first suspect, at most
+        self._accepted_beside = 0
+        self._unheard_stop: Stop | None = None  # confirmed, but rows in flight may still disprove it
+        self._has_several_keys = False
+        self._refused_in_a_row = self._successes_then = 0
         self._first_failures: list[RowError | None] | None = None if resumed else []
 
     @property
@@ -144,8 +160,10 @@ class Circuit:
                 return self._room(now_s)
             case Cooling(why=why):
                 self._probe(why)
-            case Stopped():
-                return Binding(Limit.STOPPED)
+            case Probing():
+                self._stop_if_heard()
+        if isinstance(self.phase, Stopped):
+            return Binding(Limit.STOPPED)
         return Binding(Limit.PROBING) if self._probe_out else None
 
     def _room(self, now_s: float) -> Binding | None:
@@ -166,6 +184,8 @@ class Circuit:
         """An admitted attempt is no longer in flight: it ended, or was never sent."""
         if order >= self._trouble:
             self.out -= 1
+            if order < self._episode:
+                self._in_flight_before -= 1
         if order >= self._episode:
             self._probe_out = False
 
@@ -177,13 +197,15 @@ class Circuit:
     def reopen(self, why: str) -> None:
         """After a stop: one row at a time is sent again, because the cause may be gone (a replaced key)."""
         self._suspicions.clear()
-        self._confirmed = self._disproved = 0
+        self._confirmed = self._disproved = self._accepted_beside = 0
+        self._unheard_stop = None
+        self._has_several_keys = False
         self._unanswered.forget()
         self._failing_since_s = None
         self._first_failures = None
         self._coolings = 0
         self._episode = self._trouble = self._sent
-        self.out = 0
+        self.out = self._in_flight_before = 0
         self.phase, before = OPEN, self.phase
         self._on_change(before, self.phase)
         self._probe(why)
@@ -195,6 +217,7 @@ class Circuit:
         self._first_failures = None
         own = self._cleared_by(row, order) if self._suspicions else ()
         self._answered(order, now_s)
+        self._stop_if_heard()
         return Decision(own=own) if own else PROCEED
 
     def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Decision:
@@ -205,8 +228,11 @@ class Circuit:
         if outcome.verdict is OK:
             return self.answered(outcome.row, order, now_s)
         self.withdraw(order)
-        if outcome.says_nothing:
-            return PROCEED
+        decision = PROCEED if outcome.says_nothing else self._failed(outcome, order, now_s, finding)
+        self._stop_if_heard()
+        return decision
+
+    def _failed(self, outcome: Outcome, order: int, now_s: float, finding: Finding) -> Decision:
         match outcome.verdict:
             case Verdict.ROW:
                 return self._row_failed(outcome, order, now_s)
@@ -216,6 +242,8 @@ class Circuit:
                 return self._refused(outcome, order, now_s, finding)
             case Verdict.PAUSE | Verdict.STOP:
                 return self._run_failed(outcome, order)
+            case Verdict.OK:
+                raise AssertionError("a good answer is no failure")
             case _:
                 assert_never(outcome.verdict)
 
@@ -246,7 +274,7 @@ class Circuit:
         if self._of_another_api > 1:
             self.close(Stop(ExitCode.USAGE, _reason(error)))
         elif self.phase is OPEN:
-            self._episode = self._sent
+            self._episode, self._in_flight_before = self._sent, 0
             self._probe(_reason(error))
         return PROCEED
 
@@ -274,17 +302,34 @@ class Circuit:
         """A second row with the same verdict, sent after the first one had it, stops the run; so does the same row
         again, sent when no other is left. Once such a verdict was disproved, more of them are needed.
         """
+        if self._is_own(outcome):
+            return Decision(hold=True, own=(outcome.row,))
         alike = [each.since for each in self._suspicions.values() if each.verdict is outcome.verdict]
         if alike and order < min(alike):  # where one key of several is bad, two rows at once may well meet it
-            self._suspicions[outcome.row] = _Suspicion(outcome.verdict, min(alike))
+            self._suspicions[outcome.row] = _Suspicion(outcome.verdict, order, min(alike))
             return HOLD
         self._confirmed += bool(alike)
         if self._confirmed > min(self._disproved, MOST_DISPROVED):
             exit_code = ExitCode.PAUSED if outcome.verdict is Verdict.PAUSE else ExitCode.USAGE
-            self.close(Stop(exit_code, _reason(outcome.error)))
+            self._unheard_stop = Stop(exit_code, _reason(outcome.error))
+            self._suspicions[outcome.row] = _Suspicion(outcome.verdict, order, self._sent)
+            self._probe_out = True  # no other row until those in flight have ended
         else:
-            self._suspect(outcome)
+            self._suspect(outcome, order)
         return HOLD
+
+    def _is_own(self, outcome: Outcome) -> bool:
+        """Whether the verdict is its row's alone: where rows beside such a one were accepted before, and after it."""
+        if not self._has_several_keys or self._suspicions:
+            return False
+        self._refused_in_a_row = 1 + (self._refused_in_a_row if self.successes == self._successes_then else 0)
+        self._successes_then = self.successes
+        return self._refused_in_a_row < REFUSED_IN_A_ROW
+
+    def _stop_if_heard(self) -> None:
+        """Stops as two rows agreed, once every row that was in flight with them has ended."""
+        if self._unheard_stop is not None and self._in_flight_before <= 0:
+            self.close(self._unheard_stop)
 
     def _answered(self, order: int, now_s: float) -> None:
         """An answer came. If sent after the last trouble, it closes the episode and may allow more in flight."""
@@ -315,20 +360,28 @@ class Circuit:
         elif len(failures) == ALIKE_ROWS:
             self.close(Stop(ExitCode.USAGE, f"the first {ALIKE_ROWS} rows all failed alike: {_reason(error)}"))
 
-    def _suspect(self, outcome: Outcome) -> None:
+    def _suspect(self, outcome: Outcome, order: int) -> None:
         """Admission stops except for one row at a time, which shows whether the verdict concerns the run."""
+        if not self._suspicions:
+            self._in_flight_before = min(self.out, self._sent - 1 - order)  # only those sent after it matter
         self._episode = self._sent
-        self._suspicions[outcome.row] = _Suspicion(outcome.verdict, self._episode)
+        self._suspicions[outcome.row] = _Suspicion(outcome.verdict, order, self._episode)
         if not isinstance(self.phase, Cooling | Stopped):
             self._probe(_reason(outcome.error))
 
     def _cleared_by(self, row: int, order: int) -> tuple[int, ...]:
         """Drops suspicions that this success disproves; returns the other rows whose verdict was their own."""
-        cleared = [r for r, suspicion in self._suspicions.items() if r == row or order >= suspicion.since]
+        if order > min(suspicion.order for suspicion in self._suspicions.values()) and order < self._episode:
+            self._accepted_beside += 1
+        if self._accepted_beside >= ACCEPTED_BESIDE:
+            cleared, self._has_several_keys = list(self._suspicions), True
+        else:
+            cleared = [r for r, suspicion in self._suspicions.items() if r == row or order >= suspicion.since]
         for suspect in cleared:
             del self._suspicions[suspect]
         if cleared and not self._suspicions:
             self._confirmed, self._disproved = 0, self._disproved + 1
+            self._accepted_beside, self._unheard_stop = 0, None
         return tuple(suspect for suspect in cleared if suspect != row)
 
     def _outage_is_too_long(self, outcome: Outcome, now_s: float) -> bool:
@@ -369,7 +422,7 @@ class Circuit:
         self._episode = self._sent
         self._trouble = self._episode
         self._unanswered.forget()
-        self.out = 0
+        self.out = self._in_flight_before = 0
         self._extended = False
         self._enter(Cooling(until_s, why, because, probe))
 

@@ -61,7 +61,7 @@ def merge(shards: Sequence[CompleteShard], to: Path) -> Merged:
         DiskError: it can't be written.
     """
     target, building = RunDirectory(to), RunDirectory(to.with_name(to.name + durable.TEMP_SUFFIX))
-    writer = Writer(shards, building, target)
+    writer = MergedWriter(shards, building, target)
     if to.exists():
         before = writer.merged_before()
         _publish(target)
@@ -93,7 +93,7 @@ def _publish(directory: RunDirectory) -> None:
         shared_dataset.publish(result.finished(entries), directory, manifest.output.dataset, manifest.run_id)
 
 
-class Writer:
+class MergedWriter:
     """Writes the shards into an empty directory that will be renamed to `target`."""
 
     def __init__(self, shards: Sequence[CompleteShard], building: RunDirectory, target: RunDirectory) -> None:

@@ -14,8 +14,7 @@ from batchrun.store.rundir import RunDirectory
 
 
 def merged_manifest(shards: Sequence[CompleteShard], target: RunDirectory) -> Manifest:
-    """The manifest of the merged run. Its id is made of those of the shards, so that every merge of them is the same
-    run."""
+    """The manifest of the merged run."""
     every = [shard.manifest for shard in shards]
     models: Counter[str] = Counter()
     largest: dict[str, tuple[int, int]] = {}
@@ -28,6 +27,7 @@ def merged_manifest(shards: Sequence[CompleteShard], target: RunDirectory) -> Ma
     ids = "\n".join(each.run_id for each in every)
     return msgspec.structs.replace(
         every[0],
+        # made of the shards' ids, so that every merge of them is the same run
         run_id=hashlib.blake2b(ids.encode(), digest_size=6).hexdigest(),
         created_at=min(each.created_at for each in every),
         rows=sum(each.rows for each in every),

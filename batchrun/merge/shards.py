@@ -35,7 +35,7 @@ class ShardsError(BatchrunError):
         self.exit_code = exit_code
 
 
-class Problem(msgspec.Struct, frozen=True):
+class ShardProblem(msgspec.Struct, frozen=True):
     """The problem in one line. The exit code says what helps: 4 waiting, 2 other directories, 7 `verify`."""
 
     line: str
@@ -66,7 +66,7 @@ def read(places: Sequence[Path]) -> list[CompleteShard]:
         ShardsError: they are not all shards of one run, complete and intact.
     """
     found: list[CompleteShard] = []
-    problems: list[Problem] = []
+    problems: list[ShardProblem] = []
     unfinished: set[int] = set()
     for place in dict.fromkeys(path.resolve() for path in places):
         shown = next(path for path in places if path.resolve() == place)
@@ -85,31 +85,31 @@ def read(places: Sequence[Path]) -> list[CompleteShard]:
     return found
 
 
-def _read_one(place: Path) -> tuple[CompleteShard | None, InputShare | None, list[Problem]]:
+def _read_one(place: Path) -> tuple[CompleteShard | None, InputShare | None, list[ShardProblem]]:
     """The shard; the input it is a share of, if known; and its problems."""
     directory = RunDirectory(place)
     try:
         with inspected(directory) as inspection:
             damages, known = inspection.damages, inspection.known
     except RunLockedError:
-        return None, None, [Problem(f"{place}: a process works on it; wait for its end", ExitCode.STOPPED)]
+        return None, None, [ShardProblem(f"{place}: a process works on it; wait for its end", ExitCode.STOPPED)]
     except (InputError, CheckpointError) as error:
         code = ExitCode.USAGE if isinstance(error, InputError) else ExitCode.DAMAGED
-        return None, None, [Problem(str(error), code)]
+        return None, None, [ShardProblem(str(error), code)]
     if damages:
         first, more = damages[0], len(damages) - 1
         others = f" (and {plural(more, 'other damage')})" if more else ""
         what = f"{place}: damaged: {first.file}: {first.what}{others}; see batchrun verify {place}"
-        return None, None, [Problem(what, ExitCode.DAMAGED)]
+        return None, None, [ShardProblem(what, ExitCode.DAMAGED)]
     if Manifest.ENTRY not in known.manifest:
-        return None, None, [Problem(f"{place}: no row of it was sent yet; run it to its end", ExitCode.STOPPED)]
+        return None, None, [ShardProblem(f"{place}: no row of it was sent yet; run it to its end", ExitCode.STOPPED)]
     manifest = Manifest.decode(known.manifest)
     if (share := manifest.share) is None:
-        return None, None, [Problem(f"{place}: is not a shard; name runs with --shard", ExitCode.USAGE)]
+        return None, None, [ShardProblem(f"{place}: is not a shard; name runs with --shard", ExitCode.USAGE)]
     left = manifest.rows - known.totals.settled()
     if left or result.FINISHED not in known.manifest:
         what = f"{plural(left, 'row')} {are(left)} pending" if left else "its result is not written yet"
-        return None, share, [Problem(f"{place}: shard {share.shard}: {what}; run it to its end", ExitCode.STOPPED)]
+        return None, share, [ShardProblem(f"{place}: shard {share.shard}: {what}; run it to its end", ExitCode.STOPPED)]
     shard = CompleteShard(
         directory,
         known,
@@ -123,7 +123,7 @@ def _read_one(place: Path) -> tuple[CompleteShard | None, InputShare | None, lis
     return shard, share, []
 
 
-def _mismatches(found: Sequence[CompleteShard], unfinished: set[int]) -> Iterator[Problem]:
+def _mismatches(found: Sequence[CompleteShard], unfinished: set[int]) -> Iterator[ShardProblem]:
     """The problems that keep the shards from being one run."""
     if not found:
         return
@@ -133,23 +133,23 @@ def _mismatches(found: Sequence[CompleteShard], unfinished: set[int]) -> Iterato
     for place, shard in enumerate(found[1:], start=1):
         if differs := ", ".join(_differences(first, shard)):
             wrong.add(place)
-            yield Problem(
+            yield ShardProblem(
                 f"{shard.directory.path}: not of one run with {first.directory.path}: {differs}", ExitCode.USAGE
             )
     alike = [shard for place, shard in enumerate(found) if place not in wrong]
     for one, other in itertools.pairwise(alike):
         if one.number == other.number:
             both = f"{one.directory.path} and {other.directory.path}"
-            yield Problem(f"{both}: both are shard {one.share.shard}; name one of them", ExitCode.USAGE)
+            yield ShardProblem(f"{both}: both are shard {one.share.shard}; name one of them", ExitCode.USAGE)
         elif one.number + 1 == other.number and one.share.span.end != other.share.span.start.ordinal:
-            yield Problem(
+            yield ShardProblem(
                 f"{other.directory.path}: its rows don't follow those of {one.directory.path}", ExitCode.USAGE
             )
     missing = [str(number) for number in range(count) if number not in {shard.number for shard in alike} | unfinished]
     if missing:
         more = f" and {len(missing) - MOST_NAMED:,} more" if len(missing) > MOST_NAMED else ""
         which = f"shard {missing[0]}" if len(missing) == 1 else f"shards {', '.join(missing[:MOST_NAMED])}{more}"
-        yield Problem(f"{which} of {count} {are(len(missing))} not among these directories", ExitCode.STOPPED)
+        yield ShardProblem(f"{which} of {count} {are(len(missing))} not among these directories", ExitCode.STOPPED)
 
 
 def _differences(one: CompleteShard, other: CompleteShard) -> Iterator[str]:

@@ -17,7 +17,7 @@ from batchrun import prices
 from batchrun.errors import JobError
 from batchrun.job.settings import Price as Override
 from batchrun.price_list import newest
-from batchrun.price_list.tables import Model, Price, Vendor
+from batchrun.price_list.tables import ListedPrice, Model, Vendor
 
 VENDOR_PREFIX = "vtrix-"
 """The project's own vendor resells models under its own prefix and states no price."""
@@ -173,11 +173,11 @@ def table_of(
     )
 
 
-def _complete(price: Price) -> bool:
+def _complete(price: ListedPrice) -> bool:
     return price.input is not None and price.output is not None and not price.uncounted
 
 
-def _standard(found: Model, today: date) -> tuple[Price, list[prices.Hours]]:
+def _standard(found: Model, today: date) -> tuple[ListedPrice, list[prices.Hours]]:
     """The price of today for all hours, and those that hold instead at some hours of the day."""
     standard, clock = found.prices[0], list[prices.Hours]()
     for price in found.prices:
@@ -189,7 +189,7 @@ def _standard(found: Model, today: date) -> tuple[Price, list[prices.Hours]]:
     return standard, clock
 
 
-def _steps(price: Price, instead: Price | None = None) -> prices.Tiers:
+def _steps(price: ListedPrice, instead: ListedPrice | None = None) -> prices.Tiers:
     """A price of the list, which has its steps by kind of token, as steps of all kinds. Missing prices are taken
     from the other.
     """

@@ -41,7 +41,7 @@ class Rate(msgspec.Struct, frozen=True, array_like=True):
         return next((price for start, price in reversed(self.steps) if start <= prompt_tokens), self.base)
 
 
-class Price(msgspec.Struct, frozen=True):
+class ListedPrice(msgspec.Struct, frozen=True):
     """The price of one model: from the day `since`, or at some `hours` (first and end, seconds of the day in UTC).
 
     `tier`: for answers that name this service tier; prices that it lacks are those without a tier. `uncounted`:
@@ -68,8 +68,8 @@ class Model(msgspec.Struct, frozen=True):
     """A model under all its names. The last of `prices` that holds counts, if none does the first."""
 
     match: Match
-    prices: tuple[Price, ...]
-    tiers: tuple[Price, ...] = ()
+    prices: tuple[ListedPrice, ...]
+    tiers: tuple[ListedPrice, ...] = ()
 
 
 class Vendor(msgspec.Struct, frozen=True, dict=True):

@@ -16,7 +16,7 @@ from batchrun.report.cost_lines import up_to
 from batchrun.report.earlier_runs import Against, Compared
 from batchrun.report.figures import FIGURES, BillLine, added
 from batchrun.report.findings import Finding
-from batchrun.report.keys import KEYS, OF_LINES, Span, day_of, group, keys
+from batchrun.report.keys import KEYS, OF_LINES, DaySpan, day_of, group, keys
 from batchrun.report.latencies import Scanned
 from batchrun.report.runs import Account, FoundRun, LeftOut, Runs
 from batchrun.run_summary import TotalsLine
@@ -40,7 +40,7 @@ class WithoutUsage(msgspec.Struct, frozen=True):
     offline_completion_tokens: int
 
 
-class Expected(msgspec.Struct, frozen=True):
+class ExpectedCost(msgspec.Struct, frozen=True):
     """The estimated cost of complete runs before their first request, and their real cost."""
 
     runs: int
@@ -67,9 +67,9 @@ class Bill(msgspec.Struct, frozen=True):
     lost: int
     without_usage: tuple[WithoutUsage, ...]
     unpriced: dict[str, int]
-    estimated: Expected | None
+    estimated: ExpectedCost | None
     left_out: tuple[LeftOut, ...]
-    span: Span = Span()
+    span: DaySpan = DaySpan()
     unread: int = 0
     unfinished: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
@@ -82,7 +82,7 @@ class Bill(msgspec.Struct, frozen=True):
         return any(each.jumped for each in self.against)
 
 
-class Counted(NamedTuple):
+class CountedRun(NamedTuple):
     """A run, those of its lines that are within the span, and its rows' latencies by some of the keys."""
 
     found: FoundRun
@@ -94,18 +94,18 @@ class Query(msgspec.Struct, frozen=True):
     """The options of a bill: `limits` adds findings by these thresholds, `against` a comparison with earlier runs."""
 
     by: tuple[str, ...] = ("job", "model")
-    span: Span = Span()
+    span: DaySpan = DaySpan()
     limits: Mapping[str, float] | None = None
     against: Against | None = None
 
 
-def collect(paths: Sequence[Path], by: tuple[str, ...], span: Span | None = None) -> Bill:
+def collect(paths: Sequence[Path], by: tuple[str, ...], span: DaySpan | None = None) -> Bill:
     """The bill over every run that the paths name or hold, each run counted once, in any order.
 
     Raises:
         InputError: a path holds no run, or one that can't be read.
     """
-    return of_runs(runs.find(paths), Query(by, span or Span()))
+    return of_runs(runs.find(paths), Query(by, span or DaySpan()))
 
 
 def of_runs(found: Runs, query: Query) -> Bill:
@@ -130,7 +130,7 @@ def what_if(bill: Bill, prices: str, before_usd: Decimal, after_usd: Decimal, ke
     return msgspec.structs.replace(bill, supposed="; ".join([supposed, *kept]))
 
 
-def counted(found: Sequence[FoundRun], by: tuple[str, ...], span: Span, *, rows: bool = True) -> list[Counted]:
+def counted(found: Sequence[FoundRun], by: tuple[str, ...], span: DaySpan, *, rows: bool = True) -> list[CountedRun]:
     """The runs with lines within the span, in order."""
     with ThreadPoolExecutor(READERS) as pool:
         every = list(pool.map(functools.partial(_counted, by=by, span=span, rows=rows), found))
@@ -138,21 +138,21 @@ def counted(found: Sequence[FoundRun], by: tuple[str, ...], span: Span, *, rows:
     return [each for each in every if each.lines or not ends]
 
 
-def _counted(found: FoundRun, *, by: tuple[str, ...], span: Span, rows: bool) -> Counted:
+def _counted(found: FoundRun, *, by: tuple[str, ...], span: DaySpan, rows: bool) -> CountedRun:
     began = day_of(found.account.began, span.zone)
     lines = [line for line in days.localised(found, span.zone) if span.holds(line.day, began)]
     if not rows:
-        return Counted(found, lines, None)
+        return CountedRun(found, lines, None)
     names = _scanned_by(by, span)
     scanned = run_rows.if_readable(found.place, lambda result: latencies.scan(result, names, span.zone))
     if scanned is not None and "day" in names:
         place = names.index("day")
         for values in [values for values in scanned if not span.holds(str(values[place]), began)]:
             del scanned[values]
-    return Counted(found, lines, scanned)
+    return CountedRun(found, lines, scanned)
 
 
-def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tuple[LeftOut, ...]) -> Bill:
+def fold(every: Sequence[CountedRun], by: tuple[str, ...], span: DaySpan, left_out: tuple[LeftOut, ...]) -> Bill:
     """The bill over runs that were counted."""
     lines: dict[tuple[str, ...], BillLine] = {}
     total = BillLine(("total",))
@@ -196,7 +196,7 @@ def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tu
     )
 
 
-def _grouped(each: Counted, whole: BillLine, by: tuple[str, ...], span: Span) -> dict[tuple[str, ...], BillLine]:
+def _grouped(each: CountedRun, whole: BillLine, by: tuple[str, ...], span: DaySpan) -> dict[tuple[str, ...], BillLine]:
     """One run's lines by group. A group that holds the whole run also has the figures that only a whole run has."""
     if not OF_LINES & set(by):
         place = group(by, each.found, TotalsLine(0, "", ""), span.zone)
@@ -242,7 +242,7 @@ def _of_line(line: TotalsLine) -> BillLine:
     )
 
 
-def _of_run(whole: BillLine, each: Counted) -> BillLine:
+def _of_run(whole: BillLine, each: CountedRun) -> BillLine:
     """The run's sums, with the figures that only a whole run has."""
     account, scanned = each.found.account, each.scanned
     expected = _expected([account])
@@ -282,7 +282,7 @@ _ROWS = {
 }
 
 
-def _scanned_by(by: tuple[str, ...], span: Span) -> list[str]:
+def _scanned_by(by: tuple[str, ...], span: DaySpan) -> list[str]:
     """The columns by which rows must be counted for these keys."""
     needed = [_ROWS[key] for key in by if key in _ROWS]
     if span.since is not None or span.until is not None:
@@ -290,7 +290,7 @@ def _scanned_by(by: tuple[str, ...], span: Span) -> list[str]:
     return list(dict.fromkeys(needed))
 
 
-def _expected(accounts: Sequence[Account]) -> Expected | None:
+def _expected(accounts: Sequence[Account]) -> ExpectedCost | None:
     """None if no complete run has both an estimate and a cost."""
     known = [
         (account.estimate.expected_usd, account.cost_usd)
@@ -300,4 +300,4 @@ def _expected(accounts: Sequence[Account]) -> Expected | None:
     ]
     if not known:
         return None
-    return Expected(len(known), sum((e for e, _ in known), Decimal(0)), sum((c for _, c in known), Decimal(0)))
+    return ExpectedCost(len(known), sum((e for e, _ in known), Decimal(0)), sum((c for _, c in known), Decimal(0)))

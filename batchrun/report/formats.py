@@ -15,7 +15,7 @@ from batchrun.report import drift
 from batchrun.report.bill import Bill
 from batchrun.report.cost_lines import possibly_billed
 from batchrun.report.figures import FIGURES, BillLine, Value, figure, kind
-from batchrun.report.keys import Span
+from batchrun.report.keys import DaySpan
 from batchrun.report.text_table import aligned
 from batchrun.report.wording import plural
 from batchrun.store.rundir import RunDirectory
@@ -258,7 +258,7 @@ def remarks(bill: Bill) -> Iterator[str]:
         yield f"not complete: {', '.join(map(_one_line, bill.unfinished[:5]))}{more}"
     if bill.unread and bill.unread < bill.runs:
         yield f"latency: without {plural(bill.unread, 'run')} whose rows can't be read"
-    if (span := bill.span) != Span():
+    if (span := bill.span) != DaySpan():
         ends = (f" from {span.since}" if span.since else "") + (f" to {span.until}" if span.until else "")
         yield f"days are in {span.zone}{'; only money spent' + ends if ends else ''}"
     for each in bill.left_out:

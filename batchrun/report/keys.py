@@ -21,7 +21,7 @@ OF_LINES = frozenset({"day", "month", "model", "service_tier", "status"})
 UNKNOWN = "unknown"
 
 
-class Span(msgspec.Struct, frozen=True):
+class DaySpan(msgspec.Struct, frozen=True):
     """From `since` to `until`, both included; None: no end. The days are those of `zone`."""
 
     zone: str = "UTC"
@@ -54,7 +54,7 @@ def keys(by: str) -> tuple[str, ...]:
     return named
 
 
-def span(zone: str, since: str | None, until: str | None) -> Span:
+def span(zone: str, since: str | None, until: str | None) -> DaySpan:
     """The days between two dates, in the time zone of that name; `local` is the machine's.
 
     Raises:
@@ -73,7 +73,7 @@ def span(zone: str, since: str | None, until: str | None) -> Span:
     first, last = _date("--since", since), _date("--until", until)
     if first is not None and last is not None and first > last:
         raise JobError(f"--since {since} is after --until {until}")
-    return Span(name, first, last)
+    return DaySpan(name, first, last)
 
 
 def _date(flag: str, text: str | None) -> date | None:

@@ -16,9 +16,9 @@ import pyarrow.compute
 
 from batchrun.records import RowError
 from batchrun.report import latencies, run_rows
-from batchrun.report.bill import Bill, Counted, fold
+from batchrun.report.bill import Bill, CountedRun, fold
 from batchrun.report.charts import COLOURS, Chart
-from batchrun.report.keys import Span, night
+from batchrun.report.keys import DaySpan, night
 from batchrun.report.run_rows import Result
 from batchrun.report.runs import FoundRun
 
@@ -32,7 +32,7 @@ BINS = 40
 """Points of the throughput chart."""
 
 
-class Failure(msgspec.Struct, frozen=True):
+class FailureKind(msgspec.Struct, frozen=True):
     """One kind of failure: its rows, and one of their messages, which never holds the API key."""
 
     kind: str
@@ -56,11 +56,11 @@ class CostlyRow(NamedTuple):
 class Rows(NamedTuple):
     """Data collected from the rows of every run."""
 
-    failures: list[Failure]
+    failures: list[FailureKind]
     costliest: list[CostlyRow]
 
 
-def by_night(every: Sequence[Counted], span: Span) -> list[Chart]:
+def by_night(every: Sequence[CountedRun], span: DaySpan) -> list[Chart]:
     """Cost by model, and tokens by kind, night by night."""
     key = "night" if len({night(each.found, span.zone) for each in every}) <= MOST_NIGHTS else "month"
     bill = fold(every, (key, "model"), span, ())
@@ -132,7 +132,7 @@ def _by_second(result: Result) -> Counter[int]:
     return seconds
 
 
-def rows(found: Sequence[FoundRun], span: Span) -> Rows:
+def rows(found: Sequence[FoundRun], span: DaySpan) -> Rows:
     """Failures by kind, the commonest first, and the most expensive rows, of every run whose rows can be read."""
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -143,14 +143,14 @@ def rows(found: Sequence[FoundRun], span: Span) -> Rows:
             counts.update(of_run[0])
             examples = {**of_run[1], **examples}
             costliest += of_run[2]
-    failures = [Failure(kind, count, examples[kind]) for kind, count in counts.most_common()]
+    failures = [FailureKind(kind, count, examples[kind]) for kind, count in counts.most_common()]
     return Rows(failures, _most_costly(costliest))
 
 
 _COLUMNS = ("row", "status", "attempts", "prompt_tokens", "completion_tokens", "cost_usd", "error")
 
 
-def _of_run(found: FoundRun, span: Span, result: Result) -> tuple[Counter[str], dict[str, str], list[CostlyRow]]:
+def _of_run(found: FoundRun, span: DaySpan, result: Result) -> tuple[Counter[str], dict[str, str], list[CostlyRow]]:
     """How many rows each kind of failure has, an example of each, and the run's most expensive rows."""
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}

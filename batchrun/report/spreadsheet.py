@@ -14,8 +14,8 @@ _FORMS = {"usd": "#,##0.000000", "share": "0.0%", "seconds": "#,##0.00", "ratio"
 
 
 def workbook(bill: Bill, columns: Sequence[str], remarks: Sequence[str]) -> bytes:
-    """Three sheets: figures as numbers that can be added; the same with money as text, because a number in a
-    cell has only 15 digits; and what the figures do not cover.
+    """Three sheets: figures as numbers that can be added; the same with money as text; and what the figures do not
+    cover.
 
     Raises:
         JobError: xlsxwriter is not installed.
@@ -29,7 +29,7 @@ def workbook(bill: Bill, columns: Sequence[str], remarks: Sequence[str]) -> byte
     with xlsxwriter.Workbook(content, {"in_memory": True, **safe}) as book:
         head = book.add_format({"bold": True, "bottom": 1, "text_wrap": True})
         forms = {name: book.add_format({"num_format": form}) for name, form in _FORMS.items()}
-        for title, as_text in (("bill", False), ("exact", True)):
+        for title, as_text in (("bill", False), ("exact", True)):  # a number in a cell has only 15 digits
             sheet = book.add_worksheet(title)
             sheet.freeze_panes(1, len(bill.by))
             sheet.set_column(0, len(bill.by) - 1, 22)

@@ -135,7 +135,7 @@ _NO_COLUMNS = frozenset({ROW, "true", "false", "none", "True", "False", "None", 
 def _plain_pieces(text: str) -> _Pieces | None:
     """The template as texts and columns, where it is nothing else: no filter, no expression, no statement.
 
-    Jinja makes the same of it (`test_simple_templates_equal_jinja` in tests/unit/test_request.py), and
+    Jinja makes the same of it (`test_simple_templates_render_as_jinja` in tests/unit/test_request.py), and
     need not be loaded.
     """
     *parts, last = _ONE_COLUMN.split(re.sub(r"\r\n?", "\n", text))

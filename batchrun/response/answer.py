@@ -262,6 +262,8 @@ class _StreamedAnswer:
                 {"index": index, "message": message.whole(), "finish_reason": self._finish_reasons.get(index)}
                 for index, message in sorted(self._messages.items())
             ]
+        elif 0 in self._finish_reasons:
+            whole["choices"] = [{"index": 0, "finish_reason": self._finish_reasons[0]}]
         of_choices = usages.of_choices(self._usages.values())
         if of_choices is not None and usages.of(whole.get("usage")) is None:
             whole["usage"] = usages.joined(whole.get("usage"), of_choices)

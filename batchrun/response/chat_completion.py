@@ -13,7 +13,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from batchrun.records import Answer, Choice, Usage
-from batchrun.response import billed_apart, error_body, messages, responses_object
+from batchrun.response import billed_apart, blocked, error_body, messages, responses_object
 from batchrun.response import usage as usages
 from batchrun.response.finish_reasons import Meaning, meaning_of
 from batchrun.response.usage import MAX_COUNT, MAX_UNSTATED
@@ -21,7 +21,7 @@ from batchrun.response.usage import MAX_COUNT, MAX_UNSTATED
 MAX_CREATED = 253_402_300_799
 """The end of year 9999: what is later fits into no timestamp."""
 
-LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata", "output")
+LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata", "output", *blocked.RESULTS)
 """In a stream the last event that has one of these counts; of `usage` and `error` the last that says something."""
 
 Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
@@ -141,7 +141,7 @@ def parse_object(body: dict[str, Any], flagged: bool) -> Answer:
             reported_cost_usd=reported_cost_usd,
             billed_apart=apart,
         )
-        return with_failure(read, failure)
+        return with_failure(read, failure or blocked.failure_in(body, finish_reason))
 
     calls = message.get("tool_calls")
     tool_calls, shown = messages.as_text(calls) if calls and isinstance(calls, list) else (None, True)

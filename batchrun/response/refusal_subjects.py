@@ -100,10 +100,13 @@ _PATTERNS: Mapping[Subject, Pattern] = {
         _I,
     ),
     # OpenAI, with a 429 in the words of a pace: "Request too large for ... on tokens per min (TPM): Limit 10000,
-    # Requested 20000. The input or output tokens must be reduced"; Groq: "please reduce your message size"
+    # Requested 20000. The input or output tokens must be reduced"; Groq: "please reduce your message size and
+    # try again". Anthropic's is of the pace: "Please reduce the prompt length or the maximum tokens requested, or try
+    # again later"
     Subject.TOO_LARGE: Pattern(
         r"\b(request|prompt|input|message|context)s?[ _](is[ _]|was[ _])?too[ _](large|long|big)\b"
-        r"|\btokens must be reduced|\breduce (your|the) (message|prompt|input|context|length|request size)"
+        r"|\btokens must be reduced|\breduce (your|the) (message|prompt|input|context|length|request size)\b"
+        r"(?!.{0,80}\b(or (try|retry|wait)\b|(try again|retry) (later|in|after)\b))"
         r"|context[ _]length[ _]exceeded|maximum context length",
         _I,
     ),

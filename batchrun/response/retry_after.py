@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 LEAST_EPOCH_S = 1.5e9
 """A larger number of seconds is not a wait but a time: seconds since 1970 or, if a thousand times as large, ms."""
 
-MOST_RESET_S = 86_400.0
+MOST_RESET_S = 86_400.0  # the longest known limits are per day
 
 RESETS = (
     ("x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"),

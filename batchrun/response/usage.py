@@ -287,6 +287,8 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
         return None
 
     cached, written, reasoning = _largest(usage, _CACHED), _largest(usage, _WRITTEN), _largest(usage, _REASONING)
+    if cached and cached == written and cached <= prompt < 2 * cached and total == prompt + completion:
+        written = 0  # a gateway kept the count of an earlier event of its stream: the same tokens were only read
     cache = (cached or 0) + (written or 0)
     if cache and _cache_is_beside(usage, prompt, cache, (total or 0) - prompt - completion, reasoning or 0):
         prompt += cache

@@ -94,13 +94,13 @@ def column(path: InputFile, name: str) -> Iterator[pa.RecordBatch]:
 
 
 def require_writable(schema: pa.Schema, place: str = "") -> None:
-    """Reject columns that a Parquet file can't hold, because the output is one.
+    """Rejects columns that a Parquet file can't hold, because the output is one.
 
     Raises:
         InputError: names `place`, the column, its type, and what to do.
     """
     for field in schema:
-        try:
+        try:  # pyarrow has no other check
             pq.ParquetWriter(io.BytesIO(), pa.schema([field])).close()
         except pa.ArrowException as error:
             what = f"{place}column '{field.name}' of type {field.type}: " + str(error).splitlines()[0].rstrip(".")

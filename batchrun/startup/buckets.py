@@ -1,4 +1,4 @@
-"""Digests with a number each, any many of them, spread over buckets so that equal ones are together, in flat memory."""
+"""Any number of digests with a number each, spread over buckets so that equal ones are together, in flat memory."""
 
 import os
 import struct

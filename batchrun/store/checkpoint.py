@@ -14,7 +14,7 @@ import msgspec
 
 from batchrun.durable import disk_errors, fsync
 from batchrun.errors import BatchrunError, DiskError
-from batchrun.records import Completion, Discarded, Ending, PossiblyBilled
+from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled
 from batchrun.run_summary import TotalsLine
 from batchrun.store import db_tables
 from batchrun.store.commits import Commits, Listeners
@@ -224,7 +224,7 @@ class Checkpoint:
             lambda: {record[0] for record in self._between("rows", chunk.first_row, chunk.end_row)}
         )
 
-    def completions(self, first_row: int, end_row: int) -> list[Completion]:
+    def completions(self, first_row: int, end_row: int) -> list[CompletionRecord]:
         """The completions of rows `first_row` to `end_row` - 1, in order; their usage is in their `raw`."""
         return self._commits.call(
             lambda: [db_tables.completion(record) for record in self._between("rows", first_row, end_row)]
@@ -242,11 +242,11 @@ class Checkpoint:
 
         return self._commits.call(read)
 
-    def records_of(self, rows: Sequence[int]) -> list[Completion]:
+    def records_of(self, rows: Sequence[int]) -> list[CompletionRecord]:
         """The completions of these rows that the database still has, in order of rows."""
 
-        def read() -> list[Completion]:
-            found: dict[int, Completion] = {}
+        def read() -> list[CompletionRecord]:
+            found: dict[int, CompletionRecord] = {}
             for table in ("originals", "rows"):  # the newer record is the one of an open chunk
                 for group in groups(rows):
                     records = self._database.records(table, among(group), group)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from batchrun import compute as pc
 from batchrun.errors import ANOTHER, CheckpointError, InputError
 from batchrun.job.settings import Output
-from batchrun.records import Completion, Discarded
+from batchrun.records import CompletionRecord, Discarded
 from batchrun.response import packed
 from batchrun.run_summary import TotalsLine
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
@@ -29,8 +29,7 @@ from batchrun.store.stored_window import BATCH_ROWS, StoredBatch, StoredWindow, 
 from batchrun.tables import booked, completions, files, pending
 from batchrun.tables.arrow_types import JSON, Column
 from batchrun.tables.json_columns import ColumnTypes
-from batchrun.tables.rows import OWN_COLUMNS, joined, own_table
-from batchrun.tables.rows import Completion as OutputRow
+from batchrun.tables.rows import OWN_COLUMNS, Completion, joined, own_table
 
 MOST_FULL = 2
 """Chunks whose rows are all settled may wait to be sealed; with more, no other is opened until one is sealed."""
@@ -300,15 +299,15 @@ class Chunks:
                 yield joined(table, own, self._schema, self._parsed)
             row += window.num_rows
 
-    def _own(self, completions: Sequence[Completion]) -> pa.Table:
+    def _own(self, completions: Sequence[CompletionRecord]) -> pa.Table:
         keep_raw = self._settings.raw == "always"
         return own_table(completions, keep_raw=keep_raw)
 
     # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
 
     def completions_of(
-        self, records: Sequence[Completion], inputs: Sequence[tuple[StoredBatch, int]]
-    ) -> Iterator[OutputRow]:
+        self, records: Sequence[CompletionRecord], inputs: Sequence[tuple[StoredBatch, int]]
+    ) -> Iterator[Completion]:
         """These rows as in the output; `inputs` say where each is stored. Only one thread may call it."""
         names = self._schema.names[: -len(OWN_COLUMNS)]
         rows = [batch.typed_row(place, self._types, names) for batch, place in inputs]
@@ -365,8 +364,8 @@ class Chunks:
 
 
 def _by_size(
-    first_row: int, end_row: int, completions: Sequence[Completion]
-) -> Iterator[tuple[int, int, Sequence[Completion]]]:
+    first_row: int, end_row: int, completions: Sequence[CompletionRecord]
+) -> Iterator[tuple[int, int, Sequence[CompletionRecord]]]:
     """Consecutive ranges of the rows whose answers have at most a row group's bytes, or are a single one: (first row,
     end row, completions).
     """

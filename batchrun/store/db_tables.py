@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun.records import Completion, Discarded, PossiblyBilled, RowError, Usage, Verdict
+from batchrun.records import CompletionRecord, Discarded, PossiblyBilled, RowError, Usage, Verdict
 from batchrun.run_summary import TotalsLine
 from batchrun.store.database import Record
 
@@ -108,10 +108,10 @@ def _characters(text: str | None) -> str | None:
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(Completion).decode
+_decode = msgspec.msgpack.Decoder(CompletionRecord).decode
 
 
-def completion_record(c: Completion, batch: int) -> Record:
+def completion_record(c: CompletionRecord, batch: int) -> Record:
     """`batch` numbers the commits: rows of a later one than `counted` names are not in the stored totals yet."""
     # one blob: a column for each field costs three times as much to write (docs/benchmarks.md)
     try:
@@ -121,11 +121,11 @@ def completion_record(c: Completion, batch: int) -> Record:
     return c.row, c.attempts, bytearray(blob), batch  # sqlite3 looks for an adapter of bytes, at the cost of the insert
 
 
-def completion(record: Record) -> Completion:
+def completion(record: Record) -> CompletionRecord:
     return _decode(record[2])
 
 
-def _in_characters(c: Completion) -> Completion:
+def _in_characters(c: CompletionRecord) -> CompletionRecord:
     error = c.error
     if error is not None:
         error = RowError(error.kind, error.http_status, _characters(error.code), _characters(error.message))

@@ -26,8 +26,10 @@ _SLOT = struct.Struct(f"<{_FIELDS.size}sI{SLOT_BYTES - _FIELDS.size - _CRC.size}
 _MAX_PICO = 2**63 - 1
 
 
-class InFlight(NamedTuple):
-    """A request without a known ending. `row` is −1 if the slot can't be read. `has_id`: our id was sent with it."""
+class NamedRequest(NamedTuple):
+    """A request that a slot names, so its end is unknown. `row` is −1 if the slot can't be read. `has_id`: our id was
+    sent with it.
+    """
 
     row: int
     n: int
@@ -37,7 +39,7 @@ class InFlight(NamedTuple):
     has_id: bool = False
 
 
-UNREADABLE = InFlight(-1, 0, b"", None, None)
+UNREADABLE = NamedRequest(-1, 0, b"", None, None)
 
 
 class InFlightFile:
@@ -76,7 +78,7 @@ class InFlightFile:
         """Empties all slots. Call it after their attempts were listed as possibly billed."""
         self._map[:] = bytes(len(self._map))
 
-    def occupied(self) -> list[InFlight]:
+    def occupied(self) -> list[NamedRequest]:
         """The requests in flight now."""
         return list(_occupied(self._map[:]))
 
@@ -85,13 +87,13 @@ class InFlightFile:
         os.close(self._file)
 
 
-def read(path: Path) -> list[InFlight]:
+def read(path: Path) -> list[NamedRequest]:
     """The requests that were in flight when the process died; none if there is no file."""
     with disk_errors(path):
         return list(_occupied(path.read_bytes())) if path.exists() else []
 
 
-def possibly_billed(lost: Sequence[InFlight], invocation: int, cause: str, prefix: str) -> list[PossiblyBilled]:
+def possibly_billed(lost: Sequence[NamedRequest], invocation: int, cause: str, prefix: str) -> list[PossiblyBilled]:
     """The requests as entries of the permanent list; `prefix` is the start of the ids that they were sent with."""
     return [
         PossiblyBilled(
@@ -108,7 +110,7 @@ def possibly_billed(lost: Sequence[InFlight], invocation: int, cause: str, prefi
     ]
 
 
-def _occupied(content: bytes) -> Iterator[InFlight]:
+def _occupied(content: bytes) -> Iterator[NamedRequest]:
     for start in range(0, len(content), SLOT_BYTES):
         slot = content[start : start + SLOT_BYTES]
         if slot == _EMPTY:
@@ -118,4 +120,4 @@ def _occupied(content: bytes) -> Iterator[InFlight]:
             yield UNREADABLE
             continue
         row, n, key, pico, tokens, has_id = _FIELDS.unpack(fields)
-        yield InFlight(row, n, key, None if pico < 0 else pico * PICO, None if tokens < 0 else tokens, has_id)
+        yield NamedRequest(row, n, key, None if pico < 0 else pico * PICO, None if tokens < 0 else tokens, has_id)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 import msgspec
 
-from batchrun.records import Completion, Discarded, Ending, PossiblyBilled
+from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled
 from batchrun.run_summary import LineKey, TotalsLine
 from batchrun.store import db_tables
 from batchrun.store.database import MAX_PARAMETERS, Database, Record
@@ -70,7 +70,7 @@ class Ledger:
         `invocation` is that of the endings; None: this process's.
         """
         started = self.invocation if invocation is None else invocation
-        completions = [ending for ending in endings if isinstance(ending, Completion)]
+        completions = [ending for ending in endings if isinstance(ending, CompletionRecord)]
         earlier = self.earlier_answers([completion.row for completion in completions])
         totals = fold(self.totals, endings, started, earlier)
         in_doubt = _in_doubt(endings, started)
@@ -203,7 +203,7 @@ def with_uncounted(stored: Totals, records: Read) -> Totals:
     if counted is None and stored.booked:
         return stored
     later = [db_tables.completion(record) for record in records("rows") if record[3] > (counted or 0)]
-    by_start: dict[int, list[Completion]] = {}
+    by_start: dict[int, list[CompletionRecord]] = {}
     for completion in later:
         by_start.setdefault(completion.invocation, []).append(completion)
     for invocation, completions in by_start.items():

@@ -14,16 +14,16 @@ import msgspec
 
 from batchrun.durable import disk_errors, fsync
 from batchrun.errors import CheckpointError
-from batchrun.records import Completion, Discarded, Ending
+from batchrun.records import CompletionRecord, Discarded, Ending
 
 _HEAD = struct.Struct("<II")  # length, CRC-32
 
 
-class Frame(msgspec.Struct, frozen=True):
+class SpillFrame(msgspec.Struct, frozen=True):
     """The endings of one commit, and their invocation."""
 
     invocation: int
-    completions: tuple[Completion, ...]
+    completions: tuple[CompletionRecord, ...]
     discarded: tuple[Discarded, ...]
 
 
@@ -33,9 +33,9 @@ def append(path: Path, endings: Sequence[Ending], invocation: int) -> None:
     Raises:
         DiskError: they are not durable.
     """
-    completions = tuple(ending for ending in endings if isinstance(ending, Completion))
+    completions = tuple(ending for ending in endings if isinstance(ending, CompletionRecord))
     discarded = tuple(ending for ending in endings if isinstance(ending, Discarded))
-    payload = msgspec.msgpack.encode(Frame(invocation, completions, discarded))
+    payload = msgspec.msgpack.encode(SpillFrame(invocation, completions, discarded))
     with disk_errors(path):
         new = not path.exists()
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as file:
@@ -45,7 +45,7 @@ def append(path: Path, endings: Sequence[Ending], invocation: int) -> None:
             fsync(path.parent)
 
 
-def read(path: Path) -> Iterator[Frame]:
+def read(path: Path) -> Iterator[SpillFrame]:
     """The frames in the file, none if there is no file. A last frame that is cut was never durable and is left out.
 
     Raises:
@@ -62,4 +62,4 @@ def read(path: Path) -> Iterator[Frame]:
             if place >= len(content):
                 return
             raise CheckpointError(f"{path}: damaged; keep a copy of this directory before anything else")
-        yield msgspec.msgpack.decode(payload, type=Frame)
+        yield msgspec.msgpack.decode(payload, type=SpillFrame)

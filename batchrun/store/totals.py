@@ -11,7 +11,7 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, Restored, Usage, replaces, utc_day
+from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled, Restored, Usage, replaces, utc_day
 from batchrun.run_summary import LineKey, TotalsLine
 
 DISCARDED = "discarded"
@@ -122,8 +122,8 @@ class Totals(msgspec.Struct, frozen=True):
 
 def possibly_billed(ending: Ending, invocation: int) -> PossiblyBilled:
     """The entry in the list of possibly billed requests of an attempt that may have been billed."""
-    n = ending.attempts if isinstance(ending, Completion) else ending.n
-    kind = ending.error.kind if isinstance(ending, Completion) and ending.error else None
+    n = ending.attempts if isinstance(ending, CompletionRecord) else ending.n
+    kind = ending.error.kind if isinstance(ending, CompletionRecord) and ending.error else None
     cause = (ending.error_kind if isinstance(ending, Discarded) else kind) or "no answer"
     return PossiblyBilled(
         row=ending.row,
@@ -169,7 +169,7 @@ def fold(
     by_line: dict[LineKey, list[Ending]] = {}
     for ending in endings:
         by_line.setdefault(_key(ending, invocation), []).append(ending)
-        if not isinstance(ending, Completion):
+        if not isinstance(ending, CompletionRecord):
             continue
         status = str(ending.status)
         if ending.restored is not None:
@@ -224,7 +224,7 @@ def _with_unstated(known: Unstated, endings: Iterable[Ending]) -> Unstated:
     for ending in endings:
         if ending.maybe_billed:
             continue  # its bounds are in the list of possibly billed requests
-        if (ending.last_cost_usd if isinstance(ending, Completion) else ending.cost_usd) is None:
+        if (ending.last_cost_usd if isinstance(ending, CompletionRecord) else ending.cost_usd) is None:
             usd += ending.possibly_billed_usd or 0
         if ending.offline is not None:  # an answer came, and no usage
             tokens += ending.possibly_billed_tokens
@@ -253,7 +253,7 @@ def row_counts_again(answer: TotalsLine) -> TotalsLine:
     return TotalsLine(*answer.key, rows=1)
 
 
-def answer_line(c: Completion, invocation: int) -> TotalsLine:
+def answer_line(c: CompletionRecord, invocation: int) -> TotalsLine:
     """What the row's answer alone used and cost, with the key of the line that it is booked in."""
     restored = c.restored
     usage, cost = (c.usage, c.last_cost_usd) if restored is None else (restored.usage, restored.cost_usd)
@@ -283,7 +283,7 @@ def _key(ending: Ending, invocation: int) -> LineKey:
     return invocation, ending.model, str(ending.status), utc_day(ending.finished_at), ending.service_tier
 
 
-def _restored(c: Completion, restored: Restored, invocation: int) -> list[TotalsLine]:
+def _restored(c: CompletionRecord, restored: Restored, invocation: int) -> list[TotalsLine]:
     """The changes that move an earlier attempt, discarded so far, to the status of the row that it settles."""
     answer = answer_line(c, invocation)
     discarded = msgspec.structs.replace(answer, status=DISCARDED, rows=0)
@@ -331,7 +331,7 @@ def _with_endings(line: TotalsLine, endings: Sequence[Ending]) -> TotalsLine:
     offline_prompt = offline_completion = 0
     cost, reported = line.cost_usd, line.reported_cost_usd
     for ending in endings:
-        if isinstance(ending, Completion):
+        if isinstance(ending, CompletionRecord):
             rows += ending.restored is None
             attempt_usd = ending.last_cost_usd
         else:

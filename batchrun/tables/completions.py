@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from batchrun.records import Choice, FunctionCall, RowError, SetAside, Status
-from batchrun.records import Completion as Record
+from batchrun.records import Choice, CompletionRecord, FunctionCall, RowError, SetAside, Status
 from batchrun.tables.arrow_types import Column, array_of
 from batchrun.tables.rows import OWN_COLUMNS, USD, Completion, own_values, with_problems
 
@@ -25,7 +24,7 @@ def of_rows(rows: pa.RecordBatch) -> Iterator[Completion]:
 
 
 def settled(
-    records: Sequence[Record], inputs: Sequence[dict[str, Any]], parsed: Column, *, keep_raw: bool
+    records: Sequence[CompletionRecord], inputs: Sequence[dict[str, Any]], parsed: Column, *, keep_raw: bool
 ) -> Iterator[Completion]:
     """The completions that these records are, equal to what `of_rows` gives once they are in the output. `inputs` are
     the rows' columns that the output has.

@@ -12,8 +12,7 @@ import pyarrow as pa
 from batchrun import compute as pc
 from batchrun.errors import JobError
 from batchrun.job.settings import Output
-from batchrun.records import Answer, Choice, FunctionCall, RowError, SetAside, Status, Usage
-from batchrun.records import Completion as Record
+from batchrun.records import Answer, Choice, CompletionRecord, FunctionCall, RowError, SetAside, Status, Usage
 from batchrun.response import answer as answers
 from batchrun.response import packed
 from batchrun.tables.arrow_types import JSON, Column, array_of
@@ -169,7 +168,7 @@ def own_schema(prefix: str, parsed: Column = JSON) -> pa.Schema:
     return pa.schema([field.with_name(prefix + field.name) for field in typed])
 
 
-def own_table(completions: Sequence[Record], *, keep_raw: bool) -> pa.Table:
+def own_table(completions: Sequence[CompletionRecord], *, keep_raw: bool) -> pa.Table:
     """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw` here."""
     values = own_values(completions, keep_raw=keep_raw)
     made: dict[str, Any] = {}
@@ -185,7 +184,7 @@ def own_table(completions: Sequence[Record], *, keep_raw: bool) -> pa.Table:
     return pa.Table.from_arrays(list(made.values()), schema=OWN_COLUMNS)
 
 
-def own_values(completions: Sequence[Record], *, keep_raw: bool) -> dict[str, list[Any]]:
+def own_values(completions: Sequence[CompletionRecord], *, keep_raw: bool) -> dict[str, list[Any]]:
     """The same as lists of Python values by the columns' names; times are microseconds."""
     read = [answers.parse(completion.raw) if completion.raw else Answer() for completion in completions]
     pairs = list(zip(completions, read, strict=True))

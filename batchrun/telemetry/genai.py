@@ -7,7 +7,7 @@ https://opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-metrics/
 from urllib.parse import urlsplit
 
 from batchrun.job.job import Job
-from batchrun.records import FAILURES, Completion, Discarded, Ending
+from batchrun.records import FAILURES, CompletionRecord, Discarded, Ending
 
 TOKEN_USAGE = "gen_ai.client.token.usage"  # noqa: S105  (a metric)
 DURATION = "gen_ai.client.operation.duration"
@@ -82,7 +82,7 @@ class AttributeSets:
 
     def of(self, ending: Ending) -> tuple[Attributes, Attributes, Attributes]:
         """For the duration, for its input tokens and for its output tokens."""
-        answered = ending.answered_model if isinstance(ending, Completion) else None
+        answered = ending.answered_model if isinstance(ending, CompletionRecord) else None
         key = ending.model, answered, error_type(ending)
         if (known := self._known.get(key)) is None:
             if len(self._known) >= MOST_SETS:

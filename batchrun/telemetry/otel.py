@@ -30,7 +30,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from batchrun import __version__
 from batchrun.errors import JobError
 from batchrun.job.job import Job
-from batchrun.records import Completion, Ending, Notice
+from batchrun.records import CompletionRecord, Ending, Notice
 from batchrun.telemetry import genai
 from batchrun.telemetry.histograms import Counted
 from batchrun.telemetry.metrics import METRICS, Metric
@@ -133,7 +133,7 @@ class OpenTelemetry:
             if (usage := ending.usage) is not None:
                 self._usage.record(usage.prompt_tokens, of_input)
                 self._usage.record(usage.billed_output_tokens, of_output)
-            if not isinstance(ending, Completion):
+            if not isinstance(ending, CompletionRecord):
                 continue  # its record has no duration
             self._durations.record(ending.latency_s, of_request)
             if ending.time_to_first_token_s is not None:
@@ -213,7 +213,7 @@ class OpenTelemetry:
             number = int(value) if isinstance(value, int) else float(value)
             yield Observation(number, self._labels | labels)
 
-    def _add_request(self, c: Completion, attributes: genai.Attributes) -> None:
+    def _add_request(self, c: CompletionRecord, attributes: genai.Attributes) -> None:
         """A span for the row's last request, within its chunk's."""
         chunk = next((span for span, first, end in list(self._chunks.values()) if first <= c.row < end), self._run)
         started_at = c.finished_at - c.latency_s

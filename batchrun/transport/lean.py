@@ -136,7 +136,8 @@ class LeanTransport:
             exchange.unsent = exchange.is_writing
             raise
         finally:
-            if content is not None and content.is_eof():
+            # a wrong key may be that of one server behind the address: the next request meets another
+            if content is not None and content.is_eof() and exchange.http_status != 401:
                 self._pool.give_back(link)
             elif content is not None and exchange.stream is not None and exchange.stream.done:
                 self._pool.put_aside(link, content)

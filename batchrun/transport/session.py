@@ -151,7 +151,12 @@ class SessionTransport:
             if exchange.stream is not None and exchange.stream.done:
                 self._tails.append(response)  # its connection is reused if its end comes before the next sweep
                 self.close_tails(self._peer.most_tails)
-            elif response.content.is_eof() and not _is_unsent(payload) and not exchange.is_writing:
+            elif (
+                response.content.is_eof()
+                and not _is_unsent(payload)
+                and not exchange.is_writing
+                and response.status != 401  # as in `lean`: the next request may meet a server with another key
+            ):
                 response.release()
                 await response.wait_for_close()
             else:  # also after an early response: the server may never read the rest of the request

@@ -148,7 +148,7 @@ def test_models_of_repeated_rows_are_not_used(tmp_path: Path) -> None:
     assert surveyed(path, job).models == {"one": 1}
 
 
-def test_invalid_ids_are_reported(tmp_path: Path) -> None:
+def test_invalid_ids_are_reported_with_reasons(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b", "id": None}, {"text": "c", "id": 1.5}])
     found = surveyed(path, with_id(path))
     assert found.rows == 0
@@ -190,7 +190,7 @@ def test_an_invalid_template_is_a_job_error(tmp_path: Path) -> None:
         surveyed(path, job_over(path, request={"prompt": "{{ text"}))
 
 
-def test_progress_is_reported_periodically(tmp_path: Path) -> None:
+def test_the_check_reports_its_progress(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", texts(10_001))
     shown: list[int] = []
     survey(open_source((path,)), job_over(path), tmp_path, progress=shown.append)

@@ -200,7 +200,7 @@ def test_every_exit_code_is_listed() -> None:
     assert sorted(map(int, in_short.split(","))) == sorted(ExitCode)
 
 
-def test_every_verdict_is_listed() -> None:
+def test_every_verdict_is_in_the_docs() -> None:
     assert [bare(row[0]) for row in rows("docs/failures.md", "verdict", "means")] == [
         str(verdict) for verdict in Verdict
     ]
@@ -313,7 +313,7 @@ def test_the_places_where_changes_go_exist() -> None:
     assert places.count("\n### ") == 6
 
 
-def test_each_step_of_a_row_is_in_the_code() -> None:
+def test_each_step_of_a_row_exists() -> None:
     """docs/design.md names, for each step in the life of a row, the function and its file."""
     steps = rows("docs/design.md", "step", "where")
     assert [_named_in_code(where) for _, where, _ in steps] == [1] * len(steps)
@@ -330,7 +330,7 @@ def _named_in_code(text: str) -> int:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_link_of_pages_works(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
         path, _, anchor = target.partition("#")
         if "://" in target or target.startswith("mailto:"):
@@ -366,7 +366,7 @@ def test_every_command_and_option_named_exists(page: Path) -> None:
             assert line.split()[0].partition("=")[0] in set().union(*options.values(), {"--help", "--version"}), line
 
 
-def test_the_help_shows_each_command_in_a_whole_sentence() -> None:
+def test_the_help_describes_each_command_wholly() -> None:
     """click cuts a first sentence that does not fit beside the command's name in 80 columns."""
     width = 80 - 6 - max(map(len, cli.commands))
     cut = [name for name, command in cli.commands.items() if command.get_short_help_str(width).endswith("...")]
@@ -447,7 +447,7 @@ def test_every_page_is_within_two_links() -> None:
     assert [ids_of(page) for page in PAGES if page not in found] == []
 
 
-def test_the_changelog_has_the_form_of_keep_a_changelog() -> None:
+def test_the_changelog_keeps_its_known_form() -> None:
     page = text_of("CHANGELOG.md")
     assert set(re.findall(r"^### (.+)$", page, re.MULTILINE)) <= {
         *("Added", "Changed", "Deprecated"),
@@ -495,6 +495,7 @@ def test_there_are_examples_of_all_three_dialects(tmp_path: Path, monkeypatch: p
     assert dialects == {"columns", "messages", "openai-batch"}
 
 
+@pytest.mark.heavy
 def test_the_miniature_sends_every_row_and_retries(tmp_path: Path) -> None:
     """docs/miniature.py runs against a simulator that fails some attempts, and starts one if none is named."""
     faults = parse_faults("500=0.1,429=0.05")
@@ -570,7 +571,7 @@ def _masked(line: str) -> str:
 
 
 @pytest.mark.heavy
-def test_the_readmes_programs_run(tmp_path: Path) -> None:
+def test_the_programs_of_the_readme_run(tmp_path: Path) -> None:
     programs = re.findall(r"^```python\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
     program = "\n".join([*programs, "import asyncio; asyncio.run(label([{'text': 'Fine.'}]))"])
     command = [sys.executable, "-W", "error", "-c", program]

@@ -76,6 +76,7 @@ def settled(out: Path) -> int:
     return int(summary["rows"]) - int(summary["pending"])
 
 
+@pytest.mark.heavy
 def test_jsonl_and_parquet_give_the_same_answers(tmp_path: Path) -> None:
     """The same questions are sent from both and the same answers come back."""
     source = write_rows(tmp_path / "in.jsonl", 2000)
@@ -96,6 +97,7 @@ def test_jsonl_and_parquet_give_the_same_answers(tmp_path: Path) -> None:
     assert tables[0].column("row").to_pylist() == list(range(2000))
 
 
+@pytest.mark.heavy
 def test_killed_twice_only_requests_in_flight_repeat(tmp_path: Path) -> None:
     """Nothing is lost, and only what was in flight is sent again."""
     source = write_rows(tmp_path / "in.jsonl", 2000)
@@ -179,6 +181,7 @@ def test_the_second_concurrent_start_names_the_lock_holder(tmp_path: Path) -> No
         assert len(simulator.ledger()) == 300
 
 
+@pytest.mark.heavy
 def test_the_first_signal_drains_without_repeats(tmp_path: Path) -> None:
     """The run drains at the first signal; the resume repeats nothing."""
     source = write_rows(tmp_path / "in.jsonl", 400)
@@ -404,6 +407,7 @@ def test_the_budget_is_never_exceeded(tmp_path: Path) -> None:
     assert Decimal(read_summary(tmp_path / "out")["cost_usd"]) == billed_usd(simulator.ledger())
 
 
+@pytest.mark.heavy
 def test_a_resumed_rehearsal_meets_the_same_faults(tmp_path: Path) -> None:
     """Two starts meet the faults that one start would have met."""
     source = write_rows(tmp_path / "in.jsonl", 60)
@@ -425,6 +429,7 @@ def test_a_resumed_rehearsal_meets_the_same_faults(tmp_path: Path) -> None:
     assert len(fates[0]) > 60
 
 
+@pytest.mark.heavy
 def test_request_and_token_budgets_survive_kills(tmp_path: Path) -> None:
     """Both hold over retries and kills; higher ones resume the run."""
     source = write_rows(tmp_path / "in.jsonl", 200)
@@ -462,6 +467,7 @@ def test_an_unreachable_endpoint_ends_quickly(tmp_path: Path) -> None:
         assert (summary["pending"], summary["possibly_billed_count"]) == (50, 0)
 
 
+@pytest.mark.heavy
 def test_an_unfinished_run_resumes_another_day(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 200)
     with running_simulator(SimulatorConfig(latency_s=0.2, ledger=str(tmp_path / "ledger"))) as simulator:
@@ -498,7 +504,7 @@ def test_bad_records_are_reported_before_sending(tmp_path: Path) -> None:
     ]
 
 
-def test_an_empty_input_needs_the_job_to_allow_it(tmp_path: Path) -> None:
+def test_the_job_must_allow_an_empty_input(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("\n\n")
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", source)
@@ -555,6 +561,7 @@ def test_standard_input_is_stored_for_the_resume(tmp_path: Path) -> None:
     assert completions(tmp_path / "out", ["id"]).column("id").to_pylist() == list(range(200))
 
 
+@pytest.mark.heavy
 def test_a_full_disk_pauses_the_run(tmp_path: Path) -> None:
     """With room again, the run resumes."""
     source = write_rows(tmp_path / "in.jsonl", 600)
@@ -612,6 +619,7 @@ def test_new_check_status_and_report_go_together(tmp_path: Path) -> None:
     assert batchrun("report", tmp_path / "nowhere").exit_code == 2
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "finished"])
 def test_a_copied_run_directory_works_as_well(tmp_path: Path, killed: bool) -> None:
     source = write_rows(tmp_path / "in.jsonl", 200)
@@ -657,6 +665,7 @@ time.time = lambda: real() + 86_400 * (int(time.monotonic() * 3) % 3 - 1)
 """
 
 
+@pytest.mark.heavy
 def test_clock_jumps_of_a_day_change_nothing(tmp_path: Path) -> None:
     """A wall clock that jumps a day either way delays no request and fails no row."""
     (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)

@@ -123,23 +123,26 @@ def other_version(folder: Path, version: str, old: str = "", new: str = "") -> P
     return folder
 
 
+@pytest.mark.heavy
 def test_a_newer_list_that_is_installed_counts(tmp_path: Path) -> None:
     newer = other_version(tmp_path, "0.2.10", "input_mtok=Decimal('0.25')", "input_mtok=Decimal('0.20')")
     assert priced(SHOW, newer) == "0.20 genai-prices 0.2.10"
 
 
-def test_an_older_list_that_is_installed_does_not_count(tmp_path: Path) -> None:
+def test_an_older_installed_list_does_not_count(tmp_path: Path) -> None:
     older = other_version(tmp_path, "0.1.9", "input_mtok=Decimal('0.25')", "input_mtok=Decimal('0.20')")
     assert priced(SHOW, older) == f"0.25 {newest.price_list().source}"
 
 
-def test_a_list_in_another_form_is_reported_as_such(tmp_path: Path) -> None:
+@pytest.mark.heavy
+def test_a_price_list_of_unknown_form_is_reported(tmp_path: Path) -> None:
     strange = other_version(tmp_path, "9.0", "providers: list[Provider] = [", "vendors: list[Provider] = [")
     assert priced(SHOW, strange) == (
         f"0.25 {newest.price_list().source} (the form of 9.0, which is installed, is not known)"
     )
 
 
+@pytest.mark.heavy
 def test_a_tree_that_was_not_built_says_so(tmp_path: Path, url: str) -> None:
     """Also where it was built by a version with another shape of the list."""
     copy = tmp_path / "source"

@@ -150,7 +150,7 @@ def test_merged_shards_are_the_run_of_one_process(
 
 
 @pytest.mark.heavy
-def test_rows_are_numbered_through_where_records_were_set_aside(tmp_path: Path, server: RunningSimulator) -> None:
+def test_rejected_records_leave_no_gap_in_numbers(tmp_path: Path, server: RunningSimulator) -> None:
     source = write_input(tmp_path / "in.jsonl")
     lines = source.read_text().splitlines()
     lines[3], lines[25], lines[40] = "nonsense", "{}", lines[41].replace('"id": 41', '"id": 40')
@@ -202,7 +202,7 @@ def three(tmp_path_factory: pytest.TempPathFactory, server: RunningSimulator) ->
 
 
 @pytest.mark.heavy
-def test_everything_that_does_not_fit_is_named_at_once(tmp_path: Path, three: Path, server: RunningSimulator) -> None:
+def test_everything_unfit_is_named_at_once(tmp_path: Path, three: Path, server: RunningSimulator) -> None:
     shutil.copytree(three, tmp_path / "t")
     runs, job = tmp_path / "t/runs", tmp_path / "t/job.toml"
     job.write_text(job.read_text().replace(str(three), str(tmp_path / "t")))

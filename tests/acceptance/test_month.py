@@ -15,14 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.simulator import LedgerLine, SimulatorConfig, parse_faults
+from tests import level
 from tests.at_time import batchrun_at
 from tests.cli_process import KEY, batchrun, read_summary, write_job, write_rows
 from tests.simulator_process import running_simulator
 
-FIRST = datetime(2026, 11, 16, 2, 15, tzinfo=UTC)
-NIGHTS = 30  # to 15 December
-BAD_KEY, USED_UP, NEW_PROMPT = 7, 13, 20
+NIGHTS = level.amount(sample=12, full=30)
+FIRST = datetime(2026, 12, 1, 2, 15, tzinfo=UTC) - timedelta(days=NIGHTS // 2)
+BAD_KEY, USED_UP, NEW_PROMPT = NIGHTS // 4, NIGHTS // 2 - 2, 2 * NIGHTS // 3
 """On these nights something is otherwise."""
+
+pytestmark = pytest.mark.campaign
 
 INPUT_USD, OUTPUT_USD = Decimal("1.25"), Decimal(10)
 JOB = """
@@ -35,6 +38,9 @@ name = "nights"
 per_day_usd = {per_day}
 per_month_usd = 5
 state = "{folder}/runs/budget.db"
+
+[retry]
+backoff_base_s = 0.02
 
 [canary]
 rows = 3

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,11 @@ import pytest
 import yaml
 
 from batchrun.errors import ExitCode
+from batchrun.simulator import SimulatorConfig
 from batchrun.telemetry.metrics import METRICS
 from tests.acceptance.test_docs import rows
 from tests.cli_process import write_rows
+from tests.simulator_process import running_simulator
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/nightly.md").read_text("utf-8")
@@ -66,20 +69,26 @@ class Place(NamedTuple):
         (self.folder / "code").write_text(str(code))
 
 
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with running_simulator(SimulatorConfig(latency_s=0.01)) as simulator:
+        yield simulator.url
+
+
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
+def place(tmp_path: Path, url: str) -> Place:
     folder = tmp_path / "batch"
     (folder / ".venv/bin").mkdir(parents=True)
     write_rows(folder / "in.jsonl", 5)
     (folder / "tickets.toml").write_text(
-        'endpoint.url = "simulator"\ninput.path = "in.jsonl"\nsimulator.latency_s = 0.01\n'
+        f'endpoint.url = "{url}"\nendpoint.api_key_env = "VTRIX_API_KEY"\ninput.path = "in.jsonl"\n'
         'request.model = "vtrix-gpt-5.3-codex"\nrequest.prompt = "Say: {{ text }}"\n'
     )
     (folder / "key.env").write_text("export VTRIX_API_KEY=secret\n")
     program(
         folder / ".venv/bin/batchrun",
         f'if [ -s "{folder}/failing" ]; then sed -i 1d "{folder}/failing"; exit $(cat "{folder}/code"); fi\n'
-        f'exec "{sys.executable}" -c "from batchrun.cli import main; main()" "$@"\n',
+        f'export VTRIX_API_KEY=secret\nexec "{sys.executable}" -c "from batchrun.cli import main; main()" "$@"\n',
     )
     program(folder / "alert", f'echo "$1" >> "{folder}/alerts"\ncat > /dev/null\n')
     return Place(folder)
@@ -126,6 +135,7 @@ def test_the_cron_line_runs_the_job(place: Place) -> None:
     assert place.alerts == []
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("code", "times", "ends", "alerted"),
     [(5, 2, 0, False), (5, 99, 5, True), (129, 1, 0, False), (6, 1, 6, False), (143, 1, 143, False)]
@@ -141,6 +151,7 @@ def test_the_script_retries_and_alerts_by_exit_code(
     assert times - left == (9 if times == 99 else times)
 
 
+@pytest.mark.heavy
 def test_a_real_refusal_is_an_alert_at_once(place: Place) -> None:
     (place.folder / "in.jsonl").unlink()
     assert place.sh(night(place)) == 2
@@ -161,7 +172,7 @@ def units(place: Place) -> dict[str, Path]:
     return found
 
 
-def test_systemd_takes_the_units(place: Place) -> None:
+def test_systemd_accepts_the_units_shown(place: Place) -> None:
     files = units(place)
     assert list(files) == ["batchrun-tickets.service", "batchrun-tickets.timer", "batchrun-alert@.service"]
     (place.folder / "key.env").write_text("VTRIX_API_KEY=secret\n")
@@ -178,6 +189,7 @@ def test_systemd_takes_the_units(place: Place) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.heavy
 def test_the_units_say_what_the_table_says(place: Place) -> None:
     read = configparser.ConfigParser(strict=True, interpolation=None)
     read.optionxform = str  # type: ignore[assignment,method-assign]
@@ -205,6 +217,7 @@ def container(pod: dict[str, Any]) -> dict[str, Any]:
     return only
 
 
+@pytest.mark.heavy
 def test_the_cron_job_retries_by_exit_code(place: Place) -> None:
     spec = documents()["CronJob"]["spec"]
     job = spec["jobTemplate"]["spec"]
@@ -336,7 +349,7 @@ for name in sorted(bag.dags):
 
 
 @pytest.mark.skipif(not AIRFLOW.exists(), reason="Airflow is not installed; make airflow")
-def test_airflow_runs_the_dags(place: Place) -> None:
+def test_airflow_runs_the_dags_shown(place: Place) -> None:
     (first, _, second) = dags(place)
     environ = {
         **os.environ,

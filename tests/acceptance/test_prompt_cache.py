@@ -110,7 +110,7 @@ def test_cache_prefix_raises_the_cached_share(tmp_path: Path) -> None:
     assert ordered > plain + 0.2
 
 
-def test_a_group_is_sent_though_its_first_row_fails(tmp_path: Path) -> None:
+def test_a_group_outlives_its_failed_first_row(tmp_path: Path) -> None:
     job = _job(tmp_path, system=RULES, prompt="{{ text }}")
     faults = (Fault(kind="status", status=400, match="Review 0 "), Fault(kind="status", status=500, share=0.2))
     with running_simulator(SimulatorConfig(latency_s=0.01, faults=faults)) as simulator:

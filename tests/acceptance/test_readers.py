@@ -131,7 +131,7 @@ print(0, 4)
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="make readers installs what opens results")
 @pytest.mark.parametrize("reader", OF_LAYOUTS)
-def test_every_layout_opens(result: Path, tmp_path: Path, reader: str) -> None:
+def test_other_tools_open_every_layout(result: Path, tmp_path: Path, reader: str) -> None:
     """A folder of parts and one of partitions, each with its manifest, and JSON lines."""
     table = pq.read_table(result, partitioning=None)
     for folder in ("parts", "partitions"):

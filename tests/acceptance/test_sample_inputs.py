@@ -82,7 +82,7 @@ def test_readme_lists_every_file_with_its_row_count() -> None:
 
 
 @pytest.mark.parametrize("path", JSONL, ids=lambda path: path.name)
-def test_readme_names_every_column(path: Path) -> None:
+def test_the_readme_names_every_column(path: Path) -> None:
     tables = (SAMPLES / "README.md").read_text("utf-8").split("## Columns")[1].split(f"**{path.stem}**")[1]
     columns = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`[^|]+`) \|", tables.split("\n**")[0], re.M)))
     assert columns
@@ -96,7 +96,7 @@ def test_ids_are_unique_and_nothing_is_null(path: Path) -> None:
     assert all(value is not None and value != "" for row in rows for value in row.values())
 
 
-def test_samples_stay_small() -> None:
+def test_the_sample_files_stay_small() -> None:
     sizes_bytes = [path.stat().st_size for path in SAMPLES.rglob("*") if path.suffix in (".jsonl", ".parquet")]
     assert max(sizes_bytes) <= 600_000
     assert sum(sizes_bytes) <= 1_500_000
@@ -134,7 +134,7 @@ def test_functions_compile_on_their_own() -> None:
         compile(source, str(row["function_id"]), "exec")
 
 
-def test_licence_texts_are_there() -> None:
+def test_licence_texts_are_beside_the_samples() -> None:
     readme = (SAMPLES / "README.md").read_text("utf-8")
     linked = set(re.findall(r"\((licenses/[^)]+)\)", readme))
     assert linked == {f"licenses/{path.name}" for path in (SAMPLES / "licenses").iterdir()}

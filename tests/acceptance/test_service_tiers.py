@@ -142,7 +142,7 @@ def test_tiers_can_be_rehearsed_on_the_simulator(tmp_path: Path, served_by: str)
     assert set(table["service_tier"].to_pylist()) == {served_by}
 
 
-def test_the_request_key_is_the_same_for_every_tier() -> None:
+def test_every_tier_has_the_same_request_key() -> None:
     def key(**request: object) -> bytes:
         tables = {"endpoint": {"url": "simulator"}, "request": {"model": "m", "prompt": "{{ text }}", **request}}
         return RequestBuilder(from_tables(tables), "columns").build(Row(0, {"text": "a"})).key

@@ -29,6 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("where", "holds"),
     [

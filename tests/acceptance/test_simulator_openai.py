@@ -129,7 +129,7 @@ def test_an_invalid_field_is_400_by_name(client: openai.OpenAI) -> None:
     assert caught.value.param == "temperature"
 
 
-def test_the_models_are_listed(client: openai.OpenAI) -> None:
+def test_the_client_lists_the_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["vtrix-x"]
 
 

@@ -198,7 +198,7 @@ def test_the_resume_command_is_complete(options: dict[str, object], expected: st
     assert resume_command.command({"job": Path("a.toml"), **options}, flags_of(run)) == expected
 
 
-def test_a_resume_has_every_flag_but_those_of_one_start() -> None:
+def test_a_resume_has_every_lasting_flag() -> None:
     """Any other flag of `batchrun run`, a future one too, is in the command that resumes."""
     flags = flags_of(run)
     words = resume_command.command({"job": "a.toml", **dict.fromkeys(flags, True)}, flags).split()[3:]

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from batchrun.errors import DiskError
 from batchrun.records import PossiblyBilled
 from batchrun.store import in_flight
-from batchrun.store.in_flight import SLOT_BYTES, UNREADABLE, InFlight, InFlightFile
+from batchrun.store.in_flight import SLOT_BYTES, UNREADABLE, InFlightFile, NamedRequest
 from tests import prefork
 
 BOUNDS = st.none() | st.decimals(0, 9_000_000, places=12)
 KEYS = st.binary(min_size=16, max_size=16)
 ENTRIES = st.builds(
-    InFlight,
+    NamedRequest,
     *(st.integers(0, 2**63 - 1), st.integers(1, 1000), KEYS, BOUNDS, st.none() | st.integers(0, 10**9)),
     has_id=st.just(False),  # the file sets it
 )
@@ -40,7 +40,7 @@ def opened(path: Path, count: int, *, with_ids: bool = False) -> Iterator[InFlig
 @SHARED
 @given(st.dictionaries(st.integers(0, 15), ENTRIES), st.sets(st.integers(0, 15)), st.booleans())
 def test_requests_in_flight_outlive_their_process(
-    tmp_path: Path, taken: dict[int, InFlight], cleared: set[int], with_ids: bool
+    tmp_path: Path, taken: dict[int, NamedRequest], cleared: set[int], with_ids: bool
 ) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 16, with_ids=with_ids) as flying:
@@ -89,7 +89,7 @@ def test_a_bound_beyond_64_bits_is_clamped(tmp_path: Path) -> None:
 
 @SHARED
 @given(st.lists(ENTRIES, min_size=1, max_size=4), st.integers(0, 4 * SLOT_BYTES * 8 - 1))
-def test_a_flipped_bit_is_reported_or_changes_nothing(tmp_path: Path, entries: list[InFlight], bit: int) -> None:
+def test_a_flipped_bit_is_reported_or_changes_nothing(tmp_path: Path, entries: list[NamedRequest], bit: int) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 4) as flying:
         for slot, entry in enumerate(entries):
@@ -120,7 +120,7 @@ def test_a_cut_slot_counts_as_one(tmp_path: Path) -> None:
         for slot in range(3):
             flying.take(slot, slot, 1, KEY, Decimal(1), 9)
     os.truncate(path, SLOT_BYTES + 10)
-    assert in_flight.read(path) == [InFlight(0, 1, KEY, Decimal(1), 9), UNREADABLE]
+    assert in_flight.read(path) == [NamedRequest(0, 1, KEY, Decimal(1), 9), UNREADABLE]
 
 
 def test_no_file_means_no_request_in_flight(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_no_file_means_no_request_in_flight(tmp_path: Path) -> None:
 
 
 def test_lost_attempts_are_named_with_cause_and_invocation() -> None:
-    known = InFlight(7, 2, KEY, Decimal("0.5"), 40)
+    known = NamedRequest(7, 2, KEY, Decimal("0.5"), 40)
     with_id = known._replace(n=3, has_id=True)
     assert in_flight.possibly_billed([known, with_id, UNREADABLE], 3, "crash", "run.1") == [
         PossiblyBilled(7, 2, KEY.hex(), Decimal("0.5"), 40, "crash", 3),

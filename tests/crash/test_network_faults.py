@@ -166,6 +166,7 @@ def test_an_unreachable_endpoint_ends_the_start_quickly(tmp_path: Path, where: s
     assert (ended.summary.pending, ended.summary.by_status, ended.summary.possibly_billed_count) == (12, {}, 0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("hole", [False, True], ids=["refused", "black hole"])
 def test_a_minute_without_server_fails_no_row(tmp_path: Path, hole: bool) -> None:
     """An outage during the run; every row is answered after it."""
@@ -284,6 +285,7 @@ def test_a_cut_refusal_counts_by_its_status(tmp_path: Path) -> None:
     assert ended.summary.possibly_billed_count == 0
 
 
+@pytest.mark.heavy
 def test_a_valid_answer_may_have_ten_megabytes(tmp_path: Path) -> None:
     content = "0123456789" * 1_000_000
     with serving_aside(meeting(says(choices=message(content)))) as server:

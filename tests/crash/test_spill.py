@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from batchrun.errors import CheckpointError
-from batchrun.records import Completion, Discarded, Ending
+from batchrun.records import CompletionRecord, Discarded, Ending
 from batchrun.simulator import SimulatorConfig
 from batchrun.store import spill
 from batchrun.store.checkpoint import Checkpoint
@@ -37,7 +37,7 @@ def test_every_field_of_a_result_round_trips(tmp_path: Path, endings: list[Endin
     spill.append(path, endings[:1], 4)
     first, second = spill.read(path)
     assert first.invocation == 3
-    assert list(first.completions) == [e for e in endings if isinstance(e, Completion)]
+    assert list(first.completions) == [e for e in endings if isinstance(e, CompletionRecord)]
     assert list(first.discarded) == [e for e in endings if isinstance(e, Discarded)]
     assert (second.invocation, [*second.completions, *second.discarded]) == (4, endings[:1])
     assert path.stat().st_mode & 0o777 == 0o600

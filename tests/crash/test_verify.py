@@ -29,7 +29,7 @@ from batchrun.store.at_rest import wal_of
 from batchrun.store.checkpoint import FORMAT
 from batchrun.store.database import Database
 from batchrun.store.rundir import RunDirectory
-from tests import level
+from tests import level, structure
 from tests.cli_process import (
     Ended,
     batchrun,
@@ -142,7 +142,7 @@ def damaged_files(findings: Findings) -> set[str]:
 # ── what is sound ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["done", "killed", "retried", "in-parts"])
 def test_a_sound_run_is_reported_and_untouched(runs: Runs, name: str) -> None:
     before, folder = snapshot(runs.folder / name), (runs.folder / name).stat().st_mtime_ns
@@ -218,9 +218,8 @@ def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: st
     files, before = files_of(directory), state_of(directory)
     chance = level.seeded("test_a_flipped_bit_is_named_or_harmless")
     named = 0
-    for _ in range(flips):
-        path = chance.choice(files)
-        place, bit, content = chance.randrange(path.stat().st_size), chance.randrange(8), path.read_bytes()
+    for path, place in structure.chosen(files, chance, flips):
+        bit, content = chance.randrange(8), path.read_bytes()
         flip(path, place, bit)
         if verify(directory).damages:
             named += 1
@@ -243,8 +242,7 @@ def test_a_start_over_a_flipped_bit_is_safe(runs: Runs, tmp_path: Path, name: st
     chance = level.seeded("test_a_start_over_a_flipped_bit_is_safe")
     for number in range(6):
         directory = runs.copy(name, tmp_path / str(number))
-        path = chance.choice(files_of(directory))
-        place = chance.randrange(path.stat().st_size)
+        ((path, place),) = structure.chosen(files_of(directory), chance, 1)
         flip(path, place)
         damages, what = verify(directory).damages, f"{path.name}, byte {place}, {level.replay()}"
         try:
@@ -286,6 +284,7 @@ def test_verify_names_file_rows_and_cost(
 # ── other damage ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["done", "killed", "in-parts"])
 @pytest.mark.parametrize("kept", [0.0, 0.4, 0.99])
 def test_a_file_that_was_cut_is_named(runs: Runs, tmp_path: Path, name: str, kept: float) -> None:
@@ -564,7 +563,7 @@ def test_salvage_names_requests_in_flight(runs: Runs, tmp_path: Path) -> None:
     assert named <= {(entry.row, entry.n) for entry in flying} - ended
 
 
-def test_a_damaged_part_of_a_result_is_lost_alone(runs: Runs, tmp_path: Path) -> None:
+def test_a_damaged_result_part_is_lost_alone(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("in-parts", tmp_path / "run")
     path = directory.completions_folder / "part-000003.parquet"
     flip(path, middle_of(path))
@@ -624,7 +623,7 @@ def test_salvage_keeps_a_retry_under_way(runs: Runs, tmp_path: Path) -> None:
     assert sent == set(new.reopened)
 
 
-def test_salvage_overwrites_nothing(runs: Runs, tmp_path: Path) -> None:
+def test_a_salvage_overwrites_no_directory(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("done", tmp_path / "run")
     directory.usage.unlink()
     salvage(directory)

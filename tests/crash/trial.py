@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from batchrun.report import bill
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
 from batchrun.store import in_flight
-from batchrun.store.in_flight import InFlight
+from batchrun.store.in_flight import NamedRequest
 from tests import cli_process, prefork
 from tests.cli_process import KEY, KEY_ENV, Ended, read_summary, snapshot, write_job, write_rows
 from tests.crash.launcher import Orders
@@ -109,7 +109,7 @@ class Trial:
         self.flags: tuple[str, ...] = ()
         source = write_rows(folder / "in.jsonl", rows)
         self.job = write_job(folder / "job.toml", simulator.url, source, MORE.format(layout=layout))
-        self._in_flight: list[list[InFlight]] = []
+        self._in_flight: list[list[NamedRequest]] = []
 
     def die(self, kill: Kill) -> bool:
         """The run is started and killed; False when it ended by itself, with luck or with an error on record."""
@@ -242,7 +242,7 @@ def killed_run(folder: Path, plan: Plan, calm: Calm, *, bug: str | None = None) 
     """A run of its own in `folder`: it dies as planned as far as it can, converges, is started again, and judged."""
     folder.mkdir()
     with running_simulator(simulator_config(folder / "ledger")) as simulator:
-        trial = Trial(folder / "run", simulator, layout=plan.layout, bug=bug)
+        trial = Trial(folder / "run", simulator, rows=calm.output.num_rows, layout=plan.layout, bug=bug)
         for kill in plan.kills:
             if not trial.die(kill):
                 break

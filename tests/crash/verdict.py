@@ -13,7 +13,7 @@ from batchrun.prices import PriceTable, Tier, cost
 from batchrun.records import Usage
 from batchrun.report.bill import Bill
 from batchrun.simulator import LedgerLine
-from batchrun.store.in_flight import InFlight
+from batchrun.store.in_flight import NamedRequest
 
 SAME = ["id", "text", "score", "row", "request_key", "status", "content", "finish_reason"]
 """The columns in which a disturbed run equals an undisturbed one: the rest names attempts, times and ids."""
@@ -44,7 +44,7 @@ class Evidence:
     usage: pa.Table
     reported: Bill
     undisturbed: pa.Table
-    in_flight: Sequence[Sequence[InFlight]]
+    in_flight: Sequence[Sequence[NamedRequest]]
     files: frozenset[str]
     asked_again: int = 0
 

@@ -85,7 +85,7 @@ def test_mistakes_in_code_read_as_in_files(tmp_path: Path, change: Any, problem:
     assert not (tmp_path / "out").exists()
 
 
-def test_paths_may_be_paths(tmp_path: Path) -> None:
+def test_settings_take_paths_as_well_as_texts(tmp_path: Path) -> None:
     source: Any = write_rows(tmp_path / "in.jsonl", 1)
     assert checked(job_at("simulator", input=batchrun.Input(path=source))).input.path == str(source)
 

@@ -163,7 +163,7 @@ def test_a_deleted_budget_file_is_noticed(path: Path) -> None:
         draw(file, lease, "0.1")
 
 
-def test_a_lease_before_a_power_loss_is_in_doubt(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_power_loss_puts_leases_in_doubt(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dying = spender(path, requests=1, then="hang")
     dying.kill()
     dying.communicate()
@@ -239,7 +239,7 @@ def spender(path: Path, requests: int, then: str, cap: str = "1", seed: int = 0)
     return process
 
 
-def test_a_killed_process_leaves_only_its_requests_in_flight(path: Path) -> None:
+def test_a_killed_process_leaves_requests_in_flight(path: Path) -> None:
     dying = spender(path, requests=7, then="hang")
     dying.send_signal(signal.SIGKILL)
     dying.communicate()
@@ -254,7 +254,7 @@ def test_a_killed_process_leaves_only_its_requests_in_flight(path: Path) -> None
     assert files(path) == ["budget.db"]
 
 
-def test_eight_processes_use_one_cap_and_never_pass_it(path: Path) -> None:
+def test_eight_processes_use_and_keep_one_cap(path: Path) -> None:
     """Three of them are killed. The last one starts after that: it gets what they left, if no other does."""
     cap, chance = Decimal("4"), random.Random(5)
     processes = [spender(path, 10**6, "end", str(cap), seed) for seed in range(7)]

@@ -18,8 +18,10 @@ import pytest
 
 from batchrun.dispatch import shared_budget
 from batchrun.dispatch.shared_budget import SharedBudget, opens_at
+from batchrun.errors import DiskError
 from batchrun.simulator import LedgerLine, SimulatorConfig
-from batchrun.store.budget_file import BudgetFile, Caps
+from batchrun.store.budget_file import BudgetFile, Caps, Drawn
+from batchrun.store.budget_lease import Lease
 from tests.cli_process import DEADLINE_S, batchrun, read_summary, start, write_job, write_rows
 from tests.jobs import job_over
 from tests.simulator_process import RunningSimulator, running_simulator
@@ -210,6 +212,7 @@ def test_a_new_day_has_its_own_money(tmp_path: Path) -> None:
         assert windows(tmp_path / "budget.db")["2026-11-30"] == (Decimal("0.4"), Decimal(0))
         assert [(use.period, use.spent_usd) for use in share.uses()] == [("2026-12-01", Decimal("0.9"))]
         await until(lambda: not share.fits(one) and share.is_used_up(one))
+        assert not share.is_used_up(Decimal("0.05"))
         assert "0.90 of $1.00 spent in 2026-12-01" in share.refusal(one)
         assert "it opens again at 2026-12-02 00:00 UTC" in share.refusal(one)
         await share.close()
@@ -221,6 +224,114 @@ def test_a_new_day_has_its_own_money(tmp_path: Path) -> None:
         "2026-12-01": (Decimal("0.9"), Decimal(0)),
         "2026-12": (Decimal("0.9"), Decimal(0)),
     }
+
+
+def test_the_refusal_names_only_the_cap_that_is_reached(tmp_path: Path) -> None:
+    """What is possibly billed counts as spent."""
+
+    async def night() -> None:
+        both = BudgetFile(tmp_path / "budget.db", "nightly", Caps(Decimal(1), Decimal(100)), tmp_path)
+        now = datetime(2026, 11, 30, 12, tzinfo=UTC)
+        share, most, half = SharedBudget(both, "nightly", ZoneInfo("UTC"), lambda: now), Decimal("0.9"), Decimal("0.5")
+        await until(lambda: share.fits(most))
+        share.reserve(most).settle(most, None)
+        await until(lambda: not share.fits(half) and share.is_used_up(half))
+        assert share.refusal(half).startswith(
+            "$0.90 of $1.00 spent in 2026-11-30 by nightly, $0.90 of it possibly billed"
+        )
+        assert "spent in 2026-11 by" not in share.refusal(half)
+        await share.close()
+
+    asyncio.run(night())
+
+
+def test_a_lost_budget_file_ends_the_run(tmp_path: Path) -> None:
+    async def night() -> None:
+        share, one, failed = (
+            SharedBudget(file(tmp_path, "100"), "nightly", ZoneInfo("UTC")),
+            Decimal(1),
+            asyncio.Event(),
+        )
+        await until(lambda: share.fits(one))
+        share.reserve(one)
+        share.listen(lambda: None, lambda error: failed.set() if isinstance(error, DiskError) else None)
+        (tmp_path / "budget.db").rename(tmp_path / "elsewhere.db")
+        assert not share.fits(Decimal(90))
+        await asyncio.wait_for(failed.wait(), DEADLINE_S)
+        (tmp_path / "elsewhere.db").rename(tmp_path / "budget.db")
+        await share.close()
+
+    asyncio.run(night())
+
+
+def test_a_lease_in_use_is_kept(tmp_path: Path) -> None:
+    async def night() -> None:
+        share, one = SharedBudget(file(tmp_path, "100"), "nightly", ZoneInfo("UTC")), Decimal(1)
+        await until(lambda: share.fits(one))
+        share.reserve(one).settle(one, Decimal("0.1"))
+        share.tidy()
+        await asyncio.sleep(0.05)
+        assert share.fits(Decimal("0.5"))
+        await share.close()
+
+    asyncio.run(night())
+
+
+class CountedFile(BudgetFile):
+    """Counts the draws."""
+
+    draws = 0
+
+    def draw(self, lease: Lease, need_usd: Decimal) -> Drawn:
+        self.draws += 1
+        return super().draw(lease, need_usd)
+
+
+def test_what_is_left_of_a_lease_ends_with_its_day(tmp_path: Path) -> None:
+    now = [datetime(2026, 11, 30, 23, 59, 59, tzinfo=UTC)]
+
+    async def night() -> None:
+        share = SharedBudget(file(tmp_path, "100"), "nightly", ZoneInfo("UTC"), lambda: now[0])
+        one = Decimal(1)
+        await until(lambda: share.fits(one))
+        share.reserve(one).settle(one, Decimal("0.1"))
+        assert share.fits(Decimal("0.5"))
+        now[0] = datetime(2026, 12, 1, tzinfo=UTC)
+        assert not share.fits(Decimal("0.5"))
+        await until(lambda: share.fits(one))
+        share.reserve(one).settle(one, Decimal("0.2"))
+        await share.close()
+
+    asyncio.run(night())
+    spent = {period: usd for period, (usd, _) in windows(tmp_path / "budget.db").items()}
+    assert (spent["2026-11-30"], spent["2026-12-01"]) == (Decimal("0.1"), Decimal("0.2"))
+
+
+def test_a_refused_draw_is_repeated_four_times_a_second(tmp_path: Path) -> None:
+    """Each time the gate is woken, so that it asks again."""
+
+    async def night() -> None:
+        counted = CountedFile(tmp_path / "budget.db", "nightly", Caps(Decimal(1), None), tmp_path)
+        mine = SharedBudget(counted, "nightly", ZoneInfo("UTC"))
+        its = SharedBudget(file(tmp_path, "1"), "nightly", ZoneInfo("UTC"))
+        bound = Decimal("0.6")
+        await until(lambda: its.fits(bound))
+        lease = its.reserve(bound)
+        is_awake = asyncio.Event()
+        mine.listen(is_awake.set, lambda error: None)
+        started_s = time.monotonic()
+        for _ in range(4):
+            is_awake.clear()
+            assert not mine.fits(bound)
+            await asyncio.wait_for(is_awake.wait(), DEADLINE_S)
+        assert counted.draws <= 1 + (time.monotonic() - started_s) / shared_budget.POLL_S
+        lease.settle(bound, Decimal("0.1"))
+        await its.close()
+        await until(lambda: mine.fits(bound))
+        mine.reserve(bound).settle(bound, bound)
+        await mine.close()
+
+    asyncio.run(night())
 
 
 def test_money_that_returns_during_a_draw_is_spent(tmp_path: Path) -> None:

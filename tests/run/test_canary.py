@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.dispatch.canary import Seen, judge, spread
+from batchrun.dispatch.canary import CanaryOutcome, judge, spread
 from batchrun.job.settings import Canary
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import Ended, batchrun, kill_when, read_summary, start, write_job
@@ -154,7 +154,7 @@ def test_a_small_run_has_no_canary(simulator: RunningSimulator, tmp_path: Path) 
 
 
 @pytest.mark.heavy
-def test_a_canary_sends_no_row_that_needs_no_request(simulator: RunningSimulator, tmp_path: Path) -> None:
+def test_a_canary_skips_rows_without_a_request(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 20\nmin_ok_share = 0.5")
     texts = [f"item {row % 100}" for row in range(ROWS)]  # each one three times
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -193,7 +193,7 @@ def test_a_stopped_canary_judges_all_its_rows(simulator: RunningSimulator, tmp_p
 
 
 @given(st.integers(0, 3000), st.integers(1, 60), st.integers(0, 99))
-def test_rows_are_spread_evenly(rows: int, count: int, seed: int) -> None:
+def test_canary_rows_are_spread_evenly(rows: int, count: int, seed: int) -> None:
     chosen = spread(range(rows), count, random.Random(seed))
     assert len(chosen) == min(rows, count)
     assert chosen == sorted(set(chosen))
@@ -204,12 +204,12 @@ def test_rows_are_spread_evenly(rows: int, count: int, seed: int) -> None:
 
 
 def test_each_bound_of_a_canary_is_judged() -> None:
-    seen = Seen({"ok": 6, "invalid": 3, "truncated": 1}, Decimal("0.5"), 0, "bad")
+    seen = CanaryOutcome({"ok": 6, "invalid": 3, "truncated": 1}, Decimal("0.5"), 0, "bad")
     assert list(judge(seen, Canary(rows=10, min_ok_share=0.6, max_invalid_share=0.3))) == []
     assert len(list(judge(seen, Canary(rows=10, min_ok_share=0.61)))) == 1
     assert len(list(judge(seen, Canary(rows=10, min_ok_share=0, max_invalid_share=0.29)))) == 1
     assert len(list(judge(seen, Canary(rows=10, min_ok_share=0, max_cost_per_row_usd=Decimal("0.049"))))) == 1
     assert list(judge(seen, Canary(rows=10, min_ok_share=0, max_cost_per_row_usd=Decimal("0.05")))) == []
-    unpriced = Seen({"ok": 10}, Decimal(0), 2, None)
+    unpriced = CanaryOutcome({"ok": 10}, Decimal(0), 2, None)
     assert "2 rows are of unknown cost" in next(judge(unpriced, Canary(rows=10, max_cost_per_row_usd=Decimal(1))))
-    assert list(judge(Seen({}, Decimal(0), 0, None), Canary(rows=10))) == []
+    assert list(judge(CanaryOutcome({}, Decimal(0), 0, None), Canary(rows=10))) == []

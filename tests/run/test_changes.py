@@ -157,7 +157,7 @@ def test_a_refused_change_leaves_the_run_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_another_template_needs_consent(tmp_path: Path) -> None:
+def test_another_template_needs_the_users_consent(tmp_path: Path) -> None:
     """Then every row is sent again."""
     source = write(tmp_path / "in.jsonl", records(40))
     out = tmp_path / "out"

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from batchrun.errors import BatchrunError, CheckpointError, DiskError, ExitCode, RunLockedError
-from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, RowError, Status
+from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled, RowError, Status
 from batchrun.store import db_tables
 from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
 from batchrun.store.commits import MAX_GROUP
@@ -104,16 +104,16 @@ def test_every_field_of_a_result_round_trips(tmp_path: Path, endings: list[Endin
         put(checkpoint, endings)
         spent = checkpoint.totals
     with opened(path) as checkpoint:
-        assert checkpoint.completions(0, 100) == [e for e in endings if isinstance(e, Completion)]
+        assert checkpoint.completions(0, 100) == [e for e in endings if isinstance(e, CompletionRecord)]
         assert checkpoint.discarded(WHOLE) == [stored_attempt(e) for e in endings if isinstance(e, Discarded)]
-        assert checkpoint.settled_rows(WHOLE) == {e.row for e in endings if isinstance(e, Completion)}
+        assert checkpoint.settled_rows(WHOLE) == {e.row for e in endings if isinstance(e, CompletionRecord)}
         assert checkpoint.totals == spent
     doubts = [possibly_billed(ending, 0) for ending in endings if ending.maybe_billed]
     assert spent == with_possibly_billed(fold(Totals(), endings, 0), doubts)
 
 
 def test_a_thousand_sparse_results_are_one_commit(tmp_path: Path) -> None:
-    optional = {f.name: None for f in msgspec.structs.fields(Completion) if "None" in str(f.type)}
+    optional = {f.name: None for f in msgspec.structs.fields(CompletionRecord) if "None" in str(f.type)}
     endings = [completion(row, **optional, raw=b"", maybe_billed=True) for row in range(MAX_GROUP)]
     commits: list[int] = []
     gathered = threading.Event()
@@ -136,7 +136,7 @@ def test_a_thousand_sparse_results_are_one_commit(tmp_path: Path) -> None:
     assert commits == [1, MAX_GROUP]
 
 
-def test_what_ends_in_one_turn_of_the_event_loop_shares_a_commit(tmp_path: Path) -> None:
+def test_endings_of_one_turn_share_a_commit(tmp_path: Path) -> None:
     commits: list[list[int]] = []
     later: list[Callable[[], None]] = []
     with opened(tmp_path / "checkpoint.db") as checkpoint:

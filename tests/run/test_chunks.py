@@ -221,7 +221,7 @@ CRASHES: list[Crash] = [
 ]
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("crash", CRASHES)
 def test_any_interruption_gives_the_same_file(tmp_path: Path, kind: str, crash: Crash) -> None:
@@ -283,6 +283,7 @@ def test_sealing_empties_the_database_of_rows(tmp_path: Path) -> None:
         assert (sealed.generation, sealed.part_digest) == (1, digest(start.directory.part_of(0, 1)))
 
 
+@pytest.mark.heavy
 def test_long_streams_are_sealed_as_events(tmp_path: Path) -> None:
     """In bounded memory."""
     streamed = b'data: {"choices":[{"delta":{"content":"Fine."},"finish_reason":"stop"}]}\n\n: %s\n\n' % (

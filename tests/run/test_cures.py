@@ -252,7 +252,7 @@ def test_what_the_rows_bring_themselves_no_setting_cures() -> None:
     assert field.setting == FIELD
 
 
-def test_a_stopped_new_run_is_resumed_by_the_printed_command(tmp_path: Path) -> None:
+def test_the_printed_command_resumes_a_new_run(tmp_path: Path) -> None:
     """Typed again, a command with --new would start a third run, and pay for all its rows."""
     with running_simulator(SimulatorConfig(latency_s=0)) as simulator:
         output = f'[output]\npath = "{tmp_path}/runs/{{date}}"'

@@ -62,7 +62,7 @@ def peak(folder: Path, api: RunningSimulator, layout: str, rows: int) -> tuple[i
 
 
 @pytest.mark.parametrize(("layout", "times"), [('layout = "parts"', 1.3), ('partition_by = ["lang"]', 2.4)])
-def test_each_further_row_takes_no_more_disk_than_stated(
+def test_each_further_row_takes_the_stated_disk(
     tmp_path: Path, api: RunningSimulator, layout: str, times: float
 ) -> None:
     """1.3 times the output in parts (docs/scale.md), and 1 GB for what does not grow: the chunks at work."""

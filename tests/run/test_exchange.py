@@ -768,7 +768,7 @@ def test_plain_http_on_tls_port_is_named() -> None:
 # -- the wire below
 
 
-def test_tcp_keepalive_is_enabled() -> None:
+def test_connections_have_tcp_keepalive_enabled() -> None:
     with open_socket((socket.AF_INET, socket.SOCK_STREAM, 6, "", ())) as opened:
         assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == TCP_KEEPALIVE_S

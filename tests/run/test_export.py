@@ -75,6 +75,7 @@ def settled(table: pa.Table) -> pa.Table:
 # ── the rows of a run that was killed ─────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_a_killed_run_exports_rows_in_order(runs: Runs, tmp_path: Path) -> None:
     """Rows without an answer are pending."""
     directory = runs.copy("killed", tmp_path / "run")

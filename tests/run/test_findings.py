@@ -69,6 +69,7 @@ FOUND: dict[str, tuple[Change, dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", FOUND)
 def test_each_finding_is_reported_and_can_be_muted(tmp_path: Path, name: str) -> None:
     change, summary, said = FOUND[name]
@@ -205,6 +206,7 @@ def test_rows_are_aligned_by_id_in_any_order(tmp_path: Path) -> None:
     assert batchrun("compare", before, after, "--id", "nothing").exit_code == 2
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("by", ["id", "text", "row"])
 def test_a_comparison_in_pieces_is_the_same(tmp_path: Path, by: str) -> None:
     """Results are compared piece by piece, so that memory does not grow with them."""

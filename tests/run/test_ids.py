@@ -22,6 +22,7 @@ def test_every_repetition_names_its_first_record(tmp_path: Path, values: list[in
     ]
 
 
+@pytest.mark.heavy
 def test_repeated_ids_are_found_on_disk(tmp_path: Path) -> None:
     count = 2 * buckets.BUFFER_BYTES // 24
     with IdIndex(tmp_path) as index:

@@ -163,6 +163,7 @@ def test_a_changed_image_stops_the_run(tmp_path: Path, pictures: Path) -> None:
     assert [path.name for path in out.glob("images*.bin")] == ["images.1.bin"]
 
 
+@pytest.mark.heavy
 def test_a_killed_image_run_resumes_and_salvages(tmp_path: Path, pictures: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.1)) as simulator:
         job, out = write_job(tmp_path, simulator, pictures), tmp_path / "out"

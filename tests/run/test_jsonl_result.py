@@ -68,7 +68,7 @@ def test_columns_of_every_type_are_json(tmp_path: Path, name: str) -> None:
     assert [value is None for value in found] == [value is None for value in values(table.column("c"))]
 
 
-def test_numbers_are_exact(tmp_path: Path) -> None:
+def test_numbers_keep_all_their_digits(tmp_path: Path) -> None:
     inputs: dict[str, Any] = {
         "big": pa.array([2**63 - 1, -(2**63)], pa.int64()),
         "unsigned": pa.array([2**64 - 1, 0], pa.uint64()),
@@ -132,6 +132,7 @@ def simulator() -> Iterator[RunningSimulator]:
         yield running
 
 
+@pytest.mark.heavy
 def test_every_command_reads_a_run_in_json_lines(tmp_path: Path, simulator: RunningSimulator) -> None:
     lines = ({"id": f"r{number}", "text": f"text {number}", "score": number / 3} for number in range(40))
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")

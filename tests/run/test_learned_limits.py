@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from batchrun.limits import daily, token_estimates
 from batchrun.simulator import SimulatorConfig
 from batchrun.store.checkpoint import Checkpoint
@@ -89,6 +91,7 @@ def test_daily_requests_count_over_all_starts(tmp_path: Path) -> None:
     assert json.loads(manifest(out)[daily.ENTRY])["requests_before"] == 0
 
 
+@pytest.mark.heavy
 def test_answers_without_usage_count_under_later_caps(
     tmp_path: Path,
 ) -> None:

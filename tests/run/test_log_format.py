@@ -83,7 +83,7 @@ def test_each_plain_line_is_an_object(simulator: RunningSimulator, tmp_path: Pat
         (["--deadline", "yesterday"], 2),
     ],
 )
-def test_refusals_are_objects_too(tmp_path: Path, arguments: list[str], exit_code: int) -> None:
+def test_refused_starts_are_objects_too(tmp_path: Path, arguments: list[str], exit_code: int) -> None:
     plain, in_json = both(tmp_path, "http://127.0.0.1:9", *arguments)
     assert in_json.exit_code == exit_code
     assert in_json.stdout == ""

@@ -1,5 +1,6 @@
 """Answers and refusals as other servers send them, through a whole run: what becomes of the rows and of the run."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -133,7 +134,36 @@ def test_another_api_stops_the_run_after_two_answers(tmp_path: Path, api: str) -
     assert any(line.startswith("fix") and "endpoint.url: " in line and url in line for line in said)
 
 
-def test_a_gateway_that_mixes_apis_does_not_stop_a_run(tmp_path: Path) -> None:
+BLOCKED: dict[str, dict[str, Any]] = {
+    "no choice": {
+        "choices": [],
+        "prompt_filter_results": [{"content_filter_results": {"hate": {"filtered": True, "severity": "high"}}}],
+    },
+    "no candidate": {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}},
+    "no message": {"choices": [{"index": 0, "finish_reason": "content_filter", "message": None}]},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("form", BLOCKED)
+def test_a_200_without_a_message_that_blocks_its_question_is_filtered(tmp_path: Path, form: str, stream: bool) -> None:
+    """At once: no retry changes that. The filter's results of a question that passed block nothing."""
+    usage = {"prompt_tokens": 9, "completion_tokens": 0, "total_tokens": 9}
+    body = {**BLOCKED[form], "usage": usage}
+    passed: dict[str, Any] = {"prompt_filter_results": [{"content_filter_results": {"hate": {"filtered": False}}}]}
+    whole = answer(answer_body(**passed)), answer(json.dumps(body).encode())
+    streamed = events({**passed, "choices": []}, delta({"content": "Fine."}, "stop")), events(body)
+    good, blocked = streamed if stream else whole
+    with serving_aside(says(lambda row, time: blocked if row % 3 == 0 else good)) as server:
+        summary, rows = run(tmp_path, server.url, rows=30)
+    assert summary.by_status == {"ok": 20, "filtered": 10}
+    assert len(server.exchanges) == 30
+    assert summary.possibly_billed_count == 0
+    assert {row["error"]["kind"] for row in rows if row["error"]} == {"content_policy"}
+    assert sum(line.prompt_tokens for line in summary.totals if line.status == "filtered") == 90
+
+
+def test_a_gateway_mixing_apis_stops_no_run(tmp_path: Path) -> None:
     """Once a row was answered, such an answer is like any other that can't be read: its row is sent again."""
     body, _ = OTHER_APIS["Ollama's own API"]
     foreign = answer(json.dumps(body).encode())
@@ -225,6 +255,7 @@ FAILURES: dict[str, bytes] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("said", FAILURES.values(), ids=FAILURES.keys())
 @pytest.mark.parametrize("times", [1, 100])
 def test_a_choice_reporting_failure_is_retried(said: bytes, times: int, tmp_path: Path) -> None:
@@ -291,6 +322,7 @@ REFUSALS: dict[str, bytes] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("said", REFUSALS.values(), ids=REFUSALS.keys())
 @pytest.mark.parametrize(("action", "exit_code", "attempts"), [("accept", 0, 1), ("fail", 3, 1), ("retry", 3, 6)])
 def test_a_refusal_is_a_status_with_its_text(
@@ -357,6 +389,21 @@ def test_a_gateways_own_bad_key_fails_no_row(tmp_path: Path) -> None:
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 199, "error": 1})
     assert [(row["row"], row["error"]["kind"]) for row in result if row["error"]] == [(100, "authentication")]
     assert len(server.exchanges) < 250
+
+
+def test_a_server_with_a_bad_key_behind_the_address_fails_no_row(tmp_path: Path) -> None:
+    """Every third connection meets it, from the first one on."""
+    wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
+
+    async def script(exchange: Exchange) -> None:
+        if exchange.connection % 3:
+            await asyncio.sleep(0.02)
+        await exchange.send(choice() if exchange.connection % 3 else wrong_key)
+
+    with serving_aside(script) as server:
+        summary, _ = run(tmp_path, server.url, 100)
+    assert (summary.exit_code, summary.by_status) == (0, {"ok": 100})
+    assert len(server.exchanges) < 150
 
 
 def test_a_login_page_ends_the_start_within_minutes(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_the_figures_are_those_of_the_summary(observed: Observed) -> None:
     assert (tokens.unit, tokens.sum.is_monotonic) == ("{token}", True)
 
 
-def test_each_request_is_in_the_histograms_of_the_conventions(observed: Observed) -> None:
+def test_each_request_is_in_the_conventions_histograms(observed: Observed) -> None:
     received, summary, out = observed
     port = load(out.parent / "night.toml").endpoint.url.rpartition(":")[2].partition("/")[0]
     durations = received.points("gen_ai.client.operation.duration")
@@ -98,7 +98,7 @@ def test_each_request_is_in_the_histograms_of_the_conventions(observed: Observed
 MANY = 4194304, 16777216, 67108864
 
 
-def test_the_run_is_a_span_in_the_callers_trace(observed: Observed) -> None:
+def test_a_run_joins_the_callers_trace(observed: Observed) -> None:
     received, summary, _ = observed
     assert {span.trace_id.hex() for span in received.spans} == {TRACE}
     (run,) = [span for span in received.spans if span.name == "batchrun.run"]
@@ -157,7 +157,7 @@ def test_requests_have_no_spans_unless_asked_for(
     assert 0 < sum(first) <= 5, "of streams"
 
 
-def test_a_start_that_is_refused_is_a_failed_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_start_is_a_failed_span(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with receiving() as received:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", received.url)
         refused = batchrun("run", job(tmp_path, "http://127.0.0.1:9"), "-o", tmp_path / "out", key="")
@@ -203,7 +203,7 @@ def test_a_failing_collector_is_one_warning(
     assert read_summary(tmp_path / "out")["elapsed_s"] < took_s < FLUSH_S + 30
 
 
-def test_a_missing_extra_is_one_line_with_the_command(tmp_path: Path) -> None:
+def test_a_missing_extra_names_the_install_command(tmp_path: Path) -> None:
     file = job(tmp_path, "http://127.0.0.1:9")
     without = "import sys; sys.modules['opentelemetry'] = None; from batchrun.cli import main; main()"
     for command in (["run", file, "-o", tmp_path / "out"], ["check", file]):
@@ -261,6 +261,7 @@ print(json.dumps({"seen": seen, "observed": observed, "spans": ids}))
 """
 
 
+@pytest.mark.heavy
 def test_a_program_gets_all_through_its_own_sdk(
     simulator: RunningSimulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

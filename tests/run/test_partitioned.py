@@ -195,7 +195,7 @@ def test_the_same_command_again_sends_nothing(done: Path, simulator: RunningSimu
     assert len(simulator.ledger()) == served
 
 
-def test_every_command_reads_it(done: Path, tmp_path: Path, simulator: RunningSimulator) -> None:
+def test_every_command_reads_partitioned_results(done: Path, tmp_path: Path, simulator: RunningSimulator) -> None:
     out = done / "out"
     shown = batchrun("show", out, "--row", "3", "--json")
     assert json.loads(shown.stdout)["lang"] == "pt BR"
@@ -304,9 +304,7 @@ def test_a_changed_input_gives_its_own_partitions(tmp_path: Path, simulator: Run
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("layout", ['partition_by = ["lang"]', 'format = "jsonl.gz"'])
-def test_a_damaged_result_is_written_again_from_the_parts(
-    tmp_path: Path, simulator: RunningSimulator, layout: str
-) -> None:
+def test_a_damaged_result_is_rebuilt_from_parts(tmp_path: Path, simulator: RunningSimulator, layout: str) -> None:
     write_input(tmp_path / "in.jsonl", 12)
     more = f"[output]\n{layout}\nchunk_rows = 5\nmax_failures = 100\n"
     job, out = write_job(tmp_path / "job.toml", simulator.url, tmp_path / "in.jsonl", more), tmp_path / "out"

@@ -114,7 +114,7 @@ def test_an_unwritable_place_costs_nothing(s3: S3Server, api: RunningSimulator, 
     assert sent(api) == before
 
 
-def test_check_tries_the_destination(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+def test_check_tries_the_destination_first(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
     before = sent(api)
     machine = Machine(tmp_path, api, "tried")
     at = ("--set", f"output.state_dir={machine.state}")
@@ -150,9 +150,7 @@ def test_credentials_for_one_prefix_are_enough(s3: S3Server, api: RunningSimulat
 
 
 @pytest.mark.heavy
-def test_the_command_line_publishes_and_finds_the_run_again(
-    s3: S3Server, api: RunningSimulator, tmp_path: Path
-) -> None:
+def test_the_command_line_finds_what_it_published(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
     machine = Machine(tmp_path, api, "cli/{job}/{date}")
     shown = command("run", machine.job, "--state-dir", machine.state, "--date", "2026-11-22", "--limit", "10")
     assert shown.exit_code == 0, shown.stderr

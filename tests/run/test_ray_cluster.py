@@ -135,7 +135,7 @@ def files_of_ray(since: float) -> list[Path]:
     return [path for path in files if path.stat().st_mtime >= since - 1]
 
 
-def test_proxies_and_redirects_are_as_in_a_local_run(tmp_path: Path, cluster: RayCluster) -> None:
+def test_proxies_and_redirects_are_as_run_locally(tmp_path: Path, cluster: RayCluster) -> None:
     async def proxy(exchange: Exchange) -> None:
         assert exchange.head.startswith(b"POST http://model.example/v1/chat/completions ")
         await exchange.send(answer(answer_body("by proxy")))
@@ -193,7 +193,9 @@ weight = {weight}
 """
 
 
-def test_several_endpoints_over_actors(tmp_path: Path, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_endpoints_work_over_actors(
+    tmp_path: Path, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each request has its endpoint's own key; an endpoint that refuses its key is set aside, as in a local run."""
     seen = {"KEY_A": 0, "KEY_B": 0, "KEY_C": 0}
 
@@ -232,7 +234,7 @@ def test_several_endpoints_over_actors(tmp_path: Path, cluster: RayCluster, monk
     assert summary["possibly_billed"] == []
 
 
-def test_actors_come_and_go_with_the_requests_in_flight(tmp_path: Path, cluster: RayCluster) -> None:
+def test_actors_follow_the_requests_in_flight(tmp_path: Path, cluster: RayCluster) -> None:
     """One is ended when it has not been needed for a while, here for 1 s instead of 60, and none of its requests is
     lost.
     """
@@ -299,7 +301,7 @@ def test_a_start_that_cannot_work_is_one_line(tmp_path: Path, cluster: RayCluste
         assert "Traceback" not in ended.stderr
 
 
-def test_an_actor_elsewhere_needs_an_address_that_it_reaches() -> None:
+def test_an_actor_elsewhere_needs_a_reachable_address() -> None:
     here, elsewhere = (Ready(1, host, 8, ()) for host in (socket.gethostname(), "another-machine"))
     for url, refused in (
         ("http://127.0.0.1:9/v1", True),

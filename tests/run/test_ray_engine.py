@@ -23,7 +23,7 @@ OF_THE_EXCHANGE = ("request_id", "finished_at", "latency_s", "time_to_first_toke
 
 
 @pytest.mark.heavy
-def test_answers_over_ray_are_those_of_a_local_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_over_ray_equal_local_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every byte of them, in every column that is no time or id."""
     for name, value in OWN.items():
         monkeypatch.setenv(name, value)

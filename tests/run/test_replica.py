@@ -52,7 +52,7 @@ SLOWLY = ("--set", "limits.max_in_flight=1")
 """A run whose parts are counted in the store is not over before it is killed, however long a listing takes."""
 
 
-def test_a_run_of_yesterday_is_found_in_the_store(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+def test_yesterdays_run_is_found_in_the_store(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
     one = Machine(tmp_path / "one", api, "night/{job}/x-{date}/y", MORE, rows=ROWS, output=OUTPUT)
     process = start("run", one.job, "--state-dir", one.state, "--date", "2026-11-20", *SLOWLY)
     kill_when(process, lambda: parts_there(s3, "night") >= 2)

@@ -105,7 +105,7 @@ for number in range(1_000_000):
 """
 
 
-def test_readers_see_one_whole_folder_also_after_a_kill(tmp_path: Path) -> None:
+def test_readers_see_whole_folders_after_a_kill(tmp_path: Path) -> None:
     for number in range(4):
         with prefork.script(PUBLISH_FOR_EVER, tmp_path) as process:
             assert process.stdout is not None
@@ -119,7 +119,7 @@ def test_readers_see_one_whole_folder_also_after_a_kill(tmp_path: Path) -> None:
         assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == list("abcdefgh")
 
 
-def test_a_file_system_without_exchange_still_gets_the_folder(tmp_path: Path) -> None:
+def test_without_an_exchange_the_folder_still_comes(tmp_path: Path) -> None:
     for name in ("new", "folder"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(name)

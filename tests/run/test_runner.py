@@ -355,7 +355,7 @@ def test_one_loop_runs_two_directories_at_once(tmp_path: Path, simulator: Runnin
         assert {completion.input["id"] for completion in one} == set(range(30))
         assert {completion.input["id"] for completion in other} == set(range(100, 130))
         async with batchrun.Runner(job_at(simulator.url), texts(400), output=tmp_path / "shared", environ=KEYS):
-            with pytest.raises(batchrun.RunLockedError):
+            with pytest.raises(batchrun.RunLockedError, match="another run works here"):
                 await the_whole(job, tmp_path / "shared", texts(400))
 
     asyncio.run(ask())

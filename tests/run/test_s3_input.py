@@ -54,7 +54,7 @@ def test_text_is_read_as_from_a_disk(s3: S3Server, name: str, content: bytes) ->
     assert rows(f"s3://{BUCKET}/text/{name}") == [{"text": f"row {row}"} for row in range(1000)]
 
 
-def test_parquet_is_read_by_ranges_and_from_any_window(s3: S3Server) -> None:
+def test_parquet_is_read_by_ranges_anywhere(s3: S3Server) -> None:
     s3.put(f"{BUCKET}/p/a.parquet", parquet(5000))
     source = open_source(find_files(f"s3://{BUCKET}/p/a.parquet"))
     first, *_ = source.windows(START, 1800, 1 << 30)

@@ -140,7 +140,7 @@ def test_a_revoked_key_is_set_aside_and_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("keys")
-def test_the_run_pauses_only_when_no_endpoint_is_left(tmp_path: Path) -> None:
+def test_a_run_pauses_without_endpoints_left(tmp_path: Path) -> None:
     first, second = Script(), Script()
     with serving(first, second) as (a, b):
         job = job_at(at(a, "KEY_A"), at(b, "KEY_B"))
@@ -212,7 +212,7 @@ def test_a_rotated_key_is_used_without_a_restart(tmp_path: Path) -> None:
     assert b"canary" not in whole
 
 
-def test_an_endpoint_set_aside_returns_with_its_new_key(tmp_path: Path) -> None:
+def test_a_new_key_restores_its_endpoint(tmp_path: Path) -> None:
     """The old key is refused first, and its file replaced a while later."""
     (tmp_path / "a").write_text("sk-a-canary")
     (tmp_path / "b").write_text("sk-b-old-canary")
@@ -238,7 +238,7 @@ def test_an_endpoint_set_aside_returns_with_its_new_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("keys")
-def test_another_endpoint_leaves_keys_and_answers_as_they_are(tmp_path: Path) -> None:
+def test_another_endpoint_changes_no_key_or_answer(tmp_path: Path) -> None:
     """A second endpoint added after the run is complete asks nothing again."""
     first, second = Script("sk-first-canary"), Script("sk-second-canary")
     with serving(first, second) as (a, b):
@@ -266,7 +266,9 @@ def test_another_endpoint_leaves_keys_and_answers_as_they_are(tmp_path: Path) ->
         ([], {}, "endpoint: is empty"),
     ],
 )
-def test_wrong_endpoints_are_named(endpoints: list[dict[str, Any]], tables: dict[str, Any], message: str) -> None:
+def test_wrong_endpoints_are_named_when_loaded(
+    endpoints: list[dict[str, Any]], tables: dict[str, Any], message: str
+) -> None:
     common = {"url": "https://api.example.com/v1", "api_key_env": "KEY_A"}
     with pytest.raises(JobError, match=message):
         job_at(*({**common, **each} for each in endpoints), **tables)

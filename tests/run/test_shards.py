@@ -46,7 +46,7 @@ def rows_in(path: Path) -> list[int]:
 
 
 @pytest.mark.heavy
-def test_a_shard_is_killed_resumed_checked_retried_and_exported(tmp_path: Path, server: RunningSimulator) -> None:
+def test_a_shard_is_treated_like_any_run(tmp_path: Path, server: RunningSimulator) -> None:
     job = shard_job(tmp_path, server.url)
     process = start("run", job, "--shard", "1/3", "--set", "limits.max_in_flight=6")
     kill_when(process, lambda: len(list((out(tmp_path, 1) / "parts").glob("*.parquet"))) >= 1)
@@ -105,7 +105,7 @@ def test_a_shards_input_and_question_cannot_change(tmp_path: Path, server: Runni
 
 
 @pytest.mark.heavy
-def test_equal_and_reused_rows_are_found_within_a_shard(tmp_path: Path, server: RunningSimulator) -> None:
+def test_a_shard_finds_equal_and_reused_rows(tmp_path: Path, server: RunningSimulator) -> None:
     job = shard_job(tmp_path, server.url, rows=90)
     lines = (tmp_path / "in.jsonl").read_text().splitlines()
     lines[31:60] = [json.dumps(json.loads(lines[30]) | {"id": number}) for number in range(31, 60)]

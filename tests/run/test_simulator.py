@@ -108,14 +108,16 @@ def faulty() -> Iterator[RunningSimulator]:
         ({**HEADERS, "Content-Type": "text/plain"}, 415, "unsupported_media_type"),
     ],
 )
-def test_the_door_is_strict(simulator: RunningSimulator, headers: dict[str, str], status: int, code: str) -> None:
+def test_the_simulator_refuses_malformed_requests(
+    simulator: RunningSimulator, headers: dict[str, str], status: int, code: str
+) -> None:
     reply = _ask(simulator, headers=headers)
     assert (reply.status, reply.json()["error"]["code"]) == (status, code)
     line = simulator.ledger()[-1]
     assert (line.status, line.billed, line.request_id) == (status, False, reply.headers["x-request-id"])
 
 
-def test_invalid_bodies_are_400(simulator: RunningSimulator) -> None:
+def test_invalid_bodies_get_a_400(simulator: RunningSimulator) -> None:
     assert _ask(simulator, b"{").json()["error"]["code"] == "invalid_json"
     reply = _ask(simulator, _body(temperature=3))
     assert reply.status == 400
@@ -323,7 +325,7 @@ def test_a_hang_is_silent_and_free(faulty: RunningSimulator) -> None:
     assert (line.status, line.fault, line.billed) == (None, "hang", False)
 
 
-def test_an_outage_passes() -> None:
+def test_a_fault_ends_after_its_times() -> None:
     fault = Fault(kind="status", status=500, times=2)
     with running_simulator(SimulatorConfig(faults=(fault,))) as simulator:
         assert [_ask(simulator).status for _ in range(3)] == [500, 500, 200]

@@ -197,7 +197,7 @@ def test_reasoning_may_pause_longer_than_writing() -> None:
         pytest.param((), {"attempt_timeout_s": 0.2}, "no whole answer within 0.2 s", id="before its head"),
     ],
 )
-def test_silence_ends_a_stream(before: tuple[bytes, ...], limits: dict[str, float], said: str) -> None:
+def test_a_long_silence_ends_a_stream(before: tuple[bytes, ...], limits: dict[str, float], said: str) -> None:
     attempt = ended(*before, Exchange.silence, head=HEAD if before else b"", **limits)
     assert isinstance(attempt.error, APITimeoutError)
     assert str(attempt.error) == said

@@ -16,7 +16,7 @@ import pytest
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, JobError
 from batchrun.job.settings import Output
-from batchrun.records import Completion, RowError, Status
+from batchrun.records import CompletionRecord, RowError, Status
 from batchrun.run_summary import TotalsLine
 from batchrun.tables import booked, files
 from batchrun.tables.files import ROW_GROUP_BYTES, assemble, write_part
@@ -37,7 +37,7 @@ def table_of(count: int, first: int = 0) -> pa.Table:
     return pa.table({"id": ids, "text": [f"text {number}" for number in ids]}, schema=INPUT)
 
 
-def batch_of(table: pa.Table, completions: Sequence[Completion], settings: Output = DEFAULT) -> pa.RecordBatch:
+def batch_of(table: pa.Table, completions: Sequence[CompletionRecord], settings: Output = DEFAULT) -> pa.RecordBatch:
     schema = output_schema(table.schema, settings)
     own = own_table(completions, keep_raw=settings.raw == "always")
     return joined(table, own, schema)
@@ -57,7 +57,7 @@ def values(column: "pa.ChunkedArray[Any]") -> list[Any]:
     return plain.to_pylist()
 
 
-def own(settled: Completion, settings: Output = DEFAULT) -> dict[str, Any]:
+def own(settled: CompletionRecord, settings: Output = DEFAULT) -> dict[str, Any]:
     """What our columns say of one completion."""
     schema = output_schema(INPUT, settings)
     ours = own_table([settled], keep_raw=settings.raw == "always")
@@ -193,6 +193,7 @@ def test_parsed_holds_the_requested_json() -> None:
 # ── parts and the final file ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("name", COLUMNS)
 def test_columns_of_every_type_reach_the_result(tmp_path: Path, name: str) -> None:
     whole = pa.table({"c": COLUMNS[name]})
@@ -300,7 +301,8 @@ def largest_row_group(path: Path) -> int:
     return max(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
 
 
-def test_row_groups_stay_small(tmp_path: Path) -> None:
+@pytest.mark.heavy
+def test_row_groups_stay_small_enough(tmp_path: Path) -> None:
     schema = output_schema(INPUT, Output())
     part = tmp_path / "part"
     sealed = write_part(part, schema, large_batches(3000, 30_000), Output(), 3000)
@@ -330,7 +332,7 @@ def test_small_rows_share_few_row_groups(tmp_path: Path) -> None:
     assert pq.read_metadata(tmp_path / "final").num_row_groups == 1
 
 
-def test_files_are_private(tmp_path: Path) -> None:
+def test_files_of_results_are_private(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         part = part_of(tmp_path, 0, table_of(1), 0)

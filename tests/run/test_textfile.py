@@ -134,7 +134,7 @@ def test_each_shard_has_a_file_and_a_label(night: Night) -> None:
     assert rows == [[3, None], [None, 2]]
 
 
-def test_a_result_that_is_not_published_is_no_success(night: Night) -> None:
+def test_an_unpublished_result_is_no_success(night: Night) -> None:
     """The run is complete here, and then the object store refuses its result."""
     views = Views(load(night.job), RunDirectory(night.out), print)
     complete = summary(job="night", state="complete", exit_code=0, complete=True, pending=0)
@@ -163,9 +163,7 @@ def test_a_second_run_leaves_the_file_alone(night: Night) -> None:
 
 
 @pytest.mark.parametrize("problem", ["missing", "not a folder"])
-def test_a_folder_that_cannot_be_written_is_one_warning(
-    simulator: RunningSimulator, tmp_path: Path, problem: str
-) -> None:
+def test_an_unwritable_folder_is_one_warning(simulator: RunningSimulator, tmp_path: Path, problem: str) -> None:
     night = Night(tmp_path, simulator.url)
     if problem == "not a folder":
         night.metrics.write_text("")

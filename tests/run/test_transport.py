@@ -108,7 +108,7 @@ def test_headers_ignore_case_and_repetition() -> None:
 # -- which wire
 
 
-def test_proxies_use_the_session() -> None:
+def test_proxied_requests_use_the_session() -> None:
     """Everything else uses the lean wire."""
 
     async def chosen(**endpoint: str) -> tuple[str, str]:
@@ -316,7 +316,7 @@ def test_our_close_does_not_complete_a_body() -> None:
 # -- connections
 
 
-def test_connections_never_outnumber_requests() -> None:
+def test_connections_never_outnumber_the_requests() -> None:
     async def slowly(exchange: Exchange) -> None:
         await asyncio.sleep(0.002)
         await exchange.send(answer())
@@ -337,6 +337,7 @@ def test_connections_never_outnumber_requests() -> None:
     assert run(main()) <= 16
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_fast_server_gets_few_connections(*, kept: bool) -> None:
     """From the first request on: while it is tested whether it keeps connections, the others wait for the result. A

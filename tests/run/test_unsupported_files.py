@@ -131,6 +131,7 @@ def made(name: str) -> str:
     return name
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", MADE)
 def test_the_suggested_command_converts_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """It overwrites nothing."""

@@ -259,6 +259,7 @@ def assert_lines_are_the_rows(rows: list[dict[str, Any]], lines: list[dict[str, 
     assert all(line["attempts"] > 0 and Decimal(line["cost_usd"]) >= 0 for line in lines)
 
 
+@pytest.mark.heavy
 def test_retried_models_are_billed_separately(tmp_path: Path) -> None:
     night = Night(tmp_path)
     night.start(faults=UNFIT_ROWS, code=3)

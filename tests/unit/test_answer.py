@@ -396,7 +396,7 @@ def test_a_character_may_be_cut_between_events() -> None:
     assert parse(stream(*halves)) == but(content="Fi\U0001f600ne.\ufffd", flagged=True)
 
 
-def test_a_cut_stream_is_complete_only_after_its_end() -> None:
+def test_a_cut_stream_needs_its_end() -> None:
     raw = stream(*WORDS, STOP, COUNTED)
     said = raw.index(b'"stop"}') + len(b'"stop"}]}')
     for length in range(len(raw)):

@@ -3,6 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ def test_the_kth_equal_question_gets_the_kth_answer(tmp_path: Path, old: list[by
     assert max(Counter(row for row in found if row != NONE).values(), default=1) == 1
 
 
+@pytest.mark.heavy
 def test_many_rows_are_matched_over_several_buckets(tmp_path: Path) -> None:
     rows = buckets.ENTRIES_A_BUCKET + 10
     keys = [row.to_bytes(16, "little") for row in range(rows)]

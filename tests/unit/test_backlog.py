@@ -319,7 +319,7 @@ def test_only_long_waits_are_not_waited_for(tmp_path: Path) -> None:
 # ── the end ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_closing_wakes_every_worker(tmp_path: Path) -> None:
+def test_closing_the_backlog_wakes_workers(tmp_path: Path) -> None:
     async def test() -> None:
         backlog = backlog_of(Source(tmp_path, 10, 10))
         for _ in range(20):

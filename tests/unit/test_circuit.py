@@ -408,6 +408,42 @@ def test_an_older_success_clears_no_suspicion() -> None:
     assert isinstance(story.phase(), Stopped)
 
 
+def test_rows_accepted_beside_a_refused_one_disprove_the_verdict() -> None:
+    """They were sent after it, with the same key: one of several is bad. From then on a refusal is its row's own."""
+    story = Story()
+    story.send(*range(8))
+    assert story.ends(0, Verdict.PAUSE, REFUSED_401) == HOLD
+    assert story.ends(1, Verdict.OK) == PROCEED
+    assert story.ends(2, Verdict.OK) == Decision(own=(0,))
+    assert story.phase() is OPEN
+    for row in range(3, 8):
+        assert story.ends(row, Verdict.PAUSE, REFUSED_401) == Decision(hold=True, own=(row,))
+    story.send(8)
+    assert story.ends(8, Verdict.PAUSE, REFUSED_401) == HOLD, "so many without an answer between are the run's"
+    assert isinstance(story.phase(), Probing)
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_a_second_verdict_waits_for_rows_in_flight(accepted: bool) -> None:
+    """They may disprove it; no other row is sent meanwhile."""
+    story = Story()
+    story.send(*range(4))
+    story.ends(0, Verdict.PAUSE, REFUSED_401)
+    story.send(4)
+    assert story.ends(4, Verdict.PAUSE, REFUSED_401) == HOLD
+    assert isinstance(story.phase(), Probing)
+    assert story.barred()
+    if accepted:
+        story.ends(1, Verdict.OK)
+        assert story.ends(2, Verdict.OK) == Decision(own=(0, 4))
+        assert story.phase() is OPEN
+        return
+    for row in (1, 2, 3):
+        assert isinstance(story.phase(), Probing)
+        story.ends(row, Verdict.PAUSE, REFUSED_401)
+    assert isinstance(story.phase(), Stopped)
+
+
 def test_a_lone_row_is_sent_twice_first() -> None:
     story = Story(resumed=True)
     story.send(0)
@@ -606,7 +642,7 @@ def test_a_never_reached_endpoint_waits_less(heard: bool, patience_s: float) -> 
 OTHER_API_200 = RowError("other_api", 200, None, "the answer comes from another API")
 
 
-def test_a_second_answer_of_another_api_stops_the_run() -> None:
+def test_two_answers_of_another_api_stop_runs() -> None:
     """After the first one row is sent, whoever else is in flight."""
     story = Story()
     story.send(0, 1, 2)
@@ -618,7 +654,7 @@ def test_a_second_answer_of_another_api_stops_the_run() -> None:
     assert story.phase() == Stopped(Stop(ExitCode.USAGE, "HTTP 200: the answer comes from another API"))
 
 
-def test_a_good_answer_after_one_of_another_api_opens_the_gate() -> None:
+def test_a_good_answer_clears_the_suspicion() -> None:
     story = Story()
     story.send(0)
     story.ends(0, Verdict.MAYBE, OTHER_API_200)

@@ -80,11 +80,11 @@ def test_a_text_without_key_is_unchanged() -> None:
     assert holding(KEY).clean(raw) is raw
 
 
-def test_half_characters_survive_cleaning() -> None:
+def test_half_characters_survive_the_cleaning() -> None:
     assert holding("sk-canary").clean_text("\ud800 sk-canary") == "\ud800 [redacted]"
 
 
-def test_its_repr_shows_nothing() -> None:
+def test_the_repr_shows_no_key() -> None:
     assert "canary" not in repr(holding("sk-canary")) + str(holding("sk-canary"))
 
 

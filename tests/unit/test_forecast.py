@@ -44,7 +44,7 @@ def test_only_a_moving_run_has_an_end() -> None:
     assert forecast(seen(1, 60), 60).done_in_s == 0.0
 
 
-def test_only_recent_minutes_count() -> None:
+def test_only_the_last_minutes_count() -> None:
     """The rate that is shown is of the last seconds."""
     recent = Recent()
     for at_s in range(1000):  # ten rows a second until 700, then none but in the last half minute

@@ -640,7 +640,7 @@ async def test_without_a_cap_a_known_bound_limits_nothing() -> None:
 
 
 @on_moved_clock
-async def test_closing_ends_every_wait() -> None:
+async def test_closing_the_gate_ends_waits() -> None:
     gate = new_gate(requests_per_minute=1)
     await gate.admit(SMALL)
     waiting = [await turns(gate.admit(SMALL)) for _ in range(5)]

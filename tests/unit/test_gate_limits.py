@@ -72,6 +72,7 @@ def test_token_limits_waste_nothing_on_large_prompts(known: bool) -> None:
     run_on_moved_clock(main())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("headers", [True, False])
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 def test_a_changed_limit_is_followed_in_seconds(known: bool, headers: bool) -> None:
@@ -91,6 +92,7 @@ def test_a_changed_limit_is_followed_in_seconds(known: bool, headers: bool) -> N
     run_on_moved_clock(main())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("headers", [True, False])
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 def test_a_second_client_gets_its_half(known: bool, headers: bool) -> None:
@@ -184,7 +186,7 @@ def test_an_early_random_refusal_costs_seconds() -> None:
     async def main() -> None:
         undisturbed_s, _ = await took_s(frozenset(), 3_000)
         disturbed_s, _ = await took_s(frozenset({3}), 3_000)
-        assert disturbed_s - undisturbed_s < 20
+        assert disturbed_s - undisturbed_s < 5
         _, handed_on = await took_s(frozenset({3}), 20)
         assert handed_on == Found()
 
@@ -205,7 +207,7 @@ def test_known_limits_start_without_a_refusal() -> None:
     run_on_moved_clock(main())
 
 
-def test_headers_overrule_earlier_findings() -> None:
+def test_headers_overrule_what_was_learned() -> None:
     async def main() -> None:
         run = Run(Server(RPM, None))
         await send_all(run, gate := new_gate(run, found=Found(requests_per_minute=RPM / 4)), [150] * 1_500)

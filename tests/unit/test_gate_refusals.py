@@ -30,7 +30,7 @@ SEEDS = level.amount(sample=1, full=5)
 NAME = operator.attrgetter("name")
 
 
-@pytest.mark.sampled(24)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=NAME)
 def test_each_server_gets_nearly_what_it_can_take(scenario: Scenario) -> None:
     """Chance costs only its retries, a limit is used and kept, too many at once are not sent."""
@@ -116,7 +116,7 @@ def test_the_spacing_of_requests_is_found(limit_per_s: float) -> None:
     assert not found.is_contradicted
 
 
-def test_refusals_long_after_an_accepted_request_are_no_bucket() -> None:
+def test_late_refusals_contradict_the_spacing_found() -> None:
     found = RequestSpacing(1)
     for turn in range(6):
         found.count(turn / 5, refused=False)

@@ -59,7 +59,7 @@ def test_an_error_has_its_status_or_its_kind() -> None:
     assert error_type(discarded(0, http_status=429, error_kind="rate_limit")) == "429"
 
 
-def test_the_sets_of_attributes_are_made_once_and_bounded() -> None:
+def test_attribute_sets_are_made_once_and_bounded() -> None:
     sets = AttributeSets({"gen_ai.operation.name": "chat"})
     first = sets.of(completion(0))
     assert sets.of(completion(1)) is first

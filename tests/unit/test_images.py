@@ -388,7 +388,7 @@ def test_an_invalid_image_part_is_named(part: Columns, words: str) -> None:
     assert words in str(caught.value)
 
 
-def test_misplaced_images_are_reported(root: Path) -> None:
+def test_misplaced_images_are_reported_early(root: Path) -> None:
     in_url = a_job(prompt=None, images=[], messages=[{"role": "user", "content": [image_part("{{ photo }}")]}])
     with pytest.raises(InputError, match=r"column 'photo' holds a list; name it in request\.images"):
         sent(in_url, {"photo": [URL]})

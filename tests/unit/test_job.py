@@ -319,7 +319,7 @@ def test_a_job_names_one_place_for_its_key() -> None:
         at("https://h", auth="none")
 
 
-def test_secrets_require_https() -> None:
+def test_keys_require_https_beyond_loopback() -> None:
     keyless = {"api_key_env": None, "auth": "none"}
     for url in ("http://127.0.0.1:8080/v1", "http://gpu-box:8000/v1", "https://h"):
         assert at(url, **keyless).url.startswith(url)

@@ -68,7 +68,7 @@ def same(source: object, stored: object, type_: pa.DataType) -> bool:
 
 
 @given(ROWS)
-def test_no_value_is_lost(rows: list[dict[str, Any]]) -> None:
+def test_no_value_of_any_row_is_lost(rows: list[dict[str, Any]]) -> None:
     table = table_of(*map(json.dumps, rows))
     assert table.num_rows == len(rows)
     for row, stored in zip(rows, table.to_pylist(), strict=False):
@@ -85,7 +85,7 @@ def test_types_do_not_depend_on_row_order(rows: list[dict[str, Any]], random: An
 
 
 @given(ROWS, ROWS)
-def test_stored_types_continue_learning(first: list[dict[str, Any]], later: list[dict[str, Any]]) -> None:
+def test_stored_column_types_continue_learning(first: list[dict[str, Any]], later: list[dict[str, Any]]) -> None:
     kept = types_of(*map(json.dumps, first))
     read = ColumnTypes.from_json(kept.to_json())
     for row in later:

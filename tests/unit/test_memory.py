@@ -51,6 +51,7 @@ def test_origins_of_sent_rows_take_no_disk(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_keys_to_compare_are_not_in_memory(tmp_path: Path) -> None:
     """Nor do they take more than one file: a hundred million rows have 400 buckets of them."""
     keys, before, files = 1_000_000, resident_mb(), len(list(Path("/proc/self/fd").iterdir()))
@@ -89,7 +90,7 @@ libc.fclose(file)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such parameters")
-def test_threads_share_one_arena(tmp_path: Path) -> None:
+def test_all_threads_share_one_arena(tmp_path: Path) -> None:
     """With one for each, what a thread has freed is of no use to the others."""
     found = tmp_path / "malloc.xml"
     for how in ("one", "as they are"):

@@ -60,7 +60,7 @@ def shown(known: Summary, **more: Any) -> Samples:
     return samples
 
 
-def test_prometheus_reads_each_figure_as_the_summary_has_it() -> None:
+def test_prometheus_reads_the_figures_of_the_summary() -> None:
     samples = shown(FULL)
     assert samples["batchrun_rows"]["a", "ok"] == 7
     assert samples["batchrun_rows"]["b", "error"] == 1
@@ -101,7 +101,7 @@ def test_an_unknown_cost_is_absent_and_never_0() -> None:
         ((Decimal(1),), "1", {(): 1.0}, {("a",): 0.5, ("b",): 0.0}),
     ],
 )
-def test_a_doubt_at_an_unknown_price_leaves_no_complete_looking_cost(
+def test_an_unpriced_doubt_leaves_the_cost_incomplete(
     doubts: tuple[Decimal | None, ...], known_usd: str, bound: dict[Any, float], cost: dict[Any, float]
 ) -> None:
     """Requests of b have no known end: its cost and the bound on theirs are unknown, not $0."""

@@ -58,7 +58,7 @@ def test_a_stream_names_its_api(stream: bytes, name: str) -> None:
         b"null",
     ],
 )
-def test_other_bodies_name_none(body: bytes) -> None:
+def test_other_bodies_belong_to_no_api(body: bytes) -> None:
     assert other_apis.recognised(body) is None
 
 

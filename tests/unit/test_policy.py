@@ -28,7 +28,7 @@ from batchrun.attempt_caps import (
 from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.answer_schema import ANYTHING, Expected, of
 from batchrun.job.settings import Finish, Retry
-from batchrun.policy import ANSWERED, BROKEN_OFF, FAULT_VERDICTS, Fault, Judgement, judge
+from batchrun.policy import ANSWERED, FAULT_VERDICTS, Fault, Judgement, judge
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
 from batchrun.response.answer import parse
 from batchrun.response.retry_after import reset_s, retry_after_s
@@ -143,6 +143,7 @@ def test_a_redirect_names_its_target_without_its_query() -> None:
     assert error.message == ("HTTP 302: the server redirects to https://login.example/, and redirects are not followed")
 
 
+UNFINISHED = b'{"choices": [{"index": 0, "message": {"content": "Fi"}}]}'
 CHUNK = b'{"choices": [{"index": 0, "delta": {"content": "Fi"}, "finish_reason": null}]}'
 
 
@@ -153,6 +154,7 @@ CHUNK = b'{"choices": [{"index": 0, "delta": {"content": "Fi"}, "finish_reason":
         pytest.param(200, FINE, ANSWERED, id="an answer"),
         pytest.param(200, gzip.compress(FINE)[:-8], None, id="packed bytes"),
         pytest.param(200, CHUNK, None, id="a chunk of a stream"),
+        pytest.param(200, UNFINISHED, None, id="an answer without its end"),
         pytest.param(200, said("no luck"), None, id="an error inside 200"),
         pytest.param(429, b"Too many requ", judged(429, b"Too many requ"), id="a refusal"),
         pytest.param(500, b"", judged(500), id="a failure"),
@@ -165,12 +167,28 @@ def test_what_came_whole_counts_although_its_transfer_failed(
     judgement = judge(
         attempt(status, body, error=APIConnectionError("why", kind=fault, sent=True)), parse(body), Retry()
     )
-    if counts is not None and fault in BROKEN_OFF:
+    if counts is not None and fault in {Fault.TIMEOUT, Fault.RESET, Fault.CUT}:
         assert judgement == counts
     else:
         assert judgement.error == RowError(fault, status, None, "why")
 
 
+@pytest.mark.parametrize("fault", [Fault.TIMEOUT, Fault.CUT, Fault.MALFORMED])
+def test_a_stream_is_whole_with_its_last_mark(fault: Fault) -> None:
+    """Whatever became of its connection afterwards."""
+    error = APIConnectionError("why", kind=fault, sent=True)
+    events = b"data: " + CHUNK.replace(b"null", b'"stop"') + b"\n\n"
+    for body, verdict in ((events + b"data: [DONE]\n\n", OK), (b"data: " + CHUNK + b"\n\n", MAYBE)):
+        ended = msgspec.structs.replace(attempt(200, body, error=error), streamed=True)
+        assert judge(ended, parse(body), Retry()).verdict is verdict
+
+
+ANTHROPIC_PACE = (
+    "This request would exceed your organization's rate limit of 80,000 output tokens per minute. For details, refer "
+    "to: https://h/rate-limits; see the response headers for current usage. Please reduce the prompt length or the "
+    "maximum tokens requested, or try again later. You may also contact sales to discuss a rate limit increase."
+)
+GROQ_SIZE = "Limit 6000, Requested 6500, please reduce your message size and try again. Visit https://h for more."
 MINIMAX = b'{"base_resp": {"status_code": 2056, "status_msg": "usage limit exceeded"}}'
 OPENAI_RATE = "Rate limit reached for m on tokens per min (TPM). Add a payment method at https://h/account/billing."
 AZURE_RATE = (
@@ -182,6 +200,8 @@ QUOTA = "You exceeded your current quota, please check your plan and billing det
 @pytest.mark.parametrize(
     ("status", "body", "headers", "verdict", "kind"),
     [
+        pytest.param(429, said(ANTHROPIC_PACE), {}, SLOW, "rate_limit", id="Anthropic's 429 of tokens a minute"),
+        pytest.param(429, said(GROQ_SIZE), {}, ROW, "bad_request", id="Groq's 429 for one request's size"),
         pytest.param(200, FINE, {}, OK, None, id="200"),
         pytest.param(201, FINE, {}, OK, None, id="201"),
         pytest.param(200, b"", {}, MAYBE, "unreadable", id="200 empty"),
@@ -202,6 +222,8 @@ QUOTA = "You exceeded your current quota, please check your plan and billing det
         pytest.param(403, b"<html>denied</html>", {}, PAUSE, "forbidden", id="403 HTML"),
         pytest.param(403, said("flagged by moderation"), {}, ROW, "content_policy", id="403 moderation"),
         pytest.param(403, said("no", "content_policy_violation"), {}, ROW, "content_policy", id="403 policy code"),
+        pytest.param(451, said("flagged by moderation"), {}, ROW, "content_policy", id="451 moderation"),
+        pytest.param(451, said("Not available in your country"), {}, ROW, "bad_request", id="451 law"),
         pytest.param(
             429, said(OPENAI_RATE, "rate_limit_exceeded"), {}, SLOW, "rate_limit", id="429 rate, with an offer"
         ),
@@ -338,6 +360,24 @@ def test_errors_repeat_the_server_bounded() -> None:
     long = judged(400, said("x" * 9000))
     assert long.error is not None
     assert len(long.error.message or "") == 1000
+    fault = APIConnectionError("x" * 9000, kind=Fault.MALFORMED, sent=True)
+    broken = judge(attempt(None, error=fault), Answer(), Retry()).error
+    assert broken is not None
+    assert len(broken.message or "") == 1000
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "the answer is empty"),
+        (b"[1]", "the answer is not a chat completion: [1]"),
+        (b"<html><h1>Hi</h1>", "the answer is not a chat completion, but a web page: Hi"),
+    ],
+)
+def test_an_unreadable_answer_is_described(body: bytes, message: str) -> None:
+    error = judged(200, body).error
+    assert error is not None
+    assert error.message == message
 
 
 # -- Retry-After
@@ -468,6 +508,7 @@ def test_a_stated_reset_is_waited_for(headers: dict[str, str], wait_s: float | N
     assert waits_s == (None if wait_s is None else pytest.approx(wait_s))
     assert judged(429, headers=headers | {"retry-after": "1"}).retry_after_s == 1.0
     assert judged(500, headers=headers).retry_after_s is None
+    assert judged(503, headers=headers).retry_after_s is None
 
 
 def test_a_reset_hours_away_pauses_the_run() -> None:
@@ -806,7 +847,7 @@ def test_few_refusals_without_a_stated_wait_double_nothing(attempts: int, refuse
     assert attempt_caps.backoff_s(history, None, Retry(), 0.5) == ceiling_s / 2
 
 
-def test_repeated_refusals_wait_longer() -> None:
+def test_repeated_refusals_wait_ever_longer() -> None:
     usual, stubborn = History(attempts=9, refused=5), History(attempts=9, refused=6)
     assert attempt_caps.backoff_s(usual, 1.0, Retry(), 0.999) < 2.0
     assert attempt_caps.backoff_s(stubborn, 1.0, Retry(), 0.999) > 50.0

@@ -37,8 +37,9 @@ def test_the_list_is_that_of_the_pinned_package() -> None:
     assert "MIT" in newest.BUILT_IN.with_name("LICENSE").read_text()
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("provider", providers, ids=lambda provider: provider.id)
-def test_each_price_of_the_list_is_the_packages_own(provider: theirs.Provider) -> None:
+def test_each_listed_price_is_the_packages_own(provider: theirs.Provider) -> None:
     """For all models, before and after each day on which a price changes, at the hours at which one does, in all tiers,
     and on both sides of each step."""
     vendor = PRICES.vendor(provider.id)

@@ -74,6 +74,6 @@ def headers(limit: str | None, remaining: str | None = None, reset: str | None =
         ({}, None),
     ],
 )
-def test_implausible_values_are_ignored(sent: dict[str, str], said: StatedLimit | None) -> None:
+def test_implausible_header_values_are_ignored(sent: dict[str, str], said: StatedLimit | None) -> None:
     assert read_limit(sent, "requests") == said
     assert read_limit(sent, "tokens") is None

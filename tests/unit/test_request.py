@@ -176,7 +176,7 @@ def test_a_request_without_a_model_is_refused() -> None:
         ([{"role": "user", "content": 5}], "messages[0].content: expected text or a list of parts"),
     ],
 )
-def test_invalid_messages_are_named(messages: object, problem: str) -> None:
+def test_invalid_messages_of_rows_are_named(messages: object, problem: str) -> None:
     assert problem_of(a_job(), {"messages": messages}).startswith(problem)
 
 
@@ -587,7 +587,7 @@ def test_the_key_covers_the_endpoints_name() -> None:
 # -- the bounds
 
 
-def test_bounds_cover_everything_billable() -> None:
+def test_upper_bounds_cover_everything_billable() -> None:
     request = build(a_job(), batch(max_tokens=100, n=3))
     assert request.max_output_tokens == 300
     assert request.max_prompt_tokens == len(request.body)
@@ -709,7 +709,7 @@ PIECES = [
         st.text(max_size=5) | st.integers() | st.none() | st.floats(),
     ),
 )
-def test_simple_templates_equal_jinja(parts: list[str], columns: Columns) -> None:
+def test_simple_templates_render_as_jinja(parts: list[str], columns: Columns) -> None:
     def rendered(text: str) -> str:
         try:
             return text_template(text, "request.prompt")(columns)

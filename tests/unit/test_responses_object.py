@@ -98,7 +98,7 @@ def test_a_stream_says_what_the_whole_answer_says() -> None:
     assert streamed == read(COMPLETED["response"])
 
 
-def test_a_stream_of_calls_says_what_the_whole_says() -> None:
+def test_streamed_calls_equal_those_sent_whole() -> None:
     added = {"type": "response.output_item.added", "output_index": 0, "item": {**CALL, "arguments": ""}}
     pieces = [
         {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": d} for d in ('{"score"', ":3}")

@@ -66,7 +66,7 @@ def test_a_later_start_knows_a_rows_capacity_refusals() -> None:
     assert history_of(earlier, 2) == attempt_caps.History(attempts=2, capacity_refusals=2)
 
 
-def test_waits_for_capacity_double_up_to_the_longest_wait() -> None:
+def test_waits_for_capacity_double_to_a_limit() -> None:
     retry = Retry(backoff_base_s=1.0, max_wait_s=900.0)
     histories = [attempt_caps.History(capacity_refusals=refusals) for refusals in (1, 2, 5, 40)]
     waits = [attempt_caps.capacity_wait_s(history, None, retry, 1.0) for history in histories]

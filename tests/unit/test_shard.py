@@ -30,7 +30,7 @@ def all_of(count: int) -> list[Shard]:
 
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("rows", [0, 1, 6, 7, 8, 99, 100, 101, 12_345])
-def test_ranges_are_contiguous_and_equal_to_within_a_row(rows: int, count: int) -> None:
+def test_ranges_are_contiguous_and_nearly_equal(rows: int, count: int) -> None:
     ranges = [shards.rows_of(shard, rows) for shard in all_of(count)]
     assert [first for first, _ in ranges] == [0, *(end for _, end in ranges[:-1])]
     assert ranges[-1][1] == rows
@@ -171,7 +171,7 @@ def inputs(folder: Path) -> dict[str, tuple[Path, ...]]:
     return made
 
 
-def test_the_shards_of_any_format_read_each_row_once(tmp_path: Path) -> None:
+def test_shards_of_any_format_read_rows_once(tmp_path: Path) -> None:
     for kind, files in inputs(tmp_path).items():
         whole = open_source(files)
         records = list(whole.records())
@@ -253,7 +253,7 @@ def test_a_parquet_footer_says_that_a_file_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rpm", "tpm", "count"), [(600, None, 7), (None, 30_000, 3), (617, 60_000, 16)])
-def test_all_shards_together_keep_the_limits_and_use_them(rpm: int | None, tpm: int | None, count: int) -> None:
+def test_all_shards_together_keep_and_use_limits(rpm: int | None, tpm: int | None, count: int) -> None:
     given = {"requests_per_minute": rpm, "tokens_per_minute": tpm}
     limits = {name: limit for name, limit in given.items() if limit is not None}
     job = job_over("in.jsonl", limits=limits)

@@ -60,7 +60,7 @@ def test_one_row_shares_with_no_one() -> None:
     assert _survey([_body(RULES, "Fine.")]) == SharedText(1, len(_body(RULES, "Fine.")), ())
 
 
-def test_a_beginning_with_an_image_is_in_no_group() -> None:
+def test_a_prefix_with_images_has_no_group() -> None:
     parts = [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": RULES}]
     body = json.dumps({"messages": [{"role": "user", "content": parts}]}, separators=(",", ":")).encode()
     assert group_of(body) is None

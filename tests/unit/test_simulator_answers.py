@@ -103,7 +103,7 @@ def test_auto_calls_sometimes_none_never() -> None:
     assert all(answer.choices[0].function_call is None for answer in silent)
 
 
-def test_requested_json_is_generated() -> None:
+def test_requested_json_fits_its_schema() -> None:
     for answer in _answers(response_format={"type": "json_object"}):
         assert isinstance(json.loads(answer.choices[0].content or ""), dict)
     form = {"type": "json_schema", "json_schema": {"name": "p", "schema": PARAMETERS}}
@@ -111,7 +111,7 @@ def test_requested_json_is_generated() -> None:
         jsonschema.validate(json.loads(answer.choices[0].content or ""), PARAMETERS)
 
 
-def test_each_choice_is_billed() -> None:
+def test_each_requested_choice_is_billed() -> None:
     (answer,) = _answers(1, n=3)
     assert len({choice.content for choice in answer.choices}) == 3
     assert answer.usage.completion_tokens == sum(choice.completion_tokens for choice in answer.choices)

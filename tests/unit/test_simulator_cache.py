@@ -23,7 +23,7 @@ def _send(cache: PromptCache, request: ChatRequest, now_s: float) -> int:
     return cached
 
 
-def test_the_second_request_finds_the_prefix_of_the_first() -> None:
+def test_a_second_request_finds_the_firsts_prefix() -> None:
     cache = PromptCache(300, 0)
     assert _send(cache, _request(user="Good."), 0) == 0
     assert _send(cache, _request(user="Bad."), 1) == 1_024
@@ -44,7 +44,7 @@ def test_a_short_prompt_is_never_cached() -> None:
     assert [_send(cache, _request(SHARED[:3_000]), now_s) for now_s in (0, 1)] == [0, 0]
 
 
-def test_a_prefix_lives_as_long_as_it_is_used() -> None:
+def test_a_prefix_in_use_lives_on() -> None:
     cache = PromptCache(300, 0)
     assert [_send(cache, _request(), now_s) for now_s in (0, 200, 400, 701)] == [0, 1_024, 1_024, 0]
 

@@ -15,7 +15,7 @@ DOCUMENT = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text()
 
 
 @pytest.mark.parametrize("setting", SimulatorConfig.__struct_fields__)
-def test_every_setting_is_documented(setting: str) -> None:
+def test_every_simulator_setting_is_documented(setting: str) -> None:
     assert f"| `{setting}` |" in DOCUMENT
 
 

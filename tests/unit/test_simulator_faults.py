@@ -36,7 +36,7 @@ def test_a_retry_meets_another_fate() -> None:
     assert _fates(sticky, QUESTIONS) == _fates(sticky, QUESTIONS)
 
 
-def test_two_rules_draw_apart() -> None:
+def test_two_rules_draw_independently_of_each_other() -> None:
     rules = (Fault(kind="status", share=0.5), Fault(kind="cut", share=0.5))
     book = FaultBook(rules, 0)
     met = [book.fault_for(question, b"", ordinal=1, age_s=0.0) for question in QUESTIONS]

@@ -72,7 +72,7 @@ def test_a_written_line_is_on_disk(tmp_path: Path) -> None:
     ledger.close()
 
 
-def test_the_ledger_is_private(tmp_path: Path) -> None:
+def test_the_ledgers_file_is_private(tmp_path: Path) -> None:
     _written(tmp_path / "l", 1)
     assert (tmp_path / "l").stat().st_mode & 0o777 == 0o600
 

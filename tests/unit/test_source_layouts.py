@@ -83,7 +83,7 @@ def test_a_cut_or_spoilt_compressed_file_is_named(tmp_path: Path, content: bytes
 FOLDERS = (("day=1/lang=de%20AT", 1, "de AT"), ("day=2/lang=__HIVE_DEFAULT_PARTITION__", 2, None))
 
 
-def test_folder_keys_become_columns(tmp_path: Path) -> None:
+def test_keys_of_folders_become_columns(tmp_path: Path) -> None:
     for place, day, language in (
         ("day=1/lang=de%20AT", 1, "de AT"),
         ("day=2/lang=__HIVE_DEFAULT_PARTITION__", 2, None),
@@ -201,7 +201,7 @@ def test_floats_are_their_shortest_number(tmp_path: Path, type_: pa.DataType) ->
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd])
 @pytest.mark.parametrize(("name", "mark"), [("in.csv", ","), ("in.csv", ";"), ("in.TSV", "\t")])
-def test_csv_columns_are_text(tmp_path: Path, pack: Any, name: str, mark: str) -> None:
+def test_columns_of_csv_are_text(tmp_path: Path, pack: Any, name: str, mark: str) -> None:
     lines = [["id", "text", "x y"], ["007", '"a ""b""\nc, d; e"', ""], ["1.10", '""', "ü"]]
     content = "\r\n".join(mark.join(cells) for cells in lines).encode()
     path = write(tmp_path / (name if pack is bytes else f"{name}.gz"), pack(b"\xef\xbb\xbf" + content))
@@ -370,7 +370,7 @@ def test_a_senseless_filter_is_one_line(tmp_path: Path, filters: dict[str, Any],
     assert str(error.value) == line.format(path=tmp_path)
 
 
-def test_a_path_without_keys_has_none_to_filter_by(tmp_path: Path) -> None:
+def test_paths_without_keys_have_no_filters(tmp_path: Path) -> None:
     write(tmp_path / "in.jsonl")
     with pytest.raises(InputError, match="it has no folders named key=value"):
         find_files(str(tmp_path), {"lang": "de"})

@@ -93,7 +93,7 @@ def test_every_column_type_passes_windows(tmp_path: Path, name: str) -> None:
     max_rows=st.integers(1, 5),
     max_bytes=st.integers(1, 200),
 )
-def test_parquet_windows_resume_exactly(
+def test_windows_of_parquet_resume_exactly(
     tmp_path: Path, counts: list[int], group: int, skip: set[int], max_rows: int, max_bytes: int
 ) -> None:
     """They are whole and within their limits."""
@@ -222,7 +222,7 @@ def test_a_flipped_bit_names_file_and_rows(tmp_path: Path) -> None:
     assert 50_000 <= first < last == 99_999
 
 
-def test_encrypted_files_are_refused(tmp_path: Path) -> None:
+def test_encrypted_parquet_files_are_refused(tmp_path: Path) -> None:
     class PlainKeys(pe.KmsClient):
         def wrap_key(self, key_bytes: bytes, master_key_identifier: str) -> str:
             return key_bytes.hex()

@@ -37,7 +37,7 @@ def decoded(*pieces: bytes) -> list[Event]:
         ),
     ],
 )
-def test_events_match_the_specification(raw: bytes, expected: list[Event]) -> None:
+def test_events_match_the_standards_specification(raw: bytes, expected: list[Event]) -> None:
     """Byte by byte too."""
     assert decoded(raw) == expected
     assert decoded(*(raw[at : at + 1] for at in range(len(raw)))) == expected

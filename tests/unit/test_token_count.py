@@ -58,5 +58,5 @@ def test_an_answer_of_nothing_counts_nothing() -> None:
     st.one_of(st.binary(max_size=40), st.recursive(JSON, lambda inner: st.lists(inner) | fields(inner)).map(encoded))
 )
 @example(b'{"messages":[null,{"content":[1,{"text":2}]}],"tools":' + b"[" * 2000 + b"]" * 2000 + b"}")
-def test_counting_never_raises(raw: bytes) -> None:
+def test_counting_tokens_raises_for_nothing(raw: bytes) -> None:
     assert count(raw, Answer(content="Fine.")).completion_tokens == exactly("Fine.")

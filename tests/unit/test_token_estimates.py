@@ -56,7 +56,7 @@ def test_images_do_not_spoil_the_text_ratio() -> None:
     assert estimates.of(request(1_000, image_tokens=800))[0] == pytest.approx(250 + 85, abs=5)
 
 
-def test_each_model_learns_separately() -> None:
+def test_each_models_sizes_are_separate() -> None:
     estimates = Estimates({})
     estimates.learn(request(model="a"), usage(100, 10))
     estimates.learn(request(model="b"), usage(0, 0))

@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.records import DAY_S, Completion, Ending, OfflineCount, PossiblyBilled, Status, Usage, utc_day
+from batchrun.records import DAY_S, CompletionRecord, Ending, OfflineCount, PossiblyBilled, Status, Usage, utc_day
 from batchrun.run_summary import TotalsLine
 from batchrun.store.totals import (
     DISCARDED,
@@ -46,8 +46,8 @@ def test_totals_ignore_grouping_and_order(endings: list[Ending], sizes: list[int
 @given(ENDINGS)
 def test_totals_are_the_sum_of_results(endings: list[Ending]) -> None:
     spent = fold(Totals(), endings, 1)
-    completions = [ending for ending in endings if isinstance(ending, Completion)]
-    costs = [e.last_cost_usd if isinstance(e, Completion) else e.cost_usd for e in endings]
+    completions = [ending for ending in endings if isinstance(ending, CompletionRecord)]
+    costs = [e.last_cost_usd if isinstance(e, CompletionRecord) else e.cost_usd for e in endings]
     assert spent.settled() == len(completions)
     assert spent.cost_usd() == sum(filter(None, costs), Decimal(0))
     lines = spent.booked.values()
