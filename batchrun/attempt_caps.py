@@ -39,7 +39,8 @@ REFUSALS = 4
 with the usual waits, and five times as many where half of all attempts are refused."""
 
 SHORT_WAITS = 6
-"""For so many 429s a row waits only as long as Retry-After says; then its waits double as after any failure."""
+"""For so many 429s a row waits only as long as Retry-After says, or without one as after its first failure: the rate is
+the gate's to lower. Then its waits double as after any failure."""
 
 CHANCE_REFUSED = 2
 """At the end of a run, so many refusals in a row are still chance, and the row waits as long as Retry-After says."""
@@ -221,9 +222,11 @@ def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: fl
 
     `uniform` is a random number in [0, 1).
     """
+    few_refused = history.refused < SHORT_WAITS
+    doublings = history.attempts - 1 - (history.refused if few_refused else 0)
     # clamped first, jittered then: else all late delays would be equal
-    ceiling_s = min(retry.backoff_cap_s, retry.backoff_base_s * 2.0 ** min(history.attempts - 1, 30))
-    if floor_s and history.refused < SHORT_WAITS:
+    ceiling_s = min(retry.backoff_cap_s, retry.backoff_base_s * 2.0 ** max(0, min(doublings, 30)))
+    if floor_s and few_refused:
         # the server has said how long; jitter only spreads the rows
         ceiling_s = min(ceiling_s, max(LEAST_JITTER_S, RETRY_AFTER_JITTER * floor_s))
     return min(floor_s or 0.0, retry.max_wait_s) + uniform * ceiling_s
