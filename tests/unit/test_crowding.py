@@ -190,8 +190,9 @@ def test_returning_refusals_lower_a_kept_cap_once(story: Story) -> None:
     assert not story.cap()
 
 
-def test_a_small_crowd_is_tested_for_a_second(story: Story) -> None:
-    assert story.suspect(accepted=0, refused=2)
+@pytest.mark.parametrize("refused", [2, 20])
+def test_any_crowd_is_tested_for_a_second(story: Story, refused: int) -> None:
+    assert story.suspect(accepted=0, refused=refused)
     times = []
     while (at_s := story.crowding.next_test_s(story.now_s)) is not None:
         if at_s == story.now_s:
@@ -201,11 +202,6 @@ def test_a_small_crowd_is_tested_for_a_second(story: Story) -> None:
     assert times[0] == pytest.approx(TEST_EVERY_S)
     assert TEST_FOR_S - TEST_EVERY_S <= times[-1] <= TEST_FOR_S + 0.01
     assert len(times) == pytest.approx(TEST_FOR_S / TEST_EVERY_S, abs=1)
-
-
-def test_a_large_crowd_is_not_tested(story: Story) -> None:
-    assert story.suspect(refused=20)
-    assert story.crowding.next_test_s(story.now_s + 1) is None
 
 
 def test_tests_that_are_accepted_disprove_a_small_crowd(story: Story) -> None:
@@ -227,3 +223,16 @@ def test_a_refused_test_ends_the_tests(story: Story) -> None:
     assert story.refuse(3) == [True]
     assert story.crowding.next_test_s(story.now_s) is None
     assert story.cap() == 1
+
+
+def test_a_refused_test_counts_as_a_trial(story: Story) -> None:
+    """A higher cap is tried twice as late as without one: a crowd costs no more refusals for its test."""
+    assert story.suspect()
+    story.now_s += 0.3
+    assert story.refuse(story.cap()) == [True]
+    cap = story.keep()
+    started_s = story.now_s
+    while story.cap() == cap and story.now_s < started_s + 60:
+        story.now_s += 0.1
+        story.accept(cap - 1)
+    assert PROBE_EVERY_S < story.now_s - started_s <= 2 * PROBE_EVERY_S + 0.2
