@@ -124,6 +124,7 @@ def small_bucket(
     kept: dict[str, Any] = {"retry_after_s": None, **more}
     server = functools.partial(Limited, per_s, latency_s=latency_s, burst_s=holds / per_s, **kept)
     says = "" if kept["retry_after_s"] is None else ", Retry-After"
+    says += ", equal answers" if not more.get("latency_sigma", 1) else ""
     name = f"bucket of {holds}, {per_s:g} a second{says}{f', {status}' if (status := more.get('http_status')) else ''}"
     rows = int(120 * per_s)
     return limit(name, server, rows, 64, (rows - holds) / per_s + latency_s, percent, refused)
@@ -288,6 +289,8 @@ SMALL_BUCKETS = [
     small_bucket(4, 50, 88, 2.2, retry_after_s=1.0),
     small_bucket(5, 10, 85, 9),
     small_bucket(10, 50, 90, 2),
+    small_bucket(5, 50, 90, 1.5, latency_sigma=0.0, network_s=0.002, http_status=503),
+    small_bucket(5, 10, 90, 7, latency_s=2.0, latency_sigma=0.0),
 ]
 WINDOWS = [
     window("50 in a second", 50, 1.0, 3_000, 80, 3),

@@ -64,6 +64,7 @@ class Limited:
     burst_s: float = 2.0
     http_status: int = 429
     network_s: float = 0.0
+    latency_sigma: float = 0.25
     _level: float = field(default=math.inf, init=False)
     _at_s: float = field(default=0.0, init=False)
 
@@ -84,7 +85,7 @@ class Limited:
         if chance or empty:
             return Reply(False, self.refusal_s, self.retry_after_s, by_chance=not empty, http_status=self.http_status)
         self._level -= 1
-        return Reply(True, spread(self.latency_s, 0.25, rng))
+        return Reply(True, spread(self.latency_s, self.latency_sigma, rng))
 
 
 @dataclass

@@ -37,12 +37,11 @@ MAX_PROBE_EVERY_S = 20.0
 """A higher cap is tried after a second, then 2, 4 … 20 s: each trial costs some refusals, and a raised limit is in
 use within half a minute."""
 
-SMALL_CROWD = 3
 TEST_EVERY_S, TEST_FOR_S = 0.1, 1.0
 TESTS = 2
-"""The empty bucket of a rate limit that holds a few requests looks like a small crowd, but soon has a request again. So
-one more than such a cap is sent each tenth of a second, for a second. If two are accepted with more in flight than were
-refused, there is no crowd."""
+"""The empty bucket of a rate limit looks like a crowd, but soon has a request again. So one more than the first cap is
+sent each tenth of a second, for a second. If two are accepted with more in flight than were refused, there is no crowd.
+The first that is refused ends the test, and counts as the first trial of a higher cap."""
 
 LOWERED = 0.9
 LOWERED_AGAIN_S = 2.0
@@ -120,7 +119,7 @@ class Crowding:
         self._accepted.append((now_s, others))
         if self.cap is None:
             return False
-        if self._is_test(sent_s, others):
+        if self._is_test(sent_s) and others > self._low:
             self._above += 1
             if self._above >= TESTS:
                 self._drop(now_s, "as many were accepted one by one")
@@ -143,8 +142,9 @@ class Crowding:
 
     def refused(self, now_s: float, sent_s: float, others: int, ordinary: float) -> bool:
         """True if the cap explains the refusal: more were in flight than the server is known to accept."""
-        if self._is_test(sent_s, others):
+        if self._is_test(sent_s) and others >= self._low:
             self._tests_from_s = self._test_s = None
+            self._wait_s = min(MAX_PROBE_EVERY_S, 2 * self._wait_s)
             return True
         capacity = self.cap if self._probing_from is None else self._probing_from
         if capacity is None or others < capacity:
@@ -171,8 +171,7 @@ class Crowding:
             return False
         self._trials = 0
         self._low, self._above = low, 0
-        if low <= SMALL_CROWD:
-            self._tests_from_s, self._test_s = now_s, now_s + TEST_EVERY_S
+        self._tests_from_s, self._test_s = now_s, now_s + TEST_EVERY_S
         self._try(low, now_s)
         return True
 
@@ -190,9 +189,9 @@ class Crowding:
         self._drop(now_s, "fewer in flight did not help")
         return False
 
-    def _is_test(self, sent_s: float, others: int) -> bool:
-        """True for an attempt whose reply shows whether there is a crowd."""
-        return self._tests_from_s is not None and sent_s > self._tests_from_s and others > self._low
+    def _is_test(self, sent_s: float) -> bool:
+        """True for an attempt of a test."""
+        return self._tests_from_s is not None and sent_s > self._tests_from_s
 
     def _drop(self, now_s: float, why: str) -> None:
         """It was the wrong explanation."""

@@ -25,7 +25,7 @@ seconds, less a burst, is a lower bound of the limit."""
 class MeasuredRate:
     """What was accepted and refused since the bucket was last empty (`mark`). Amounts are requests or tokens."""
 
-    __slots__ = ("_burst", "_delivered", "_mark", "amount", "at_first", "counted", "is_mixed", "refused")
+    __slots__ = ("_burst", "_delivered", "_mark", "_refused_s", "amount", "at_first", "counted", "is_mixed", "refused")
 
     def __init__(self) -> None:
         self.counted = self.refused = 0  # attempts
@@ -34,6 +34,7 @@ class MeasuredRate:
         self._delivered = Throughput()
         self.at_first = 0.0  # accepted before the first refusal, or in the first moment
         self._mark: tuple[float, float] | None = None
+        self._refused_s: float | None = None  # when the first refused one was sent
         self._burst: tuple[float, float] | None = None  # the first refusal came after so long, and so much accepted
 
     def count(self, at_s: float, amount: float, *, refused: bool) -> None:
@@ -42,16 +43,20 @@ class MeasuredRate:
         if refused:
             self.refused += 1
             self.amount = amount
+            if self._refused_s is None:
+                self._refused_s = at_s
             return
         self._delivered.add(at_s, amount)
-        if not self.refused or self._delivered.span_s(at_s) <= MOMENT_S:
+        if self._refused_s is None or self._delivered.span_s(at_s) <= MOMENT_S:
             self.at_first += amount
-            self.is_mixed |= self.refused > 0
+            self.is_mixed |= self._refused_s is not None
 
     def accepted(self, at_s: float, amount: float, count: int) -> None:
         """As `count`, for several attempts that were accepted, the last of them sent at `at_s`."""
         self.counted += count
         self._delivered.add(at_s, amount)
+        if self._refused_s is None:
+            self.at_first += amount
 
     def correct(self, more: float) -> None:
         """An accepted attempt used this much more than its estimate."""
@@ -104,6 +109,13 @@ class MeasuredRate:
     def in_last_second(self, at_s: float) -> float:
         """The amount accepted in the last second."""
         return self._delivered.in_last_second(at_s)
+
+    def refilled_per_s(self, at_s: float) -> float:
+        """A lower bound of the limit: what was accepted beyond the first requests, since the first refusal. One of them
+        may have been left in the bucket.
+        """
+        span_s = 0.0 if self._refused_s is None else at_s - self._refused_s
+        return max(0.0, self.total - self.at_first - self.amount) / span_s if span_s else 0.0
 
     def refused_above(self, ordinary: float) -> float:
         """How many attempts were refused beyond the `ordinary` share."""

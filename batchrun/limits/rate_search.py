@@ -177,8 +177,8 @@ class RateSearch:
         elif measured.total:
             rate, rough = BELOW_BURST * measured.in_last_second(at_s), True
             small = not measured.is_marked and measured.at_first >= measured.total / MOST_SPACED
-            if small and measured.at_first != USUAL * measured.amount:
-                rate = self._space_out() or rate
+            if small and (measured.at_first != USUAL * measured.amount or measured.refilled_per_s(at_s) > FIRST_PER_S):
+                rate = self._space_out(at_s) or rate
         self._remember(before)
         if rate is not None:
             if keep and (kept := BELOW_MEASURED * measured.sustained) > rate:
@@ -189,11 +189,11 @@ class RateSearch:
 
     def space_out(self, at_s: float, now_s: float) -> None:
         """More at once were refused, but are accepted one by one: the server's bucket is small."""
-        if self.per_s is None and (rate := self._space_out()) is not None:
+        if self.per_s is None and (rate := self._space_out(at_s)) is not None:
             self._lower(rate, now_s, rough=True, why="accepted one by one, and not at once")
             self._measured.mark(at_s)
 
-    def _space_out(self) -> float | None:
+    def _space_out(self, at_s: float) -> float | None:
         """Begins to search by evenly spaced requests, at the rate that is returned; None if the bucket is not small."""
         measured = self._measured
         holds = measured.at_first / measured.amount
@@ -201,7 +201,7 @@ class RateSearch:
             return None
         self._spacing = RequestSpacing(holds)
         self._rate.limit_burst(1.0)
-        return max(FIRST_PER_S, BELOW_BURST * holds)
+        return max(FIRST_PER_S, BELOW_BURST * holds, measured.refilled_per_s(at_s) / measured.amount)
 
     def exceeded(self, at_s: float, now_s: float, ordinary: float = 0.0, *, by_chance: bool = True) -> Step:
         """More than the `ordinary` share was refused at this rate. `by_chance`: that may have been chance."""
