@@ -52,8 +52,8 @@ only of the rate."""
 UNREACHED = frozenset({"dns", "refused", "connect", "tls"})
 """Failures before a byte was sent; after any other kind the server was reached."""
 
-UNREADABLE = "unreadable"
-"""The kind of a 2xx that is no completion."""
+UNREADABLE = frozenset({"unreadable", "bad_encoding", "malformed_http"})
+"""The kinds of a 2xx that is no completion."""
 
 OTHER_API = "other_api"
 """The kind of a 2xx that is a whole answer of another API: each may be billed, and no wait makes them better."""
@@ -345,7 +345,7 @@ class Circuit:
         patience_s = self._max_outage_s
         if not self._reached:
             patience_s = min(FIRST_REACH_S, patience_s)
-        elif self._first_failures is not None and outcome.error is not None and outcome.error.kind == UNREADABLE:
+        elif self._first_failures is not None and outcome.error is not None and outcome.error.kind in UNREADABLE:
             patience_s = min(FIRST_ANSWER_S, patience_s)
         if now_s - self._failing_since_s <= patience_s:
             return False

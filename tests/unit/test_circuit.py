@@ -680,14 +680,15 @@ def test_a_good_answer_clears_the_suspicion() -> None:
     assert story.phase() is OPEN, "an answer came before, so the address is right"
 
 
+@pytest.mark.parametrize("kind", ["unreadable", "bad_encoding", "malformed_http"])
 @pytest.mark.parametrize(("answered", "patience_s"), [(False, FIRST_ANSWER_S), (True, MAX_OUTAGE_S)])
-def test_an_endpoint_without_completions_is_left_soon(answered: bool, patience_s: float) -> None:
-    """A login page is an answer, too, and never becomes one of a model."""
+def test_an_endpoint_without_completions_is_left_soon(answered: bool, patience_s: float, kind: str) -> None:
+    """A login page is an answer, too, and never becomes one of a model. Each may be billed."""
     story = Story()
     if answered:
         story.send(10_000)
         story.ends(10_000, Verdict.OK)
-    page = RowError("unreadable", 200, None, "the answer is not a chat completion: <html>")
+    page = RowError(kind, 200, None, "the answer is not a chat completion: <html>")
     rows = sent_until_stopped(story, Verdict.MAYBE, page)
     assert patience_s < story.now_s <= patience_s + BACKOFF_CAP_S * (1 + JITTER)
     assert story.state.stop is not None

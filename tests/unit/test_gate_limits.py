@@ -193,6 +193,19 @@ def test_an_early_random_refusal_costs_seconds() -> None:
     run_on_moved_clock(main())
 
 
+def test_an_unconfirmed_limit_is_not_passed_on() -> None:
+    """A storm by chance lowers the rate. Until it proves to be a limit, the next start hears nothing of it."""
+
+    async def main() -> None:
+        run = Run(Server(headers=False))
+        run.server.refused_by_chance = frozenset(range(8, 30))
+        await send_all(run, gate := new_gate(run), [150] * 60)
+        assert gate.in_force.requests_per_minute is not None
+        assert gate.found == Found()
+
+    run_on_moved_clock(main())
+
+
 def test_known_limits_start_without_a_refusal() -> None:
     async def main() -> None:
         run = Run(Server(RPM, None, headers=False))
