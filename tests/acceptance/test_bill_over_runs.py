@@ -64,7 +64,8 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Nights:
             if number % 4 == 1:
                 arguments += ["--set", "request.model=mystery-model"]
             if number % 3 == 2:
-                process = start(*arguments)
+                slowly = "--set", "limits.requests_per_second=20"  # it must not end before it is killed
+                process = start(*arguments, *slowly)
                 out = folder / "runs" / "night" / night
                 kill_when(process, lambda out=out: settled(out) > 5, signal.SIGKILL)
                 finish(process)
