@@ -226,7 +226,7 @@ def test_a_new_day_has_its_own_money(tmp_path: Path) -> None:
     }
 
 
-def test_the_refusal_names_only_the_cap_that_is_reached(tmp_path: Path) -> None:
+def test_the_refusal_names_only_the_cap_reached(tmp_path: Path) -> None:
     """What is possibly billed counts as spent."""
 
     async def night() -> None:
@@ -307,7 +307,7 @@ def test_a_lease_ends_with_its_day(tmp_path: Path) -> None:
     assert (spent["2026-11-30"], spent["2026-12-01"]) == (Decimal("0.1"), Decimal("0.2"))
 
 
-def test_a_refused_draw_is_repeated_four_times_a_second(tmp_path: Path) -> None:
+def test_a_refused_draw_is_repeated_within_a_second(tmp_path: Path) -> None:
     """Each time the gate is woken, so that it asks again."""
 
     async def night() -> None:

@@ -146,7 +146,7 @@ BLOCKED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("form", BLOCKED)
-def test_a_200_without_a_message_that_blocks_its_question_is_filtered(tmp_path: Path, form: str, stream: bool) -> None:
+def test_a_question_blocked_with_a_200_is_filtered(tmp_path: Path, form: str, stream: bool) -> None:
     """At once: no retry changes that. The filter's results of a question that passed block nothing."""
     usage = {"prompt_tokens": 9, "completion_tokens": 0, "total_tokens": 9}
     body = {**BLOCKED[form], "usage": usage}
@@ -391,7 +391,7 @@ def test_a_gateways_own_bad_key_fails_no_row(tmp_path: Path) -> None:
     assert len(server.exchanges) < 250
 
 
-def test_a_server_with_a_bad_key_behind_the_address_fails_no_row(tmp_path: Path) -> None:
+def test_one_server_with_a_bad_key_fails_no_row(tmp_path: Path) -> None:
     """Every third connection meets it, from the first one on."""
     wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
 

@@ -409,7 +409,7 @@ def test_an_older_success_clears_no_suspicion() -> None:
     assert isinstance(story.phase(), Stopped)
 
 
-def test_rows_accepted_beside_a_refused_one_disprove_the_verdict() -> None:
+def test_rows_accepted_beside_it_disprove_the_verdict() -> None:
     """They were sent after it, with the same key: one of several is bad. From then on a refusal is its row's own."""
     story = Story()
     story.send(*range(8))

@@ -145,7 +145,7 @@ def test_a_used_cap_is_raised_by_growing_steps(story: Story) -> None:
         assert story.cap() == cap
 
 
-def test_a_cap_never_exceeds_what_may_be_in_flight(story: Story) -> None:
+def test_a_cap_never_exceeds_the_most_in_flight(story: Story) -> None:
     assert story.suspect()
     cap = story.keep()
     for _ in range(4):
@@ -154,7 +154,7 @@ def test_a_cap_never_exceeds_what_may_be_in_flight(story: Story) -> None:
     assert story.cap() == cap + 2
 
 
-def test_a_refused_raise_is_taken_back_and_waits_longer(story: Story) -> None:
+def test_a_refused_raise_is_undone_and_waits_longer(story: Story) -> None:
     assert story.suspect()
     cap, wait_s = story.keep(), PROBE_EVERY_S
     for _ in range(7):

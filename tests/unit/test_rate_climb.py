@@ -43,7 +43,7 @@ def test_a_step_comes_after_seconds_or_requests(per_s: float, every_s: float) ->
     assert begun().is_due(every_s, every_s * per_s, per_s, per_s)
 
 
-def test_a_rate_that_is_not_used_is_not_raised() -> None:
+def test_a_rate_not_used_is_not_raised() -> None:
     assert begun().is_due(EVERY_S, USED * EVERY_S * 100, 100.0, 100.0)
     assert not begun().is_due(EVERY_S, USED * EVERY_S * 100 - 1, 100.0, 100.0)
 
@@ -67,7 +67,7 @@ def test_a_climb_in_vain_rests_until_paid_for() -> None:
     assert not climb.rests
 
 
-def test_a_climb_that_was_paid_for_needs_no_rest() -> None:
+def test_a_climb_already_paid_for_needs_no_rest() -> None:
     climb = begun()
     climb.counted_before = 1_000
     climb.rest_after(refused=1.0, counted=1_000 + int(1 / WORTH))

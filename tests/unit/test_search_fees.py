@@ -36,7 +36,7 @@ def warned(tmp_path: Path, extra: dict[str, Any], table: prices.PriceTable, mode
         ({"enable_search": True}, "request.extra.enable_search"),
     ],
 )
-def test_a_cap_names_fees_that_it_does_not_reserve(tmp_path: Path, extra: dict[str, Any], named: str) -> None:
+def test_a_cap_names_fees_it_cannot_reserve(tmp_path: Path, extra: dict[str, Any], named: str) -> None:
     for table in (LISTED, OWN):
         line = warned(tmp_path, extra, table)
         assert line.startswith("warning: ")
@@ -50,7 +50,7 @@ def test_a_model_that_always_searches_is_named(tmp_path: Path) -> None:
     assert "request.model openai/gpt-5-mini:online" in warned(tmp_path, {}, LISTED, "openai/gpt-5-mini:online")
 
 
-def test_a_stated_fee_no_cap_or_no_search_is_no_warning(tmp_path: Path) -> None:
+def test_without_cap_or_search_no_fee_is_named(tmp_path: Path) -> None:
     """The job's own fee of a request is reserved and billed; functions are run by the caller."""
     search: dict[str, Any] = {"web_search_options": {}}
     assert warned(tmp_path, search, WITH_FEE) == ""
