@@ -89,8 +89,10 @@ async def serving(
     `served` counts; where it has a port already, the server listens there.
     """
     served = served or FaultServer()
+    writers: list[asyncio.StreamWriter] = []
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
         connection = served.connections
         served.connections += 1
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -110,9 +112,10 @@ async def serving(
         yield served
     finally:
         server.close()
-        for exchange in served.exchanges:
-            exchange.writer.transport.abort()
-        await asyncio.sleep(0)
+        for _ in range(3):  # also connections without a request, and those accepted a turn ago
+            for writer in writers:
+                writer.transport.abort()
+            await asyncio.sleep(0)
 
 
 @dataclass(frozen=True)
