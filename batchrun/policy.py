@@ -9,7 +9,7 @@ import msgspec
 
 from batchrun.job.settings import Retry
 from batchrun.patterns import Pattern
-from batchrun.records import Answer, Attempt, RowError, Verdict
+from batchrun.records import OTHER_API, Answer, Attempt, RowError, Verdict
 from batchrun.response import other_apis, packed
 from batchrun.response.error_body import MAX_MESSAGE_CHARS
 from batchrun.response.refusal_subjects import Subject, speaks_of
@@ -79,9 +79,6 @@ BY_STATUS: Mapping[int, tuple[Verdict, str]] = {
     **dict.fromkeys((504, 520, 521, 522, 523, 524), (Verdict.MAYBE, "server_error")),
 }
 """Verdict and `error.kind` by status alone. `RULES` has those where the body decides."""
-
-OTHER_API = "other_api"
-"""The `error.kind` of a 2xx that is a whole answer of another API."""
 
 CONTENT_POLICY = "content_policy"
 QUOTA = "quota"

@@ -223,6 +223,10 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     billed_apart: str | None = None
 
 
+OTHER_API = "other_api"
+"""The `error.kind` of a 2xx that is a whole answer of another API: each may be billed, and no wait makes it better."""
+
+
 class RowError(msgspec.Struct, frozen=True, gc=False):
     """The `error` column: why a row has no usable answer. `message` is bounded and redacted."""
 

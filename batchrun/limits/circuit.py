@@ -19,7 +19,7 @@ from batchrun.limits.in_flight import InFlight
 from batchrun.limits.outage import Unanswered
 from batchrun.limits.refusals import NOTHING, Finding
 from batchrun.limits.run_verdicts import RunVerdicts, Suspected
-from batchrun.records import OK, RowError, Verdict
+from batchrun.records import OK, OTHER_API, RowError, Verdict
 
 ALIKE_ROWS = 10
 """This many first rows that fail alike are the job's fault: a wrong parameter fails a million rows as it does ten."""
@@ -54,9 +54,6 @@ UNREACHED = frozenset({"dns", "refused", "connect", "tls"})
 
 UNREADABLE = frozenset({"unreadable", "bad_encoding", "malformed_http"})
 """The kinds of a 2xx that is no completion."""
-
-OTHER_API = "other_api"
-"""The kind of a 2xx that is a whole answer of another API: each may be billed, and no wait makes them better."""
 
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 PROCEED = Decision()

@@ -31,7 +31,7 @@ class Copies:
         self._chunks = chunks
         self._carry = carry
         self._settings = settings
-        self._part = functools.lru_cache(maxsize=2)(self._read_part)  # copies of rows of a part come together
+        self._part = functools.lru_cache(maxsize=2)(self._base)  # copies of rows of a part come together
 
     def taken(self, open_chunk: OpenChunk, first_row: int, end_row: int) -> dict[int, Taken]:
         """Of these rows of the chunk, those that take their answer without a request, and where it is."""
@@ -54,7 +54,7 @@ class Copies:
         full.waits_for -= self._checkpoint.rows_among(list(full.waits_for))
         for number in {self._chunk_of(row).chunk for row in full.waits_for}:
             chunk = self._chunks[number]
-            if (base := BasePart.of(chunk, self._directory, self._settings.prefix)) is not None:
+            if (base := self._base(chunk)) is not None:
                 full.waits_for -= set(base.rows) - self._checkpoint.reopened(chunk).keys()
         return not full.waits_for
 
@@ -93,14 +93,15 @@ class Copies:
         for row in sorted(set(rows) - found):
             by_chunk.setdefault(self._chunk_of(row).chunk, []).append(row)
         for number, of_chunk in by_chunk.items():
-            chunk = self._chunks[number]
-            tables.append(self._part(number, chunk.generation, chunk.part_digest or "").take(of_chunk))
+            part = self._part(self._chunks[number])
+            assert part is not None, "a settled row is in the database or in a part"
+            tables.append(part.take(of_chunk))
         together = pa.concat_tables(tables)
         place = {row: at for at, row in enumerate(cast(list[int], together.column("row").to_pylist()))}
         return together.take(pa.array([place[row] for row in rows], pa.int64()))
 
-    def _read_part(self, chunk: int, generation: int, digest: str) -> BasePart:
-        return BasePart(self._directory.part_of(chunk, generation), digest, self._settings.prefix)
+    def _base(self, chunk: Chunk) -> BasePart | None:
+        return BasePart.of(chunk, self._directory, self._settings.prefix)
 
     def _chunk_of(self, row: int) -> Chunk:
         return self._chunks[bisect_right(self._chunks, row, key=lambda chunk: chunk.first_row) - 1]
