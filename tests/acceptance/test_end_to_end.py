@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from batchrun.limits.run_verdicts import REFUSED_IN_A_ROW
 from batchrun.prices import PriceTable, Tier, cost
 from batchrun.records import Usage
 from batchrun.simulator import Fault, LedgerLine, SimulatorConfig, parse_faults, read_ledger
@@ -306,7 +307,8 @@ def test_run_wide_trouble_stops_and_fails_nothing(tmp_path: Path, fault: Fault, 
         assert ("\nfix          endpoint.api_key_env: the server rejects the key in $" in ended.stdout) == (
             fault.status == 401
         )
-        assert len(simulator.ledger()) <= 200 + 64
+        # requests may arrive in another order than they were sent: a wrong key then looks like one of several at first
+        assert len(simulator.ledger()) <= 200 + 64 + (4 * REFUSED_IN_A_ROW if fault.status == 401 else 0)
     summary = read_summary(tmp_path / "out")
     assert summary["by_status"].get("error", 0) == 0
     assert summary["pending"] >= 136
