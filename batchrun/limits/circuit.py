@@ -150,7 +150,7 @@ class Circuit:
     def withdraw(self, order: int) -> None:
         """An admitted attempt is no longer in flight: it ended, or was never sent.
 
-        A confirmed verdict stops the run; one on a key waits until the rows in flight, which may disprove it, have ended.
+        A confirmed verdict stops the run; one on a key waits for the rows in flight, which may disprove it.
         """
         if order >= self._trouble:
             self.out -= 1
