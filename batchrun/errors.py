@@ -41,10 +41,21 @@ ANOTHER = "start another run (--new, or another -o)"
 """The last resort that an error line can offer."""
 
 
+def writable(text: str) -> str:
+    """The text as every file can hold it: bytes of a file name that are not UTF-8 are written like `\\xe9`."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a half of a surrogate pair that comes from no file name
+        return text.encode("utf-8", "replace").decode()
+
+
 class BatchrunError(Exception):
-    """A failed run. The message is one line: what, where, and what to do next."""
+    """A failed run. The message is one line: what, where, and what to do next. It is `writable`."""
 
     exit_code = ExitCode.INTERNAL_ERROR
+
+    def __init__(self, message: str) -> None:
+        super().__init__(writable(message))
 
 
 class JobError(BatchrunError):

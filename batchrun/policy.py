@@ -130,11 +130,14 @@ RULES: Mapping[int, tuple[Rule, ...]] = {
         _USED_UP,
     ),
     451: (_BLOCKED,),
+    498: (_rule(Subject.CAPACITY, verdict=Verdict.SLOW, kind="overloaded"),),  # Groq's, to a row that names no tier
     500: (_rule(Subject.UNABLE, verdict=Verdict.ROW, kind="not_supported"),),
     503: (_rule(Subject.WAIT, verdict=Verdict.SLOW, kind="overloaded"), _BLOCKED),
 }
 """The statuses whose body decides. The first rule that matches counts. For 403 an empty account comes before content:
-some vendors name both in one message."""
+some vendors name both in one message. Another 4xx that is the row's own is read like a 400: Fireworks says with a 412
+that the account is suspended.
+"""
 
 IN_PLAIN_TEXT = frozenset({403, 429, 503})
 """With these statuses a short plain text is read too, because gateways and this vendor send some. HTML is a proxy's."""
@@ -258,7 +261,8 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
 
 def _by_body(status: int, words: str, wait_s: float | None) -> tuple[Verdict, str] | None:
     """(verdict, kind) by the subjects of the body; None if no rule matches."""
-    for rule in RULES.get(status, ()):
+    is_rows = status < 500 and _by_status(status)[0] is Verdict.ROW
+    for rule in RULES.get(status, RULES[400] if is_rows else ()):
         named = {Subject.WAIT} if wait_s is not None else set()
         if all(subject in named or speaks_of(subject, words) for subject in rule.subjects):
             return rule.verdict, rule.kind

@@ -277,6 +277,11 @@ class Output(Table, frozen=True):
     keep_parts_remote: bool = False
 
     @property
+    def keep_raw(self) -> bool:
+        """Whether the result has the response of every row, not only of those that went wrong."""
+        return self.raw == "always"
+
+    @property
     def is_one_file(self) -> bool:
         """Whether the result is one Parquet file with everything in it, which needs no parts any more."""
         return self.layout == "file" and not self.partition_by and self.format == "parquet"

@@ -18,7 +18,7 @@ from batchrun.limits.admission import OPEN, Binding, Cooling, Decision, Limit, O
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.outage import Unanswered
 from batchrun.limits.refusals import NOTHING, Finding
-from batchrun.limits.run_verdicts import RunVerdicts, Suspected
+from batchrun.limits.run_verdicts import RunVerdicts
 from batchrun.records import OK, OTHER_API, RowError, Verdict
 
 ALIKE_ROWS = 10
@@ -98,8 +98,7 @@ class Circuit:
         self._reached = False
         self._unanswered = Unanswered()
         self._verdicts = RunVerdicts()
-        self._stop_when_heard: Stop | None = None  # confirmed, but rows in flight may still disprove it
-        self._to_hear = 0  # attempts in flight that were sent after the first suspect, at most
+        self._to_hear = 0  # attempts that were in flight when the first verdict was suspected, and still are
         self._first_failures: list[RowError | None] | None = None if resumed else []
 
     @property
@@ -130,11 +129,9 @@ class Circuit:
                 return self._room(now_s)
             case Cooling(why=why):
                 self._probe(why)
-            case Probing():
-                self._stop_if_heard()
         if isinstance(self.phase, Stopped):
             return Binding(Limit.STOPPED)
-        return Binding(Limit.PROBING) if self._probe_out else None
+        return Binding(Limit.PROBING) if self._probe_out or self._verdicts.stop is not None else None
 
     def _room(self, now_s: float) -> Binding | None:
         ready_s = self.in_flight.ready_s(self.out, now_s)
@@ -151,13 +148,19 @@ class Circuit:
         return self._sent - 1
 
     def withdraw(self, order: int) -> None:
-        """An admitted attempt is no longer in flight: it ended, or was never sent."""
+        """An admitted attempt is no longer in flight: it ended, or was never sent.
+
+        A confirmed verdict stops the run; one on a key waits for the rows in flight, which may disprove it.
+        """
         if order >= self._trouble:
             self.out -= 1
             if order < self._episode:
                 self._to_hear -= 1
         if order >= self._episode:
             self._probe_out = False
+        stop = self._verdicts.stop
+        if stop is not None and (self._to_hear <= 0 or not self._verdicts.may_be_of_one_key):
+            self.close(stop)
 
     def close(self, stop: Stop) -> None:
         """Ends admission. The first reason is kept."""
@@ -167,7 +170,6 @@ class Circuit:
     def reopen(self, why: str) -> None:
         """After a stop: one row at a time is sent again, because the cause may be gone (a replaced key)."""
         self._verdicts.forget()
-        self._stop_when_heard = None
         self._unanswered.forget()
         self._failing_since_s = None
         self._first_failures = None
@@ -180,17 +182,11 @@ class Circuit:
 
     def answered(self, row: int, order: int, now_s: float) -> Decision:
         """As `observe`, for a good answer."""
-        self.withdraw(order)
         self.successes += 1
         self._first_failures = None
-        own: tuple[int, ...] = ()
-        if self._verdicts:
-            own = self._verdicts.disproved_by(row, order, self._episode)
-            if not self._verdicts:
-                self._stop_when_heard = None
+        own = self._verdicts.disproved_by(row, order) if self._verdicts else ()
         self._answered(order, now_s)
-        if self._stop_when_heard is not None:
-            self._stop_if_heard()
+        self.withdraw(order)
         return Decision(own=own) if own else PROCEED
 
     def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Decision:
@@ -200,9 +196,8 @@ class Circuit:
         """
         if outcome.verdict is OK:
             return self.answered(outcome.row, order, now_s)
-        self.withdraw(order)
         decision = PROCEED if outcome.says_nothing else self._failed(outcome, order, now_s, finding)
-        self._stop_if_heard()
+        self.withdraw(order)
         return decision
 
     def _failed(self, outcome: Outcome, order: int, now_s: float, finding: Finding) -> Decision:
@@ -228,7 +223,8 @@ class Circuit:
 
     def _got_no_answer(self, outcome: Outcome, order: int, now_s: float) -> Decision:
         if not self.successes and outcome.error is not None and outcome.error.kind == OTHER_API:
-            return self._run_failed(outcome, order)
+            self._suspect(outcome, order)
+            return PROCEED
         if order < self._trouble or self._outage_is_too_long(outcome, now_s):
             return PROCEED
         probe_failed = isinstance(self.phase, Probing) and order >= self._episode
@@ -262,35 +258,24 @@ class Circuit:
         return PROCEED
 
     def _run_failed(self, outcome: Outcome, order: int) -> Decision:
-        """A second row with the same verdict, sent after the first one had it, stops the run; so does the same row
-        again, sent when no other is left. Once such a verdict was disproved, more of them are needed.
+        """The row is held until other rows confirm the verdict, or the same one, sent when no other is left; or until
+        an answer disproves it.
         """
-        if self._verdicts.is_rows_own(outcome, self.successes):
+        if self._verdicts.is_rows_own(outcome, order, self.successes):
             return Decision(hold=True, own=(outcome.row,))
-        is_first = not self._verdicts
-        match self._verdicts.add(outcome, order, self._sent):
-            case Suspected.CONFIRMED:
-                exit_code = ExitCode.PAUSED if outcome.verdict is Verdict.PAUSE else ExitCode.USAGE
-                stop = Stop(exit_code, _reason(outcome.error))
-                if self._verdicts.may_be_of_one_key:
-                    self._stop_when_heard = stop
-                    self._probe_out = True  # no other row until those in flight have ended
-                else:
-                    self.close(stop)
-            case Suspected.NEW:  # one row at a time shows whether the verdict is the run's
-                if is_first:
-                    self._to_hear = min(self.out, self._sent - 1 - order)
-                self._episode = self._sent
-                if not isinstance(self.phase, Cooling | Stopped):
-                    self._probe(_reason(outcome.error))
-            case Suspected.AT_ONCE:
-                pass
+        self._suspect(outcome, order)
         return HOLD
 
-    def _stop_if_heard(self) -> None:
-        """Stops as two rows agreed, once every row that was in flight with them has ended."""
-        if self._stop_when_heard is not None and self._to_hear <= 0:
-            self.close(self._stop_when_heard)
+    def _suspect(self, outcome: Outcome, order: int) -> None:
+        """One row at a time shows whether the verdict is the run's."""
+        why = _reason(outcome.error)
+        exit_code = ExitCode.PAUSED if outcome.verdict is Verdict.PAUSE else ExitCode.USAGE
+        is_first = not self._verdicts
+        if is_first:
+            self._episode, self._to_hear = self._sent, self.out
+        self._verdicts.add(outcome, order, self._sent, Stop(exit_code, why))
+        if self.phase is OPEN or (is_first and isinstance(self.phase, Probing)):
+            self._probe(why)
 
     def _answered(self, order: int, now_s: float) -> None:
         """An answer came. If sent after the last trouble, it closes the episode and may allow more in flight."""
@@ -300,7 +285,7 @@ class Circuit:
         if order < self._trouble:
             return
         if self._first_failures is None:
-            self.in_flight.answered(self.out, now_s)
+            self.in_flight.answered(self.out - 1, now_s)  # without this one, which is withdrawn next
         if self.phase is not OPEN and not self._verdicts and isinstance(self.phase, Probing):
             self._coolings = 0
             self._enter(OPEN)

@@ -1,117 +1,108 @@
 """Verdicts on the whole run (a wrong key, an empty account), none of which is believed of a single row. PURE.
 
-Such a verdict is suspected until a second row meets it, or an answer disproves it. Only a row sent *after* the verdict
-came can do either: when a key is revoked, older requests still succeed for minutes. A wrong key (401) may also be one
-of several behind the address. So it is disproved by rows that were in flight with it, too.
+Such a verdict is suspected until other rows confirm it, or an answer disproves it. Only a row sent *after* the verdict
+came can do either: when an account runs out, older and smaller requests still succeed for minutes. Of a wrong key (401)
+any row sent after the refused one counts, although it may be in flight already: one of several keys may be bad.
 """
-
-from enum import Enum, auto
 
 import msgspec
 
-from batchrun.limits.admission import Outcome
-from batchrun.records import Verdict
+from batchrun.limits.admission import Outcome, Stop
+from batchrun.records import OTHER_API
 
 MOST_DISPROVED = 4
-"""Each verdict that an answer disproved makes the next one need one more confirmation, up to five: a gateway with one
-bad key among several refuses rows at random, and a revoked key refuses them all."""
-
-ACCEPTED_BESIDE = 2
-"""This many rows that were sent after one with a wrong key, and accepted, show that there is another key. One alone may
-have reached another process of a server that just revoked the key."""
+"""Each verdict that an answer disproved makes the next one need one more confirmation, up to five."""
 
 REFUSED_IN_A_ROW = 6
-"""Where there are several keys, a wrong one is its row's own until so many come without an answer between."""
+"""So many 401 without an answer between are the run's. A gateway with some bad keys refuses rows at random, and a 401
+costs nothing: where a third is refused, six in a row come once in 729 times, two once in nine."""
+
+_KEY = "key"
 
 
-class Suspected(Enum):
-    """What one more verdict makes of those before it."""
+class _Suspicion(msgspec.Struct):
+    """Of these rows; attempts of order >= `since` can confirm or disprove it."""
 
-    NEW = auto()
-    AT_ONCE = auto()  # with an earlier one: where one key of several is bad, two rows at once may well meet it
-    CONFIRMED = auto()
-
-
-class _Suspicion(msgspec.Struct, frozen=True):
-    """The verdict on the attempt of this `order`; attempts of order >= `since` were sent after it."""
-
-    verdict: Verdict
-    is_of_key: bool
-    order: int
     since: int
+    rows: set[int]
+    confirmed: int = 0
 
 
 class RunVerdicts:
-    """The suspected verdicts, by row; true while there are any."""
+    """The suspected verdicts; true while there are any. `stop` is the one that enough rows confirmed."""
 
-    __slots__ = (
-        "_accepted_beside",
-        "_confirmed",
-        "_disproved",
-        "_has_several_keys",
-        "_in_a_row",
-        "_rows",
-        "_successes",
-    )
+    __slots__ = ("_disproved", "_first", "_has_several_keys", "_in_a_row", "_successes", "_suspicions", "stop")
 
     def __init__(self) -> None:
-        self._rows: dict[int, _Suspicion] = {}
-        self._disproved = 0
+        self._suspicions: dict[str, _Suspicion] = {}
         self.forget()
 
     def __bool__(self) -> bool:
-        return bool(self._rows)
+        return bool(self._suspicions)
 
     def forget(self) -> None:
         """Starts again, since the cause may be gone."""
-        self._rows.clear()
-        self._confirmed = self._disproved = self._accepted_beside = 0
+        self._suspicions.clear()
+        self.stop: Stop | None = None
+        self._disproved = 0
         self._has_several_keys = False
         self._in_a_row = self._successes = 0
+        self._first = 0  # the order of the first 401 in a row
 
     @property
     def may_be_of_one_key(self) -> bool:
         """True if rows that are in flight may still disprove what is suspected."""
-        return all(suspicion.is_of_key for suspicion in self._rows.values())
+        return self._suspicions.keys() == {_KEY}
 
-    def is_rows_own(self, outcome: Outcome, successes: int) -> bool:
+    def is_rows_own(self, outcome: Outcome, order: int, successes: int) -> bool:
         """True for a wrong key where others are known to be good. `successes` counts the good answers so far."""
-        if not self._has_several_keys or self._rows or not _is_of_key(outcome):
+        if not self._has_several_keys or self._suspicions or _subject(outcome) != _KEY:
             return False
-        self._in_a_row = 1 + (self._in_a_row if successes == self._successes else 0)
-        self._successes = successes
+        if successes != self._successes:
+            self._successes, self._in_a_row = successes, 0
+        self._first = min(order, self._first) if self._in_a_row else order
+        self._in_a_row += 1
         return self._in_a_row < REFUSED_IN_A_ROW
 
-    def add(self, outcome: Outcome, order: int, sent: int) -> Suspected:
-        """Suspects the verdict of the attempt of this order, after so many were `sent`."""
-        alike = [each.since for each in self._rows.values() if each.verdict is outcome.verdict]
-        if alike and order < min(alike):
-            self._rows[outcome.row] = _Suspicion(outcome.verdict, _is_of_key(outcome), order, min(alike))
-            return Suspected.AT_ONCE
-        self._rows[outcome.row] = _Suspicion(outcome.verdict, _is_of_key(outcome), order, sent)
-        self._confirmed += bool(alike)
-        return Suspected.CONFIRMED if self._confirmed > min(self._disproved, MOST_DISPROVED) else Suspected.NEW
-
-    def disproved_by(self, row: int, order: int, episode: int) -> tuple[int, ...]:
-        """Drops what this success disproves; returns the other rows whose verdict was their own. Attempts of order <
-        `episode` were in flight when the newest suspicion arose.
+    def add(self, outcome: Outcome, order: int, sent: int, stop: Stop) -> None:
+        """Suspects the verdict of the attempt of this order, after so many were `sent`. `stop` is what it means for
+        the run once it is confirmed.
         """
-        of_keys = [each.order for each in self._rows.values() if each.is_of_key]
-        if of_keys and min(of_keys) < order < episode:
-            self._accepted_beside += 1
-        other_key = self._accepted_beside >= ACCEPTED_BESIDE
-        self._has_several_keys |= other_key
-        cleared = [
-            suspect
-            for suspect, each in self._rows.items()
-            if suspect == row or order >= each.since or (other_key and each.is_of_key)
-        ]
-        for suspect in cleared:
-            del self._rows[suspect]
-        if cleared and not self._rows:
-            self._confirmed, self._disproved, self._accepted_beside = 0, self._disproved + 1, 0
-        return tuple(suspect for suspect in cleared if suspect != row)
+        subject = _subject(outcome)
+        suspicion = self._suspicions.get(subject)
+        if suspicion is None:
+            first = self._first if subject == _KEY and self._has_several_keys else order
+            since = first + 1 if subject in (_KEY, OTHER_API) else sent
+            self._suspicions[subject] = _Suspicion(since, {outcome.row})
+            return
+        suspicion.rows.add(outcome.row)
+        suspicion.confirmed += order >= suspicion.since
+        if suspicion.confirmed >= self._needed(subject):
+            self.stop = stop
+
+    def _needed(self, subject: str) -> int:
+        if subject == _KEY:
+            return REFUSED_IN_A_ROW - 1
+        return 1 if subject == OTHER_API else 1 + min(self._disproved, MOST_DISPROVED)
+
+    def disproved_by(self, row: int, order: int) -> tuple[int, ...]:
+        """Drops what this success disproves; returns the other rows whose verdict was their own."""
+        own: set[int] = set()
+        for subject, suspicion in list(self._suspicions.items()):
+            if order >= suspicion.since:
+                own |= suspicion.rows
+                del self._suspicions[subject]
+                self._has_several_keys |= subject == _KEY
+                self.stop = None
+        if own and not self._suspicions:
+            self._disproved += 1
+        return tuple(sorted(own - {row}))
 
 
-def _is_of_key(outcome: Outcome) -> bool:
-    return outcome.error is not None and outcome.error.http_status == 401
+def _subject(outcome: Outcome) -> str:
+    """What the verdict is about: only verdicts on the same confirm each other."""
+    if outcome.error is not None and outcome.error.http_status == 401:
+        return _KEY
+    if outcome.error is not None and outcome.error.kind == OTHER_API:
+        return OTHER_API
+    return outcome.verdict.name

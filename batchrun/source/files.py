@@ -42,12 +42,6 @@ def find_files(path: str, filters: Filters = _ALL, access: Access = Access()) ->
         files = partitions.chosen(files, filters, path)
     formats: dict[Format, InputFile] = {}
     for file in files:
-        try:
-            str(file).encode()
-        except UnicodeEncodeError:  # the checkpoint, the log and the result's footer store paths as UTF-8
-            shown = os.fsencode(str(file)).decode("utf-8", "backslashreplace")
-            problem = f"{shown}: the name holds bytes that are not UTF-8; rename the file or its folder"
-            raise InputError(problem) from None
         formats.setdefault(format_of(file), file)
     if len(formats) > 1:
         (one, first), (_, second) = sorted(formats.items(), reverse=True)[:2]

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 
+from batchrun.errors import writable
 from batchrun.storage.objects import InputFile
 
 Keys = dict[str, int | str | None]
@@ -39,7 +40,7 @@ def texts_of(file: InputFile) -> dict[str, str | None]:
         name, equals, value = folder.name.partition("=")
         if not (name and equals):
             break
-        keys.setdefault(unquote(name), None if value == NULL else unquote(value))
+        keys.setdefault(writable(unquote(name)), None if value == NULL else writable(unquote(value)))
     return dict(reversed(keys.items()))
 
 

@@ -8,7 +8,7 @@ from typing import cast
 
 import msgspec
 
-from batchrun.errors import InputError
+from batchrun.errors import InputError, writable
 from batchrun.source.content import reading
 from batchrun.storage.objects import InputFile, RemoteFile
 
@@ -63,19 +63,19 @@ def _identity(file: InputFile) -> FileIdentity | None:
         return None
     except OSError as error:
         raise InputError(f"{file} can't be read: {error.strerror or error}") from error
-    return FileIdentity(str(file), status.st_size, status.st_mtime_ns, status.st_ino)
+    return FileIdentity(writable(str(file)), status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def changed(files: tuple[InputFile, ...], identities: tuple[FileIdentity, ...]) -> str | None:
     """How the files differ from what `fingerprint` saw, as words after "the input changed: ", or None."""
     before = {identity.path: identity for identity in identities}
     for file in files:
-        if str(file) not in before:
+        if writable(str(file)) not in before:
             return f"{file} is new"
     for file, now in zip(files, _identities(files), strict=True):
         if now is None:
             return f"{file} is gone"
-        was = before.pop(str(file))
+        was = before.pop(writable(str(file)))
         if was.size_bytes != now.size_bytes:
             return f"{file} had {was.size_bytes:,} bytes and has {now.size_bytes:,}"
         if was != now:

@@ -6,7 +6,7 @@ from typing import Literal
 import msgspec
 import pyarrow as pa
 
-from batchrun.errors import InputError
+from batchrun.errors import InputError, writable
 from batchrun.source import hive
 from batchrun.source.content import BOM, blocks, format_of
 from batchrun.source.lines import read_row, split_lines
@@ -65,7 +65,7 @@ class JsonlSource:
         Raises:
             InputError: the rest of the file can't be read, as in a truncated or damaged compressed stream.
         """
-        origins = [f"{file}:" for file in self.files]
+        origins = [writable(f"{file}:") for file in self.files]
         too_long = f"the line is longer than {self._max_line_bytes:,} bytes"
         for line in self._lines(start):
             row = too_long if line.text is None else read_row(line.text)

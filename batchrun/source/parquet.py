@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
@@ -136,13 +136,19 @@ def _where(file: pq.ParquetFile, group: int) -> str:
 @contextmanager
 def _open(path: InputFile) -> Iterator[pq.ParquetFile]:
     buffer_bytes = REMOTE_BUFFER_BYTES if isinstance(path, RemoteFile) else PAGE_BUFFER_BYTES
-    with path.open(buffer_bytes=0) if isinstance(path, RemoteFile) else nullcontext(path) as place:
+    with path.open(buffer_bytes=0) if isinstance(path, RemoteFile) else _local(path) as opened:
         try:
-            file = pq.ParquetFile(place, pre_buffer=False, buffer_size=buffer_bytes, page_checksum_verification=True)
+            file = pq.ParquetFile(opened, pre_buffer=False, buffer_size=buffer_bytes, page_checksum_verification=True)
         except DAMAGE as error:
             raise InputError(f"{path} can't be read: {_reason(error)}") from error
         with file:
             yield file
+
+
+def _local(path: Path) -> pa.NativeFile:
+    with reading(path):
+        # as bytes: Arrow takes no text that is not UTF-8 (its type hints know neither this nor the default mode)
+        return pa.OSFile(os.fsencode(path))  # type: ignore[call-arg, arg-type]
 
 
 def _reason(error: Exception) -> str:

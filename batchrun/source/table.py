@@ -9,7 +9,7 @@ from itertools import groupby
 import msgspec
 import pyarrow as pa
 
-from batchrun.errors import InputError
+from batchrun.errors import InputError, writable
 from batchrun.source import csv, hive, parquet, unify
 from batchrun.source.content import Format, format_of
 from batchrun.source.rows import rows_of
@@ -73,7 +73,7 @@ class TableSource:
         Raises:
             InputError: a page is damaged, encrypted, or of a type Arrow can't read.
         """
-        origins = [f"{file} row " for file in self.files]
+        origins = [writable(f"{file} row ") for file in self.files]
         for batch in self._batches(start):
             try:
                 rows = rows_of(batch.rows)

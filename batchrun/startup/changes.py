@@ -140,8 +140,7 @@ class Answers:
     def _of_chunk(self, place: int) -> pa.Table:
         chunk = self.chunks[place]
         completions = self._checkpoint.completions(chunk.first_row, chunk.end_row)
-        keep_raw = self._manifest.output.raw == "always"
-        newer = own_table(completions, keep_raw=keep_raw)
+        newer = own_table(completions, keep_raw=self._manifest.output.keep_raw)
         base = BasePart.of(chunk, self._directory, self._manifest.output.prefix)
         return newer if base is None else base.updated(newer, chunk.first_row, chunk.end_row)
 

@@ -300,8 +300,7 @@ class Chunks:
             row += window.num_rows
 
     def _own(self, completions: Sequence[CompletionRecord]) -> pa.Table:
-        keep_raw = self._settings.raw == "always"
-        return own_table(completions, keep_raw=keep_raw)
+        return own_table(completions, keep_raw=self._settings.keep_raw)
 
     # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
 
@@ -311,7 +310,7 @@ class Chunks:
         """These rows as in the output; `inputs` say where each is stored. Only one thread may call it."""
         names = self._schema.names[: -len(OWN_COLUMNS)]
         rows = [batch.typed_row(place, self._types, names) for batch, place in inputs]
-        return completions.settled(records, rows, self._parsed, keep_raw=self._settings.raw == "always")
+        return completions.settled(records, rows, self._parsed, keep_raw=self._settings.keep_raw)
 
     def settled(self) -> Iterator[pa.RecordBatch]:
         """The rows that have a completion, in order, as in the output. Call it before `open_next`."""

@@ -88,7 +88,7 @@ class Copies:
         """The records of settled rows of this run, in this order: from the database, else from their parts."""
         records = self._checkpoint.records_of(sorted(set(rows)))
         found = {record.row for record in records}
-        tables = [own_table(records, keep_raw=self._settings.raw == "always")]
+        tables = [own_table(records, keep_raw=self._settings.keep_raw)]
         by_chunk: dict[int, list[int]] = {}
         for row in sorted(set(rows) - found):
             by_chunk.setdefault(self._chunk_of(row).chunk, []).append(row)

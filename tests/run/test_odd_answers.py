@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -389,6 +390,22 @@ def test_a_gateways_own_bad_key_fails_no_row(tmp_path: Path) -> None:
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 199, "error": 1})
     assert [(row["row"], row["error"]["kind"]) for row in result if row["error"]] == [(100, "authentication")]
     assert len(server.exchanges) < 250
+
+
+def test_a_third_refused_from_the_start_completes(tmp_path: Path) -> None:
+    """One of three keys is bad: a 401 comes at once, an answer later. Two 401 in a row stop nothing."""
+    wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
+    draws = random.Random(5)
+
+    async def script(exchange: Exchange) -> None:
+        is_refused = draws.random() < 1 / 3
+        if not is_refused:
+            await asyncio.sleep(0.02)
+        await exchange.send(wrong_key if is_refused else choice())
+
+    with serving_aside(script) as server:
+        summary, _ = run(tmp_path, server.url, 60, limits={"max_in_flight": 16})
+    assert (summary.exit_code, summary.by_status) == (0, {"ok": 60})
 
 
 def test_one_server_with_a_bad_key_fails_no_row(tmp_path: Path) -> None:

@@ -81,10 +81,6 @@ def test_each_row_is_yielded_once_as_written(tmp_path: Path, simulator: RunningS
     assert {str(completion.status) for completion in found} == {"ok", "truncated"}
 
 
-def test_a_completion_has_every_column_of_the_output() -> None:
-    assert list(batchrun.Completion.__struct_fields__) == [*OWN_COLUMNS.names, "input"]
-
-
 def test_a_finished_run_is_yielded_without_sending(tmp_path: Path, simulator: RunningSimulator) -> None:
     for layout in ("file", "parts"):
         job = job_at(simulator.url, output=batchrun.Output(layout=layout, chunk_rows=7, prefix="b_"))

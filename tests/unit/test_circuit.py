@@ -89,7 +89,7 @@ class Story:
 SLOW_429 = error(429, "rate_limit")
 SLOW_503 = error(503, "overloaded")
 REFUSED_401 = error(401, "authentication")
-EMPTY_402 = RowError("insufficient_quota", 402, None, "Insufficient Balance")
+EMPTY_402 = error(402, "insufficient_quota")
 FORBIDDEN_403 = error(403, "forbidden")
 MISSING_404 = error(404, "not_found")
 BROKEN_500 = error(500, "server_error")
@@ -331,7 +331,7 @@ def test_a_429_storm_resumes_at_once() -> None:
 # verdicts on the run
 
 RUN_VERDICTS = [
-    (Verdict.PAUSE, REFUSED_401, ExitCode.PAUSED),
+    (Verdict.PAUSE, EMPTY_402, ExitCode.PAUSED),
     (Verdict.PAUSE, FORBIDDEN_403, ExitCode.PAUSED),
     (Verdict.STOP, MISSING_404, ExitCode.USAGE),
 ]
@@ -371,28 +371,55 @@ def test_an_unconfirmed_fatal_error_is_the_rows(verdict: Verdict, failure: RowEr
 
 
 def test_each_disproof_asks_for_one_more_confirmation() -> None:
-    """A gateway with a bad key among several refuses rows at random: a second refusal proves little there."""
+    """Where some rows are refused at random, a second refusal proves little."""
     story = Story()
     story.all_well()
     for disproved in range(6):
         story.send(10 * disproved, 10 * disproved + 1)
-        story.ends(10 * disproved, Verdict.PAUSE, REFUSED_401)
+        story.ends(10 * disproved, Verdict.PAUSE, FORBIDDEN_403)
         if disproved:
-            story.ends(10 * disproved + 1, Verdict.PAUSE, REFUSED_401)  # sent before: confirms nothing
+            story.ends(10 * disproved + 1, Verdict.PAUSE, FORBIDDEN_403)  # sent before: confirms nothing
             assert isinstance(story.phase(), Probing)
         for row in range(min(disproved, 4)):
             story.send(1000 + row)
-            story.ends(1000 + row, Verdict.PAUSE, REFUSED_401)
+            story.ends(1000 + row, Verdict.PAUSE, FORBIDDEN_403)
         assert isinstance(story.phase(), Probing)
         story.send(2000)
         story.ends(2000, Verdict.OK)
         assert story.phase() is OPEN
     story.send(0)
-    story.ends(0, Verdict.PAUSE, REFUSED_401)
+    story.ends(0, Verdict.PAUSE, FORBIDDEN_403)
     for row in range(5):
         assert isinstance(story.phase(), Probing)
         story.send(3000 + row)
-        story.ends(3000 + row, Verdict.PAUSE, REFUSED_401)
+        story.ends(3000 + row, Verdict.PAUSE, FORBIDDEN_403)
+    assert isinstance(story.phase(), Stopped)
+
+
+def refused_in_a_row(story: Story, rows: range) -> None:
+    """They are sent one by one, and each gets a 401."""
+    for row in rows:
+        story.send(row)
+        assert story.ends(row, Verdict.PAUSE, REFUSED_401) == HOLD
+
+
+def test_six_wrong_keys_in_a_row_stop() -> None:
+    """One key of several may be bad, and a 401 costs nothing."""
+    story = Story()
+    story.all_well()
+    refused_in_a_row(story, range(5))
+    assert isinstance(story.phase(), Probing)
+    refused_in_a_row(story, range(5, 6))
+    assert story.phase() == Stopped(Stop(ExitCode.PAUSED, "HTTP 401 authentication"))
+
+
+def test_wrong_keys_at_once_count_in_a_row() -> None:
+    """A key that is refused everywhere costs no request beyond those in flight."""
+    story = Story()
+    story.send(*range(8))
+    for row in range(8):
+        assert isinstance(story.phase(), Probing if row else type(OPEN))
+        assert story.ends(row, Verdict.PAUSE, REFUSED_401) == HOLD
     assert isinstance(story.phase(), Stopped)
 
 
@@ -400,27 +427,24 @@ def test_an_older_success_clears_no_suspicion() -> None:
     """An answer to a request that was sent before a key was revoked proves nothing."""
     story = Story()
     story.send(0, 1, 2)
-    assert story.ends(1, Verdict.PAUSE, REFUSED_401) == HOLD
+    assert story.ends(2, Verdict.PAUSE, REFUSED_401) == HOLD
     assert story.ends(0, Verdict.OK) == PROCEED
-    assert story.ends(2, Verdict.OK) == PROCEED
+    assert story.ends(1, Verdict.OK) == PROCEED
     assert isinstance(story.phase(), Probing)
-    story.send(3)
-    story.ends(3, Verdict.PAUSE, REFUSED_401)
+    refused_in_a_row(story, range(3, 8))
     assert isinstance(story.phase(), Stopped)
 
 
-def test_rows_accepted_beside_it_disprove_the_verdict() -> None:
-    """They were sent after it, with the same key: one of several is bad. From then on a refusal is its row's own."""
+def test_a_row_accepted_beside_it_disproves_the_verdict() -> None:
+    """It was sent after it, with the same key: one of several is bad. From then on a refusal is its row's own."""
     story = Story()
     story.send(*range(8))
     assert story.ends(0, Verdict.PAUSE, REFUSED_401) == HOLD
-    assert story.ends(1, Verdict.OK) == PROCEED
-    assert story.ends(2, Verdict.OK) == Decision(own=(0,))
+    assert story.ends(1, Verdict.OK) == Decision(own=(0,))
     assert story.phase() is OPEN
-    for row in range(3, 8):
+    for row in range(2, 7):
         assert story.ends(row, Verdict.PAUSE, REFUSED_401) == Decision(hold=True, own=(row,))
-    story.send(8)
-    assert story.ends(8, Verdict.PAUSE, REFUSED_401) == HOLD, "so many without an answer between are the run's"
+    assert story.ends(7, Verdict.PAUSE, REFUSED_401) == HOLD, "so many without an answer between are the run's"
     assert isinstance(story.phase(), Probing)
 
 
@@ -437,18 +461,16 @@ def test_rows_in_flight_disprove_no_empty_account() -> None:
 
 
 @pytest.mark.parametrize("accepted", [True, False])
-def test_a_second_verdict_waits_for_rows_in_flight(accepted: bool) -> None:
+def test_a_wrong_key_waits_for_rows_in_flight(accepted: bool) -> None:
     """They may disprove it; no other row is sent meanwhile."""
     story = Story()
     story.send(*range(4))
     story.ends(0, Verdict.PAUSE, REFUSED_401)
-    story.send(4)
-    assert story.ends(4, Verdict.PAUSE, REFUSED_401) == HOLD
+    refused_in_a_row(story, range(4, 9))
     assert isinstance(story.phase(), Probing)
     assert story.barred()
     if accepted:
-        story.ends(1, Verdict.OK)
-        assert story.ends(2, Verdict.OK) == Decision(own=(0, 4))
+        assert story.ends(1, Verdict.OK) == Decision(own=(0, 4, 5, 6, 7, 8))
         assert story.phase() is OPEN
         return
     for row in (1, 2, 3):
@@ -457,13 +479,35 @@ def test_a_second_verdict_waits_for_rows_in_flight(accepted: bool) -> None:
     assert isinstance(story.phase(), Stopped)
 
 
-def test_a_lone_row_is_sent_twice_first() -> None:
+def test_a_withdrawn_row_keeps_no_stop_waiting() -> None:
+    """Nothing is heard of an attempt that was never sent."""
+    story = Story()
+    story.send(0, 1)
+    story.ends(0, Verdict.PAUSE, REFUSED_401)
+    refused_in_a_row(story, range(2, 7))
+    story.state.withdraw(story.out.pop(1))
+    assert isinstance(story.phase(), Stopped)
+
+
+@pytest.mark.parametrize(("failure", "times"), [(EMPTY_402, 2), (REFUSED_401, 6)])
+def test_a_lone_row_is_sent_again_first(failure: RowError, times: int) -> None:
     story = Story(resumed=True)
+    for _ in range(times):
+        story.send(0)
+        assert story.ends(0, Verdict.PAUSE, failure) == HOLD
+    assert story.phase() == Stopped(Stop(ExitCode.PAUSED, failure.message or ""))
+
+
+def test_a_probes_own_verdict_is_probed_next() -> None:
+    """While an outage is probed, the first verdict on the run is that of a probe."""
+    story = Story()
     story.send(0)
-    assert story.ends(0, Verdict.PAUSE, REFUSED_401) == HOLD
-    story.send(0)
-    assert story.ends(0, Verdict.PAUSE, REFUSED_401) == HOLD
-    assert story.phase() == Stopped(Stop(ExitCode.PAUSED, "HTTP 401 authentication"))
+    story.ends(0, Verdict.SLOW, SLOW_503)
+    story.cooled_down()
+    for row in (1, 2):
+        story.send(row)
+        assert story.ends(row, Verdict.PAUSE, EMPTY_402) == HOLD
+    assert isinstance(story.phase(), Stopped)
 
 
 def test_a_lone_rows_second_success_clears() -> None:
@@ -512,12 +556,12 @@ def test_a_refused_probe_decides_nothing() -> None:
 def test_suspicion_outlives_an_unanswered_probe() -> None:
     story = Story()
     story.send(0)
-    story.ends(0, Verdict.PAUSE, REFUSED_401)
+    story.ends(0, Verdict.PAUSE, EMPTY_402)
     story.send(1)
     story.ends(1, Verdict.FREE, BROKEN_500)
     story.cooled_down()
     story.send(2)
-    story.ends(2, Verdict.PAUSE, REFUSED_401)
+    story.ends(2, Verdict.PAUSE, EMPTY_402)
     assert isinstance(story.phase(), Stopped)
 
 

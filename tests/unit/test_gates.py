@@ -20,7 +20,7 @@ from tests.moved_clock import run_on_moved_clock
 
 SMALL = Demand(10)
 UNLIMITED = Limits()
-UNAUTHORISED = RowError("http", 401, None, "no such key")
+UNPAID = RowError("http", 402, None, "no balance")
 
 
 def gates_of(*weights: float, limits: Limits = UNLIMITED, most: int = 64, budget: BudgetAccount | None = None) -> Gates:
@@ -93,15 +93,15 @@ def test_rows_of_an_endpoint_set_aside_go_elsewhere() -> None:
     async def story() -> None:
         gates = gates_of(1, 1)
         first, second = [slot for slot in [await gates.admit(SMALL) for _ in range(4)] if gates.index_of(slot) == 0]
-        one = gates.observe(first, Outcome(1, Verdict.PAUSE, UNAUTHORISED))
+        one = gates.observe(first, Outcome(1, Verdict.PAUSE, UNPAID))
         assert one.hold
-        assert gates.observe(second, Outcome(2, Verdict.PAUSE, UNAUTHORISED)).hold
+        assert gates.observe(second, Outcome(2, Verdict.PAUSE, UNPAID)).hold
         (later,) = [slot for slot in [await gates.admit(SMALL) for _ in range(2)] if gates.index_of(slot) == 0]
-        three = gates.observe(later, Outcome(3, Verdict.PAUSE, UNAUTHORISED))
+        three = gates.observe(later, Outcome(3, Verdict.PAUSE, UNPAID))
         assert (three.hold, sorted(three.elsewhere)) == (False, [1, 2, 3])
         assert gates.stop is None
         assert {await use(gates) for _ in range(5)} == {1}
-        assert "e0: set aside, HTTP 401" in (gates.refusals or "")
+        assert "e0: set aside, HTTP 402" in (gates.refusals or "")
         assert gates.restore(0, "a new key")
         assert not gates.restore(1, "a new key")
         assert 0 in {await use(gates) for _ in range(5)}
@@ -114,7 +114,7 @@ def test_the_last_endpoint_set_aside_ends_admission() -> None:
         gates = gates_of(1, 1)
         for first_row in (0, 4):
             for row, slot in enumerate([await gates.admit(SMALL) for _ in range(4 if not first_row else 2)], first_row):
-                decision = gates.observe(slot, Outcome(row, Verdict.PAUSE, UNAUTHORISED))
+                decision = gates.observe(slot, Outcome(row, Verdict.PAUSE, UNPAID))
         assert decision.hold
         with pytest.raises(GateClosed, match="no endpoint is left"):
             await gates.admit(SMALL)

@@ -301,6 +301,26 @@ LIMITS: dict[str, tuple[int, object, dict[str, str], Verdict, str, float | None]
         "payment_required",
         None,
     ),
+    "Fireworks, a suspended account": (
+        412,
+        error("Account a is suspended, possibly due to reaching the monthly spending limit"),
+        {},
+        PAUSE,
+        "insufficient_quota",
+        None,
+    ),
+    "Groq, flex without the setting": (498, error("flex capacity exceeded"), {}, SLOW, "overloaded", None),
+    "Google, an error in a message": (
+        429,
+        error(
+            '{"error": {"code": 429, "message": "You exceeded your current quota, please check your plan and billing'
+            ' details.", "status": "RESOURCE_EXHAUSTED"}}'
+        ),
+        {},
+        SLOW,
+        "quota",
+        None,
+    ),
     "this vendor, bare text": (403, "insufficient balance", {}, PAUSE, "forbidden", None),
     "this vendor, bare key": (401, "invalid_api_key", {}, PAUSE, "authentication", None),
     "LiteLLM, a key's budget": (

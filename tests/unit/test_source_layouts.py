@@ -1,6 +1,8 @@
 """Files as other tools leave them: folders with keys, shards of other types, CSV, padding, other formats."""
 
 import gzip
+import io
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from batchrun.errors import InputError
 from batchrun.source import START, as_file, find_files, open_source, rows_of
+from batchrun.source.identity import changed, fingerprint
 
 LINE = b'{"a": 1}\n'
 
@@ -280,11 +283,29 @@ def test_zip_archives_differ_from_spreadsheets(tmp_path: Path, member: str, cont
     assert said in refused(path)
 
 
-def test_a_non_utf8_name_is_refused(tmp_path: Path) -> None:
-    name = b"caf\xe9.jsonl"
-    with open(bytes(tmp_path) + b"/" + name, "wb") as file:
-        file.write(LINE)
-    assert r"caf\xe9.jsonl: the name holds bytes that are not UTF-8" in refused(tmp_path)
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv", "parquet"])
+def test_input_names_may_have_any_bytes(ending: str, tmp_path: Path) -> None:
+    """Also those of folders, whose keys are columns."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9=\xff")
+    folder.mkdir()
+    path = folder / os.fsdecode(b"\x80." + ending.encode())
+    parquet = io.BytesIO()
+    pq.write_table(pa.table({"a": [1]}), parquet)
+    content = {"jsonl": LINE, "jsonl.gz": gzip.compress(LINE), "csv": b"a\n1\n", "parquet": parquet.getvalue()}
+    path.write_bytes(content[ending])
+    assert rows(path) == [{"caf\\xe9": "\\xff", "a": "1" if ending == "csv" else 1}]
+    (identity,) = fingerprint((path,))
+    assert identity.path.endswith("caf\\xe9=\\xff/\\x80." + ending), "as the checkpoint stores it"
+    assert changed((path,), (identity,)) is None
+
+
+def test_errors_spell_bytes_of_file_names(tmp_path: Path) -> None:
+    """A message must fit into the log, the summary and JSON, which hold UTF-8."""
+    path = tmp_path / os.fsdecode(b"\xff.parquet")
+    path.write_bytes(b"PAR1 and no more")
+    assert r"/\xff.parquet can't be read" in refused(path)
+    assert r"/\xfe: no input file there" in refused(tmp_path / os.fsdecode(b"\xfe"))
+    assert str(InputError("half a pair: \ud83d")) == "half a pair: ?"
 
 
 def test_dictionary_views_are_plain_text(tmp_path: Path) -> None:
