@@ -102,7 +102,7 @@ _OF_THE_RUN = (
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
     *("unknown_finish_reasons", "unpriced_tiers", "unpriced_usage", "example_error", "price", "estimate"),
     "invocation",
-    *("reused", "duplicates", "saved_usd", "shard", "merged"),
+    *("reused", "duplicates", "saved_usd", "shard", "merged", "command"),
 )
 """The fields that describe the whole run, not one start of it."""
 
@@ -115,6 +115,7 @@ _NOT_IN_CHECKPOINT = (
     "estimate",
     "shard",
     "merged",
+    "command",
 )
 """Those of them that the checkpoint does not hold."""
 
@@ -122,7 +123,8 @@ _NOT_IN_CHECKPOINT = (
 def starting(
     job: str, moment: Moment, directory: RunDirectory, earlier: Summary | None, spent: Totals | None
 ) -> Summary:
-    """The summary of a start that has not read its input yet and may still be refused: the run's figures stay.
+    """The summary of a start that has not read its input yet and may still be refused: the run's figures stay, and the
+    command that resumes it.
 
     `earlier` is the summary of the start before; `spent` are the totals, once the checkpoint is open.
     """
