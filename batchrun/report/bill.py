@@ -116,7 +116,7 @@ def of_runs(found: Runs, query: Query) -> Bill:
     """
     span = query.span
     bill = fold(counted(found.found, query.by, span), query.by, span, found.left_out)
-    until = [each for each in found.found if not span.is_over(day_of(each.account.began, span.zone))]
+    until = [each for each in found.found if not span.is_over(day_of(each.account.started_at, span.zone))]
     return msgspec.structs.replace(
         bill,
         findings=() if query.limits is None else tuple(earlier_runs.unusual(until, query.limits)),
@@ -139,7 +139,7 @@ def counted(found: Sequence[FoundRun], by: tuple[str, ...], span: DaySpan, *, ro
 
 
 def _counted(found: FoundRun, *, by: tuple[str, ...], span: DaySpan, rows: bool) -> CountedRun:
-    began = day_of(found.account.began, span.zone)
+    began = day_of(found.account.started_at, span.zone)
     lines = [line for line in days.localised(found, span.zone) if span.holds(line.day, began)]
     if not rows:
         return CountedRun(found, lines, None)

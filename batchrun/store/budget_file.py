@@ -273,7 +273,7 @@ class _Held(msgspec.Struct, frozen=True):
 
 
 def require_possible(path: Path) -> None:
-    """Nothing, if a budget can be kept in the file at `path`; nothing is made.
+    """Returns if a budget can be kept in the file at `path`. Makes nothing.
 
     Raises:
         JobError: it can't be made or written, or lies on a network file system, whose locks don't hold.

@@ -141,7 +141,7 @@ class CarryOver:
 
 
 def require_unchanged(file: OldFile) -> None:
-    """Nothing, if the file is what it was when its answers were looked up.
+    """Returns if the file is what it was when its answers were looked up.
 
     Raises:
         InputError: it is gone or another.

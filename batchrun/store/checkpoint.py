@@ -66,7 +66,7 @@ class Checkpoint:
         """From now on `on_commit` gets each commit's endings, and `on_failure` the first failure.
 
         Both are called in the database's own thread. After a failure the database is not written again, because its
-        next fsync may report a success that is none. Endings that still arrive go to the spill file, and the next start
+        next fsync may wrongly report success. Endings that still arrive go to the spill file, and the next start
         reads them from there. `call_soon` is the event loop's whose thread puts endings: they share commits.
         """
         listeners = self._listeners

@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 
 class Listeners:
-    """Who hears of each commit's endings, and of the first failure; both are called in the database's thread.
+    """The callbacks for each commit's endings and for the first failure; both run in the database's thread.
 
-    `call_soon` is the event loop's whose thread puts endings, and calls back a little later.
+    `call_soon` is that of the event loop whose thread puts endings.
     """
 
     def __init__(self) -> None:
