@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun.report import run_rows
 from batchrun.report.keys import UNKNOWN, day_of
 from batchrun.report.latencies import local_days

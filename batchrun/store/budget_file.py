@@ -38,7 +38,6 @@ BLOCKS = 50
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Identifies the present boot on Linux (random(4)); other systems have no such file."""
 
-
 NOTHING = Decimal(0)
 
 

@@ -19,7 +19,6 @@ from batchrun.tables.rows import OWN_COLUMNS
 OPEN_FILES = 8
 """Earlier results that are kept open, each at the place where it was read last."""
 
-
 BLOCK_ROWS = 8192
 
 

@@ -70,10 +70,7 @@ class Commits:
         if self._idle:  # waking the thread for every row would cost as much as the row's commit (measured)
             self._idle = False
             # what else ends in this turn of the event loop shares the commit
-            self._listeners.call_soon(self._wake)
-
-    def _wake(self) -> None:
-        self._calls.put(_wake_up)
+            self._listeners.call_soon(lambda: self._calls.put(_wake_up))
 
     def put_entry(self, name: str, value: str) -> None:
         """Queues a manifest entry; it is durable before any ending that is put later."""
