@@ -19,13 +19,11 @@ from batchrun.report.findings import Finding
 from batchrun.report.keys import KEYS, OF_LINES, DaySpan, day_of, group, keys
 from batchrun.report.latencies import Scanned
 from batchrun.report.runs import Account, FoundRun, LeftOut, Runs
+from batchrun.report.summary import RATE_S
 from batchrun.run_summary import TotalsLine
 from batchrun.store.totals import DISCARDED, LOST
 
 __all__ = ["FIGURES", "KEYS", "Bill", "BillLine", "collect", "keys"]
-
-RATE_S = 60.0
-"""A shorter start has no rate to compare with a limit, which allows a burst at first."""
 
 READERS = 2
 """Threads that read results; Arrow decodes without Python's lock."""

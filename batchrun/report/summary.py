@@ -25,6 +25,10 @@ VERSION = 3
 FIRST_S = 5.0
 """A younger start has no ETA: few requests are in flight yet, and the first answers arrive all at once."""
 
+RATE_S = 60.0
+"""A shorter start has no rate per minute: the burst that a limit allows would read as a broken limit. 348 requests in
+10 s are 2,087 a minute, and within 1,500 a minute if the first of them went out at once."""
+
 
 class Moment(msgspec.Struct, frozen=True):
     """Everything in a summary that the totals do not give. Times are wall time, except `now_s`, which is `now` on the

@@ -32,7 +32,7 @@ def changed_input(files: tuple[InputFile, ...], directory: RunDirectory, known: 
     return "standard input has other rows" if files == (directory.spool,) else f"the input: {what}"
 
 
-def as_it_is_now(
+def adopt_changes(
     start: Start, known: Manifest, ways: tuple[Variant, ...], files: tuple[InputFile, ...]
 ) -> tuple[Manifest, tuple[Variant, ...], int, Source]:
     """The manifest, the variants with this start's, and the source, with changes adopted if the user accepts them.

@@ -39,7 +39,7 @@ def stored_or_found(start: Start, known: Manifest, source: Source) -> Origins | 
     made = msgspec.json.decode(entry, type=Origins | None)
     path = directory.origins_of(known.layout)
     wanted = carry.wanted(job, known.rows, known.layout, known.first_row)
-    if carry.still_holds(made, wanted, path):
+    if carry.is_current(made, wanted, path):
         return None if wanted is None else made
     settled, opened = checkpoint.totals.settled(), start.opened_rows(known)
     if start.options.read_only or settled == known.rows or (checkpoint.has_reopened and opened == known.rows):
