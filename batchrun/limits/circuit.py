@@ -96,7 +96,6 @@ class Circuit:
         self._coolings = 0
         self._failing_since_s: float | None = None
         self._reached = False
-        self._of_another_api = 0
         self._unanswered = Unanswered()
         self._verdicts = RunVerdicts()
         self._stop_when_heard: Stop | None = None  # confirmed, but rows in flight may still disprove it
@@ -229,7 +228,7 @@ class Circuit:
 
     def _got_no_answer(self, outcome: Outcome, order: int, now_s: float) -> Decision:
         if not self.successes and outcome.error is not None and outcome.error.kind == OTHER_API:
-            return self._reached_another_api(outcome.error)
+            return self._run_failed(outcome, order)
         if order < self._trouble or self._outage_is_too_long(outcome, now_s):
             return PROCEED
         probe_failed = isinstance(self.phase, Probing) and order >= self._episode
@@ -240,16 +239,6 @@ class Circuit:
             self.in_flight.back_off(kept, _reason(outcome.error), first=not self._coolings)
             why = f"the endpoint is not answering: {_reason(outcome.error)}"
             self._cool(why, _brief_reason(outcome.error), now_s, None)
-        return PROCEED
-
-    def _reached_another_api(self, error: RowError) -> Decision:
-        """Before any good answer, the second answer of another API stops the run; after the first one row is sent."""
-        self._of_another_api += 1
-        if self._of_another_api > 1:
-            self.close(Stop(ExitCode.USAGE, _reason(error)))
-        elif self.phase is OPEN:
-            self._episode, self._to_hear = self._sent, 0
-            self._probe(_reason(error))
         return PROCEED
 
     def _refused(self, outcome: Outcome, order: int, now_s: float, finding: Finding) -> Decision:

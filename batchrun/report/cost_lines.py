@@ -42,8 +42,16 @@ def bound_usd(summary: Summary) -> Decimal | None:
 
 def headline_usd(summary: Summary, form: str = ",.6f") -> str:
     """The cost so far, as every line shows it."""
-    cost_usd = cost_so_far(summary)
-    return "unknown" if cost_usd is None else f"${cost_usd:{form}}"
+    return cost_in_words(cost_so_far(summary), summary.possibly_billed_usd, form)
+
+
+def cost_in_words(cost_usd: Decimal | None, possibly_billed_usd: Decimal, form: str) -> str:
+    """A cost, None if unknown. Where only requests without a known end can have cost anything, their bound."""
+    if cost_usd is None:
+        return "unknown"
+    if not cost_usd and possibly_billed_usd:
+        return f"at most ${possibly_billed_usd:{form}}"
+    return f"${cost_usd:{form}}"
 
 
 def about_cost(rows: int, mean_cost_usd: Decimal | None) -> str:

@@ -10,7 +10,7 @@ import msgspec
 
 from batchrun.errors import CheckpointError, ExitCode, InputError
 from batchrun.report import resume_command
-from batchrun.report.cost_lines import cost_so_far
+from batchrun.report.cost_lines import cost_in_words, cost_so_far
 from batchrun.report.run_state import run_state
 from batchrun.report.summary import failures
 from batchrun.report.text_table import aligned
@@ -101,7 +101,7 @@ _LEFT = (0, 7, 8)
 def _cells(run: ListedRun) -> tuple[str, ...]:
     if run.state == "unreadable":
         return (run.state, "", "", "", "", "", "", run.path, run.reason or "")
-    cost = "unknown" if run.cost_usd is None else f"${run.cost_usd:,.4f}"
+    cost = cost_in_words(run.cost_usd, run.possibly_billed_usd, ",.4f")
     counts = (f"{number:,}" for number in (run.done, run.rows, run.failed, run.pending))
     age = "" if run.age_s is None else age_in_words(run.age_s)
     return (run.state, *counts, cost, age, run.path, run.next or "")

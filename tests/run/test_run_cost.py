@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.records import PossiblyBilled
+from batchrun.report import run_list
 from batchrun.report.closing import in_words
 from batchrun.report.cost_lines import cost_lines
 from batchrun.report.progress import line
+from batchrun.report.run_list import ListedRun
 from batchrun.run_summary import TotalsLine
 from tests.cli_process import Ended, finish, read_summary, start, write_job, write_rows
 from tests.fault_server import FaultServer, answer, sends, serving
@@ -132,7 +134,29 @@ def test_requests_without_known_end_have_unknown_cost() -> None:
     assert cost_lines(unpriced)[0] == "unknown"
     assert "cost unknown" in line(unpriced)
     bounded = msgspec.structs.replace(DOUBT, upper_bound_usd=Decimal(1))
-    assert cost_lines(summary(possibly_billed=[bounded], cost_usd=Decimal(0)))[0] == "$0.000000"
+    priced = summary(possibly_billed=[bounded], possibly_billed_usd=Decimal(1), cost_usd=Decimal(0))
+    assert cost_lines(priced)[0] == "at most $1.000000"
+    assert "at most $1.0000" in line(priced)
+    assert cost_lines(summary(cost_usd=Decimal(0)))[0] == "$0.000000"
+
+
+def test_a_list_of_runs_has_bounds() -> None:
+    """Where only requests without a known end can have cost anything, the list shows the most they may have cost."""
+    listed = msgspec.convert(
+        dict.fromkeys(("created_at", "updated_at", "age_s", "exit_code", "reason", "next"))
+        | {"path": "runs/a", "job": "a", "state": "paused", "working": False, "complete": False, "by_status": {}}
+        | {
+            "rows": 2,
+            "done": 0,
+            "failed": 0,
+            "pending": 2,
+            "cost_usd": 0,
+            "possibly_billed_usd": "0.25",
+            "unpriced": 0,
+        },
+        ListedRun,
+    )
+    assert "at most $0.2500" in "\n".join(run_list.lines([listed]))
 
 
 def test_headlines_say_what_is_known() -> None:
