@@ -98,15 +98,15 @@ def run(job: Job | str | Path, rows: Rows | None = None, **options: Unpack[Optio
     else:
         raise RuntimeError("an event loop runs in this thread; use `async with batchrun.Runner(…)` instead")
     try:
-        return begin(job, rows, options)
+        return run_start(job, rows, options)
     except RunStoppedError as stopped:
         if stopped.exit_code is ExitCode.SIGINT:
             raise KeyboardInterrupt from stopped
         raise
 
 
-def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host | None = None) -> Summary:
-    """Runs the job in this thread. `host` is the program whose event loop runs in another thread.
+def run_start(job: Job | str | Path, rows: Rows | None, options: Options, host: Host | None = None) -> Summary:
+    """One start of the run, in this thread. `host` is the program whose event loop runs in another thread.
 
     Raises:
         BatchrunError: as `run` does.

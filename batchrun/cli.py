@@ -50,7 +50,7 @@ def main() -> None:
     except click.ClickException as error:
         if is_json():
             _end(f"Error: {error.format_message()}", ExitCode.USAGE)
-        with streams.for_people():
+        with streams.lenient_stderr():
             error.show()
         sys.exit(ExitCode.USAGE)
     except (click.Abort, KeyboardInterrupt):

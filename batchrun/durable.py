@@ -154,7 +154,7 @@ TRIAL_BYTES = 1 << 20  # an empty file can be made on a disk that is full
 
 
 def try_out(folder: Path) -> None:
-    """A small file could be written in the folder, or where it will be made, and was removed again.
+    """Writes a small file in the folder, or where it will be made, and removes it.
 
     Raises:
         OSError: it could not.

@@ -120,13 +120,15 @@ class Invocation(msgspec.Struct, frozen=True):
             # the run was complete with --limit and has more rows now
             chunks = result.restore_parts(plan.manifest, checkpoint, checkpoint.chunks(), directory)
             checkpoint.reopen_chunks(chunks, (), {})
+        found = checkpoint.totals
+        # the last thing that may be refused
+        retrying = None if self.options.retry is None else retry.reopen(plan, directory, checkpoint, self.options.retry)
         self.status.start_running(Running(checkpoint, plan))
         hooks.progress(self.status.summary())
-        retrying = self.options.retry is not None
-        for line in start_lines(job, plan, directory.path, checkpoint.totals, lost, retrying=retrying):
+        for line in start_lines(job, plan, directory.path, found, lost, retrying=retrying is not None):
             hooks.note(line)
-        if self.options.retry is not None:
-            hooks.note(retry.reopen(plan, directory, checkpoint, self.options.retry))
+        if retrying is not None:
+            hooks.note(retrying)
         chunks_opened = None if hooks.otel is None else hooks.otel.chunk_opened
         before_usd = checkpoint.totals.most_usd()
         store = Store(directory, checkpoint, plan, self._chunks(plan), before_usd=before_usd, opened=chunks_opened)

@@ -67,8 +67,8 @@ class PriceTable(msgspec.Struct, frozen=True):
     `vendor` sets the price; None: the job states it. `upstream` names the model of the vendor's list whose price
     is used where the endpoint is not the vendor's own. `services` are the prices of service tiers by name, `hours`
     those by the clock, of which the last that holds counts. The job's own price is for every tier but those that it has
-    another price for (`every_tier`). `regional`: the
-    endpoint is one of the vendor's regions, which may have another price.
+    another price for (`every_tier`). `regional`: the endpoint is one of the vendor's regions, which may have another
+    price.
     """
 
     model: str

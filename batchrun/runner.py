@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
-from batchrun.api import Options, RunIncompleteError, begin
+from batchrun.api import Options, RunIncompleteError, run_start
 from batchrun.dispatch.hooks import Host
 from batchrun.dispatch.result_queue import ResultQueue
 from batchrun.errors import RunStoppedError
@@ -139,7 +139,7 @@ class Runner:
     def _work(self) -> None:
         host = Host(self._stop, self._results, self._replay)
         try:
-            self._summary = begin(self._job, self._rows, self._options, host)
+            self._summary = run_start(self._job, self._rows, self._options, host)
         except RunIncompleteError as stopped:
             self._failure, self._summary = stopped, stopped.summary
         except BaseException as error:

@@ -69,7 +69,7 @@ def write_result(text: str) -> None:
 
 
 @contextlib.contextmanager
-def for_people() -> Iterator[None]:
+def lenient_stderr() -> Iterator[None]:
     """Inside the block, a failed write to stderr is dropped, and so is every later one."""
     try:
         yield

@@ -40,7 +40,7 @@ def is_json() -> bool:
     return _Format.json is not None
 
 
-def about(job: str) -> None:
+def set_job(job: str) -> None:
     """The lines are about this job from now on."""
     if _Format.json is not None:
         _Format.json.job = job
@@ -51,7 +51,7 @@ def note(line: str) -> None:
     if _Format.json is not None:
         write_json(_Format.json.note(line, _now()))
         return
-    with streams.for_people():
+    with streams.lenient_stderr():
         if "tqdm" not in sys.modules:  # no bar is shown
             print(harmless(line), file=sys.stderr)
             return
@@ -62,7 +62,7 @@ def note(line: str) -> None:
 
 def write_json(line: str) -> None:
     """Writes a line that is JSON already."""
-    with streams.for_people():
+    with streams.lenient_stderr():
         sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
@@ -117,7 +117,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            with streams.for_people():
+            with streams.lenient_stderr():
                 self._bar.close()
 
     def checked(self, rows: int) -> None:
@@ -125,7 +125,7 @@ class Progress:
         if self._terminal:
             from batchrun.report.wording import plural
 
-            with streams.for_people():
+            with streams.lenient_stderr():
                 if self._bar is None:
                     self._bar = _bar(bar_format="{desc}")
                 self._bar.set_description_str(f"checking the input: {plural(rows, 'row')} so far")
@@ -139,7 +139,7 @@ class Progress:
         if summary.state == "checking":
             return
         if self._terminal:
-            with streams.for_people():
+            with streams.lenient_stderr():
                 self._show_bar(summary)
         elif summary.elapsed_s - self._shown_s >= self.LINE_EVERY_S:
             self._shown_s = summary.elapsed_s

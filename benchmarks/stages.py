@@ -156,7 +156,7 @@ def durable(folder: Path) -> Iterator[tuple[str, float]]:
 
     def take_and_clear() -> None:
         for row in range(BATCH_ROWS):
-            slots.take(row % 64, row, 1, b"k" * 16, Decimal("0.01"), 2000)
+            slots.occupy(row % 64, row, 1, b"k" * 16, Decimal("0.01"), 2000)
             slots.clear(row % 64)
 
     def commits() -> None:

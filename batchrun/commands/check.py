@@ -67,7 +67,7 @@ def check(
 
 
 def _try_places(job: "Job", directory: "RunDirectory") -> None:
-    """Something small was written to each place where a run puts its result, and removed again. (A start claims its
+    """Writes a small file to each place where a run puts its result, and removes it. (A start claims its
     place in a store, makes its directory, and tries a dataset before it sends.)
 
     Raises:

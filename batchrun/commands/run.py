@@ -8,7 +8,7 @@ import click
 
 from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SHARD, SKIP, amount
 from batchrun.commands.results import say
-from batchrun.terminal import LOG_FORMAT, LOG_FORMAT_ENV, Progress, about, ended, note, result
+from batchrun.terminal import LOG_FORMAT, LOG_FORMAT_ENV, Progress, ended, note, result, set_job
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -110,7 +110,7 @@ def run(
     }
     memory.share_one_arena()
     loaded = read_job(job, input_path, output_path, overrides, flags)
-    about(loaded.name)
+    set_job(loaded.name)
     open_files.allow(2 * loaded.total_limits.max_in_flight)  # a stream that has ended keeps its connection for a second
     with Progress() as progress:
         started: Options = {

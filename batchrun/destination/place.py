@@ -76,8 +76,9 @@ def run(
 
 
 def require_usable(job: Job, directory: RunDirectory, url: Url) -> None:
-    """Returns if a start could publish there: something was put there and deleted again, and no other run has its
-    result there. For `check`, which claims nothing.
+    """Returns if a start could publish there: the store accepts a small object, and no other run has its result there.
+
+    For `check`, which claims nothing.
 
     Raises:
         RunLockedError: another run has.

@@ -62,7 +62,7 @@ class Replica:
 
     def opened(self, chunk: Chunk, directory: RunDirectory, checkpoint: Checkpoint) -> None:
         """See `Mirror`. The first call also stores what earlier starts did not."""
-        self._patiently(lambda: self._opened(chunk, directory, checkpoint))
+        self._with_retries(lambda: self._opened(chunk, directory, checkpoint))
 
     def sealed(self, chunk: Chunk, directory: RunDirectory, checkpoint: Checkpoint) -> None:
         """See `Mirror`.
@@ -71,9 +71,9 @@ class Replica:
             RunLockedError: another machine has taken over the run.
         """
         self._claim.require_held()
-        self._patiently(lambda: self._store_all(directory, checkpoint))
+        self._with_retries(lambda: self._store_all(directory, checkpoint))
 
-    def _patiently(self, work: Callable[[], None]) -> None:
+    def _with_retries(self, work: Callable[[], None]) -> None:
         for wait_s in (*PATIENCE_S, None):
             try:
                 with self._lock:

@@ -44,7 +44,7 @@ class Requests:
         Raises:
             InputError: it can't be made. The check pass made it, so the input has changed since.
         """
-        reopened = chunk.reopened.get(row.row)
+        reopened = chunk.earlier.reopened.get(row.row)
         variant = self._plan.manifest.variant if reopened is None else reopened.variant
         try:
             request = self._builders[variant].build(row)
@@ -59,8 +59,8 @@ class Requests:
         row = request.row
         before = 0 if reopened is None else reopened.attempts
         cost_usd = Decimal(0) if reopened is None else usd(reopened.cost_usd)
-        earlier = [attempt for attempt in chunk.discarded.get(row, ()) if attempt.n > before]
-        last_sent = max(before, chunk.lost.get(row, 0))
+        earlier = [attempt for attempt in chunk.earlier.discarded.get(row, ()) if attempt.n > before]
+        last_sent = max(before, chunk.earlier.lost.get(row, 0))
         refused = any(attempt.verdict is Verdict.PAUSE and self._is_evidence(attempt) for attempt in earlier)
         return Pending(
             request,

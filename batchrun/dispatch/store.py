@@ -50,10 +50,6 @@ class Store(msgspec.Struct, frozen=True):
         failed = (Status.ERROR, DISCARDED, LOST)
         return any(line.rows > line.reused for line in self.checkpoint.totals.lines() if line.status not in failed)
 
-    def attempt_id(self, row: int, n: int) -> str:
-        """The id of an attempt, as sent in `endpoint.request_id_header`."""
-        return f"{self.plan.manifest.attempt_prefix}-{row}-{n}"
-
 
 class CanaryRows:
     """The rows of a canary, chunk by chunk. Chunks behind the last of them are not opened."""

@@ -219,7 +219,7 @@ class Workers:
         usd, tokens = gate.bound(slot)
         successes = gate.successes
         # before the first byte is sent, so that a crash leaves no request unnamed
-        self._slots.take(slot, request.row, n, request.key, usd, tokens)
+        self._slots.occupy(slot, request.row, n, request.key, usd, tokens)
         self.sent += 1
         to = self.endpoints.of(slot)
         version = to.credentials.version

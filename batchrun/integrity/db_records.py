@@ -68,7 +68,7 @@ def read(path: Path) -> DbRecords:
     return msgspec.structs.replace(known, torn=torn)
 
 
-def left(path: Path) -> DbRecords:
+def readable(path: Path) -> DbRecords:
     """The readable records of a damaged database at `path`: the newest version of each."""
     with disk_errors(path):
         database, log = (file.read_bytes() if file.exists() else b"" for file in (path, wal_of(path)))

@@ -37,15 +37,15 @@ _KEPT_ENTRIES = (
 class KeptSums:
     """The sums over the kept rows: their chunks, their statuses, their cost."""
 
-    def __init__(self, flying: Sequence[NamedRequest], spilled: Sequence[SpillFrame]) -> None:
-        """`flying` were in flight when the old run's last process ended; no start has stored `spilled` yet."""
+    def __init__(self, named: Sequence[NamedRequest], spilled: Sequence[SpillFrame]) -> None:
+        """`named` were in flight when the old run's last process ended; no start has stored `spilled` yet."""
         self.spilled = spilled
         self.chunks: list[Chunk] = []
         self.reopened: list[Reopened] = []
         self.standing: Counter[str] = Counter()
         self.rows = 0
-        self._flying = flying
-        self._watched = {entry.row for entry in flying} | {c.row for frame in spilled for c in frame.completions}
+        self._named = named
+        self._watched = {entry.row for entry in named} | {c.row for frame in spilled for c in frame.completions}
         self._ended: dict[int, int] = {}
         self._answers: dict[LineKey, TotalsLine] = {}
         self._discarded: dict[LineKey, TotalsLine] = {}
@@ -101,9 +101,7 @@ class KeptSums:
         ended = {record[:2] for record in known.attempts if record[-1] >= known.since}
         ended |= {(doubt.row, doubt.n) for doubt in known.possibly_billed if doubt.invocation >= known.since}
         return [
-            entry
-            for entry in self._flying
-            if (entry.row, entry.n) not in ended and not self.is_kept(entry.row, entry.n)
+            entry for entry in self._named if (entry.row, entry.n) not in ended and not self.is_kept(entry.row, entry.n)
         ]
 
     def is_kept(self, row: int, attempts: int) -> bool:

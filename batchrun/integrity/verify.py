@@ -134,7 +134,7 @@ class Inspection:
         except DiskError:
             raise
         except CheckpointError as error:
-            known = db_records.left(path)
+            known = db_records.readable(path)
             what = str(error).partition("; keep a copy")[0]
             broken = log if what.startswith(str(log := wal_of(path))) else path
             self._damaged(broken, f"{what}; {plural(known.records, 'record')} can still be read")

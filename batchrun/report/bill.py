@@ -19,13 +19,11 @@ from batchrun.report.findings import Finding
 from batchrun.report.keys import KEYS, OF_LINES, DaySpan, day_of, group, keys
 from batchrun.report.latencies import Scanned
 from batchrun.report.runs import Account, FoundRun, LeftOut, Runs
+from batchrun.report.summary import RATE_S
 from batchrun.run_summary import TotalsLine
 from batchrun.store.totals import DISCARDED, LOST
 
 __all__ = ["FIGURES", "KEYS", "Bill", "BillLine", "collect", "keys"]
-
-RATE_S = 60.0
-"""A shorter start has no rate to compare with a limit, which allows a burst at first."""
 
 READERS = 2
 """Threads that read results; Arrow decodes without Python's lock."""
@@ -116,7 +114,7 @@ def of_runs(found: Runs, query: Query) -> Bill:
     """
     span = query.span
     bill = fold(counted(found.found, query.by, span), query.by, span, found.left_out)
-    until = [each for each in found.found if not span.is_over(day_of(each.account.began, span.zone))]
+    until = [each for each in found.found if not span.is_over(day_of(each.account.started_at, span.zone))]
     return msgspec.structs.replace(
         bill,
         findings=() if query.limits is None else tuple(earlier_runs.unusual(until, query.limits)),
@@ -139,7 +137,7 @@ def counted(found: Sequence[FoundRun], by: tuple[str, ...], span: DaySpan, *, ro
 
 
 def _counted(found: FoundRun, *, by: tuple[str, ...], span: DaySpan, rows: bool) -> CountedRun:
-    began = day_of(found.account.began, span.zone)
+    began = day_of(found.account.started_at, span.zone)
     lines = [line for line in days.localised(found, span.zone) if span.holds(line.day, began)]
     if not rows:
         return CountedRun(found, lines, None)

@@ -10,15 +10,11 @@ from batchrun.records import FAILURES, Status
 from batchrun.report.cost_lines import cost_lines, estimate_in_words
 from batchrun.report.notices import nearly_used, unknown_reason
 from batchrun.report.suggested_fixes import Fix, command_with, fix_for, fix_for_address, fix_for_key
-from batchrun.report.summary import failures
+from batchrun.report.summary import RATE_S, failures
 from batchrun.report.wording import are, plural, rounded
 from batchrun.run_summary import Summary
 
 LABEL_WIDTH = 13  # "completions", the longest label, and two spaces
-
-RATE_S = 60.0
-"""A shorter start has no rate per minute: the burst that a limit allows would read as a broken limit. 348 requests in
-10 s are 2,087 a minute, and within 1,500 a minute if the first of them went out at once."""
 
 
 def in_words(

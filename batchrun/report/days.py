@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun.report import run_rows
 from batchrun.report.keys import UNKNOWN, day_of
 from batchrun.report.latencies import local_days
@@ -49,7 +49,7 @@ def _days(found: FoundRun, line: TotalsLine, zone: str) -> list[str]:
     first = datetime.combine(date.fromisoformat(line.day), time(), UTC)
     last = first + timedelta(days=1) - timedelta(microseconds=1)
     account = found.account
-    begin, end = max(first, account.began), min(last, account.updated_at)
+    begin, end = max(first, account.started_at), min(last, account.updated_at)
     if begin > end:  # the clock was set during the run
         begin, end = first, last
     return sorted({day_of(begin, zone), day_of(end, zone)})

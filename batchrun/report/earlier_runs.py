@@ -90,7 +90,7 @@ def _night(found: FoundRun) -> Night:
 
 
 def _ordered(found: Sequence[FoundRun]) -> list[FoundRun]:
-    return sorted(found, key=lambda each: (each.account.began, each.account.run_id), reverse=True)
+    return sorted(found, key=lambda each: (each.account.started_at, each.account.run_id), reverse=True)
 
 
 def _by_job(found: Sequence[FoundRun]) -> list[list[FoundRun]]:

@@ -97,7 +97,7 @@ def night(found: FoundRun, zone: str) -> str:
     for name in () if place is None else (place.name, place.absolute().parent.name):
         if dated := re.match(r"(\d{4}-\d{2}-\d{2})(?:-\d+)?$", name):
             return dated[1]
-    return day_of(found.account.began, zone)
+    return day_of(found.account.started_at, zone)
 
 
 def day_of(at: datetime, zone: str) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun.report import run_rows
 from batchrun.report.run_rows import Result
 

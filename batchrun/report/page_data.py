@@ -106,7 +106,7 @@ def latency(bill: Bill) -> Chart | None:
 
 def throughput(found: Sequence[FoundRun]) -> Chart | None:
     """Rows per minute over the newest run, with the requests per minute that its limit allows."""
-    newest = max(found, key=lambda each: each.account.began, default=None)
+    newest = max(found, key=lambda each: each.account.started_at, default=None)
     seconds = None if newest is None else run_rows.if_readable(newest.place, _by_second)
     if newest is None or seconds is None or len(seconds) < 2:
         return None

@@ -12,8 +12,8 @@ from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun.errors import JobError
 
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun.errors import InputError, JobError
 from batchrun.records import RowError
 from batchrun.report import run_rows

@@ -5,16 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute
 import pyarrow.parquet as pq
 
+from batchrun import compute as pc
 from batchrun.errors import InputError
 from batchrun.source import hive
 from batchrun.store import result_files
 from batchrun.store.result_folder import MANIFEST
 from batchrun.tables.rows import OWN_COLUMNS
-
-pc: Any = pyarrow.compute  # its stubs know less than it does
 
 _T = TypeVar("_T")
 

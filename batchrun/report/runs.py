@@ -61,7 +61,7 @@ class Account(msgspec.Struct, frozen=True):
     merged: list[MergedShard] = []
 
     @property
-    def began(self) -> datetime:
+    def started_at(self) -> datetime:
         """The first start of the run, if known."""
         return self.created_at or self.updated_at
 

@@ -25,6 +25,10 @@ VERSION = 3
 FIRST_S = 5.0
 """A younger start has no ETA: few requests are in flight yet, and the first answers arrive all at once."""
 
+RATE_S = 60.0
+"""A shorter start has no rate per minute: the burst that a limit allows would read as a broken limit. 348 requests in
+10 s are 2,087 a minute, and within 1,500 a minute if the first of them went out at once."""
+
 
 class Moment(msgspec.Struct, frozen=True):
     """Everything in a summary that the totals do not give. Times are wall time, except `now_s`, which is `now` on the
@@ -102,7 +106,7 @@ _OF_THE_RUN = (
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
     *("unknown_finish_reasons", "unpriced_tiers", "unpriced_usage", "example_error", "price", "estimate"),
     "invocation",
-    *("reused", "duplicates", "saved_usd", "shard", "merged"),
+    *("reused", "duplicates", "saved_usd", "shard", "merged", "command"),
 )
 """The fields that describe the whole run, not one start of it."""
 
@@ -115,6 +119,7 @@ _NOT_IN_CHECKPOINT = (
     "estimate",
     "shard",
     "merged",
+    "command",
 )
 """Those of them that the checkpoint does not hold."""
 
@@ -122,7 +127,8 @@ _NOT_IN_CHECKPOINT = (
 def starting(
     job: str, moment: Moment, directory: RunDirectory, earlier: Summary | None, spent: Totals | None
 ) -> Summary:
-    """The summary of a start that has not read its input yet and may still be refused: the run's figures stay.
+    """The summary of a start that has not read its input yet and may still be refused: the run's figures stay, and the
+    command that resumes it.
 
     `earlier` is the summary of the start before; `spent` are the totals, once the checkpoint is open.
     """

@@ -103,7 +103,7 @@ class RequestBuilder:
         try:
             body, question = frame.filled(row.columns)
         except UnicodeEncodeError as error:
-            raise _half_a_character(error) from error
+            raise _lone_surrogate(error) from error
         key = _KEY.copy()  # without its parameters read again
         key.update(question)
         key.update(self._endpoint_name)
@@ -155,9 +155,9 @@ class RequestBuilder:
         """
         digest, stream = b"", self._stream if stream is None else stream
         try:
-            body, pictures, details = self._drawn(row)
+            body, pictures, details = self._with_pictures(row)
             if read is not None:
-                digest = _looked_at(pictures, read)
+                digest = _load(pictures, read)
             key = b"" if pictures and read is None else self._key(body)
             if self._in_its_words is not None:
                 body = self._in_its_words(body)
@@ -166,7 +166,7 @@ class RequestBuilder:
         except RecursionError as error:
             raise InputError("the request is nested too deep") from error
         except UnicodeEncodeError as error:
-            raise _half_a_character(error) from error
+            raise _lone_surrogate(error) from error
         request = Request(
             row=row.row,
             key=key,
@@ -181,12 +181,12 @@ class RequestBuilder:
         )
         return request, digest
 
-    def _drawn(self, row: Row) -> tuple[Body, list[Picture], list[str]]:
-        """The body with a picture for each image that must be read, these, and the detail of every image."""
+    def _with_pictures(self, row: Row) -> tuple[Body, list[Picture], list[str]]:
+        """The body with a `Picture` for each image that must be loaded, the pictures, and the detail of every image."""
         body = self._batch_body(row.columns) if self.dialect == "openai-batch" else self._body(row.columns)
         if self._is_text:
             return body, [], []
-        body["messages"], pictures, details = image_parts.taken(body["messages"])
+        body["messages"], pictures, details = image_parts.with_pictures(body["messages"])
         return body, pictures, details
 
     def _key(self, body: Body) -> bytes:
@@ -269,8 +269,10 @@ class RequestBuilder:
         return body
 
 
-def _half_a_character(error: UnicodeEncodeError) -> InputError:
-    return InputError(f"the request holds half a character, {error.object[error.start]!r}")
+def _lone_surrogate(error: UnicodeEncodeError) -> InputError:
+    return InputError(
+        f"the request holds {error.object[error.start]!r}, half of a surrogate pair, which is not a character"
+    )
 
 
 def corrected(request: Request, corrections: Sequence[Correction]) -> Request:
@@ -346,8 +348,8 @@ def _wording(endpoint: Endpoint) -> Callable[[Body], Body] | None:
     return put
 
 
-def _looked_at(pictures: list[Picture], read: Callable[[Source], Image]) -> bytes:
-    """Each picture has its image; the digest of all of them."""
+def _load(pictures: list[Picture], read: Callable[[Source], Image]) -> bytes:
+    """Loads the image of each picture; returns the digest of all of them."""
     digest = hashlib.blake2b(digest_size=16)
     for picture in pictures:
         picture.image = read(picture.source)

@@ -47,7 +47,7 @@ class Frame:
 
         Raises:
             InputError: a template can't be rendered.
-            UnicodeEncodeError: a text holds half a character.
+            UnicodeEncodeError: a text holds a lone surrogate.
         """
         texts = [_encode(text(columns)) for text in self._texts]
         return _join(self._body, texts), _join(self._question, texts)

@@ -21,7 +21,7 @@ USUAL_TOKENS = {"auto": 765, "low": 85, "high": 765}
 """The tokens that the upstream counts for an image of common size, by detail: for estimates only."""
 
 Source = str | bytes
-"""The source of an image that must be looked at: a path, a `data:` URL, or its bytes."""
+"""The source of an image that must be loaded: a path, a `data:` URL, or its bytes."""
 
 _SIGNATURES: dict[str, re.Pattern[bytes]] = {
     "image/png": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -57,7 +57,7 @@ class Image(msgspec.Struct, frozen=True):
 
 
 class Picture:
-    """An image in a body by name, and `image` once it was looked at. No struct: the encoder must ask what it is."""
+    """An image in a body by name, and `image` once it is loaded. No struct: the encoder must call its hook for it."""
 
     __slots__ = ("image", "source")
 
@@ -65,8 +65,8 @@ class Picture:
         self.source = source
         self.image: Image | None = None
 
-    def looked_at(self) -> Image:
-        """The image that was read for it."""
+    def loaded(self) -> Image:
+        """The image, which must be there."""
         assert self.image is not None, "an image is sent before it was read"
         return self.image
 
@@ -84,7 +84,7 @@ without = msgspec.json.Encoder(enc_hook=_hook_of(lambda picture: "")).encode
 """A body as JSON with an empty text for each picture."""
 
 canonical = msgspec.json.Encoder(
-    order="deterministic", enc_hook=_hook_of(lambda picture: "digest:" + picture.looked_at().digest().hex())
+    order="deterministic", enc_hook=_hook_of(lambda picture: "digest:" + picture.loaded().digest().hex())
 ).encode
 """A body as the question it asks: names sorted, pictures by their digests."""
 
@@ -94,8 +94,8 @@ _HOLE = b"\0"
 
 
 def whole(body: Any, end: bytes = b"}") -> bytes:
-    """A body as JSON with the content of its pictures, which must have been looked at. `end` replaces its
-    last brace. Each byte is copied once: a copy of 27 MB holds up every other thread for 10 ms and more.
+    """A body as JSON with the content of its pictures, which must be loaded. `end` replaces its last
+    brace. Each byte is copied once: a copy of 27 MB holds up every other thread for 10 ms and more.
     """
     pictures: list[Picture] = []
 
@@ -106,7 +106,7 @@ def whole(body: Any, end: bytes = b"}") -> bytes:
     first, *texts = msgspec.json.encode(body, enc_hook=_hook_of(leave_a_hole)).split(_HOLE)
     pieces = [first]
     for picture, text in zip(pictures, texts, strict=True):
-        pieces += (*picture.looked_at().data_url(), text)
+        pieces += (*picture.loaded().data_url(), text)
     pieces[-1] = pieces[-1][:-1] + end
     return b"".join(pieces)
 
@@ -201,8 +201,8 @@ def with_images(messages: list[Any], sources: list[Source], detail: str | None) 
     return [*messages[:place], {**messages[place], "content": parts}, *messages[place + 1 :]]
 
 
-def taken(messages: list[Any]) -> tuple[list[Any], list[Picture], list[str]]:
-    """The messages with a picture in place of each image that is to be looked at; these; and every image's detail.
+def with_pictures(messages: list[Any]) -> tuple[list[Any], list[Picture], list[str]]:
+    """The messages with a `Picture` in place of each image that must be loaded, the pictures, and every image's detail.
 
     Raises:
         InputError: an image part is invalid by docs/api.md.
@@ -220,14 +220,14 @@ def taken(messages: list[Any]) -> tuple[list[Any], list[Picture], list[str]]:
             messages = list(messages)
         parts = list(content)
         for n in at:
-            parts[n] = _taken(parts[n], f"messages[{place}].content[{n}].image_url", pictures)
+            parts[n] = _with_picture(parts[n], f"messages[{place}].content[{n}].image_url", pictures)
             details.append(parts[n]["image_url"].get("detail", "auto"))
         messages[place] = {**message, "content": parts}
     return messages, pictures, details
 
 
-def _taken(part: dict[str, Any], place: str, pictures: list[Picture]) -> dict[str, Any]:
-    """The part, with a picture in it that is also among `pictures` where its image is to be looked at."""
+def _with_picture(part: dict[str, Any], place: str, pictures: list[Picture]) -> dict[str, Any]:
+    """The part; if its image must be loaded, with a `Picture` in it, which is appended to `pictures`."""
     given = part.get("image_url")
     url = given.get("url") if isinstance(given, dict) else None
     if not isinstance(given, dict) or not isinstance(url, str | bytes):

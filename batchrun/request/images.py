@@ -64,7 +64,7 @@ class Images:
             return read_below(self._root, os.path.relpath(place, self._root), self._max_bytes)
         except OSError as error:
             raise InputError(f"can't be read: {error.strerror or error}") from error
-        except ValueError as error:  # NUL, or half a character
+        except ValueError as error:  # NUL, or a lone surrogate
             raise InputError("is not a path") from error
 
 

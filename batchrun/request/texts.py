@@ -1,4 +1,4 @@
-"""A row's values as the text that a prompt holds: as JSON writes them, whichever file they came from. PURE"""
+"""A row's values as the text that a prompt holds: as JSON writes them, whichever file they came from. PURE."""
 
 import math
 from decimal import Decimal

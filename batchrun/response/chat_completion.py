@@ -113,7 +113,7 @@ def parse_typed(body: bytes) -> Answer | None:
 
 
 def parse_object(body: dict[str, Any], flagged: bool) -> Answer:
-    """Any JSON object as an answer: a completion in whatever words, or the failure that it reports."""
+    """Any JSON object as an answer: a completion in any vendor's words, or the failure that it reports."""
     if responses_object.is_response(body):
         body = responses_object.as_completion(body)
     all_choices = body.get("choices")

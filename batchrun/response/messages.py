@@ -1,4 +1,4 @@
-"""The message of a choice: what it says, as it came whole or as a stream's deltas add up to it. PURE"""
+"""The message of a choice: what it says, as it came whole or as a stream's deltas add up to it. PURE."""
 
 from typing import Any
 

@@ -26,7 +26,7 @@ class Stream:
         self._gathered_bytes = 0
 
     def feed(self, piece: bytes) -> None:
-        """The next bytes are kept, and looked at."""
+        """Keeps the next bytes, and looks for a token and the end in them."""
         self.size += len(piece)
         self._gathered.append(piece)
         self._gathered_bytes += len(piece)

@@ -20,7 +20,7 @@ BatchCount = Callable[[Sequence[str], str], Sequence[int]]
 
 def count(body: bytes, answer: Answer) -> OfflineCount:
     """About how many tokens a request had, its images not among them, and how many its answer. Raises nothing for any
-    body: an answer is at stake.
+    body, so that no answer is lost by it.
     """
     called = answer.function_call
     answered = [answer.content, *((called.name, called.arguments) if called is not None else ())]

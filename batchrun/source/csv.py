@@ -28,7 +28,7 @@ Arrow reads more than 30 blocks ahead (measured: 45 MB in all for blocks of 1 MB
 """
 
 BATCH_ROWS = 1024  # as for Parquet
-HEADER_BYTES = 1 << 16  # what is read to find the delimiter: the longest header that is looked at
+HEADER_BYTES = 1 << 16  # what is read to find the delimiter: the longest possible header
 
 
 def schema_of(path: InputFile) -> pa.Schema:

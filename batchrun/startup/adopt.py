@@ -32,7 +32,7 @@ def changed_input(files: tuple[InputFile, ...], directory: RunDirectory, known: 
     return "standard input has other rows" if files == (directory.spool,) else f"the input: {what}"
 
 
-def as_it_is_now(
+def adopt_changes(
     start: Start, known: Manifest, ways: tuple[Variant, ...], files: tuple[InputFile, ...]
 ) -> tuple[Manifest, tuple[Variant, ...], int, Source]:
     """The manifest, the variants with this start's, and the source, with changes adopted if the user accepts them.
@@ -90,7 +90,7 @@ def _adopt(
         keys_now = questions.rows(found.rejected)
         mean_cost_usd = checkpoint.totals.mean_cost_usd()
         seen, matches = changes.examine(answers, keys_now, found.rows, reasons, mean_cost_usd, directory.path)
-        with matches, _unless_refused(directory.origins_of(new.layout)):
+        with matches, _deleted_on_error(directory.origins_of(new.layout)):
             made = unsent_rows.find(start, new, questions.rows(found.rejected), note=lambda line: None)
             carry_over = CarryOver(made, directory.origins_of(new.layout))
             seen = msgspec.structs.replace(seen, carried=carry_over.count(found.rows, lambda row: matches[row] == NONE))
@@ -109,7 +109,7 @@ def _adopt(
 
 
 @contextlib.contextmanager
-def _unless_refused(path: Path) -> Iterator[None]:
+def _deleted_on_error(path: Path) -> Iterator[None]:
     """Deletes what the block has written at `path` if the block raises."""
     try:
         yield
@@ -124,7 +124,7 @@ def _require_consent(job: Job, options: RunOptions, seen: changes.Changes, setti
     Raises:
         ChangedError: the change is not accepted.
     """
-    if options.only_look or not (seen.harmless or options.accept_changes):
+    if options.read_only or not (seen.harmless or options.accept_changes):
         raise ChangedError(f"{seen}. Resume with --accept-changes, restore it, or {ANOTHER}", seen)
     if seen.harmless:
         return

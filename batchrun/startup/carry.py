@@ -40,7 +40,7 @@ def wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | No
     return Origins(rows, layout, job.input.dedupe, tuple(sorted(job.input.reuse_status)), named, first_row=first_row)
 
 
-def still_holds(made: Origins | None, now: Origins | None, path: Path) -> bool:
+def is_current(made: Origins | None, now: Origins | None, path: Path) -> bool:
     """Whether a search for origins would find the same again."""
     if made is None or now is None:
         return now is None

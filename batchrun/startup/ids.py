@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batchrun.startup.buckets import Buckets
 
-BUCKETS = 256  # at 100 million ids, 9 MB of entries are looked at together
+BUCKETS = 256  # at 100 million ids, 9 MB of entries are compared at once
 
 
 class IdIndex(Buckets):

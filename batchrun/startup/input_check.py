@@ -53,7 +53,7 @@ class Survey(msgspec.Struct, frozen=True):
 
     By model: `models` counts rows, `max_request` bounds the (prompt, output) tokens of the largest request, and
     `max_tokens` those of all requests together. `answer_schema`: the one JSON schema of all answers in JSON;
-    None if there is none, or more than one. `image_tokens` is what all images usually count. `mistakes`: the
+    None if there is none, or more than one. `image_tokens` is what all images usually count. `problem_kinds`: the
     first problem of each kind with the count of that kind, at most `SHOWN` kinds; problems that differ only in numbers
     or in the list of columns are of one kind.
     """
@@ -69,7 +69,7 @@ class Survey(msgspec.Struct, frozen=True):
     types: ColumnTypes | None
     answer_schema: str | None = None
     image_tokens: int = 0
-    mistakes: "tuple[tuple[Problem, int], ...]" = ()
+    problem_kinds: "tuple[tuple[Problem, int], ...]" = ()
 
 
 class _Sizes(msgspec.Struct):
@@ -89,7 +89,7 @@ class _Tally:
         self.rows = self.body_bytes = self.image_tokens = 0
         self.unusable, self.repeated = array("Q"), array("Q")
         self.first_problems: list[Problem] = []
-        self.mistakes: dict[str, tuple[Problem, int]] = {}
+        self.problem_kinds: dict[str, tuple[Problem, int]] = {}
         self._sizes: dict[str, _Sizes] = {}
         self.answer_schemas: set[str | None] = set()
         self._expected: Expected = ANYTHING
@@ -140,9 +140,9 @@ class _Tally:
         if len(self.first_problems) < SHOWN:
             self.first_problems.append(problem)
         kind = _VARYING.sub("#", problem.problem)
-        first, count = self.mistakes.get(kind, (problem, 0))
-        if count or len(self.mistakes) < SHOWN:
-            self.mistakes[kind] = (first, count + 1)
+        first, count = self.problem_kinds.get(kind, (problem, 0))
+        if count or len(self.problem_kinds) < SHOWN:
+            self.problem_kinds[kind] = (first, count + 1)
         self._keep(problem)
 
 
@@ -198,7 +198,7 @@ def survey(
         rows=tally.rows,
         rejected=array("Q", heapq.merge(tally.unusable, tally.repeated)),
         first_problems=tuple(tally.first_problems),
-        mistakes=tuple(tally.mistakes.values()),
+        problem_kinds=tuple(tally.problem_kinds.values()),
         models=tally.models(),
         body_bytes=tally.body_bytes,
         max_request=tally.max_request(),

@@ -69,11 +69,11 @@ def raise_problems(found: Survey, report: Callable[[str], None]) -> None:
     Raises:
         InputError: always.
     """
-    for problem, others in found.mistakes:
+    for problem, others in found.problem_kinds:
         one_line = str(problem).replace("\n", "\\n")  # a name may hold a newline
         report(one_line + (f" (and {others - 1:,} more such records)" if others > 1 else ""))
-    count, named = len(found.rejected), sum(others for _, others in found.mistakes)
-    shown = f"; the first {len(found.mistakes)} kinds of problem are above" if count > named else ""
+    count, named = len(found.rejected), sum(others for _, others in found.problem_kinds)
+    shown = f"; the first {len(found.problem_kinds)} kinds of problem are above" if count > named else ""
     if not found.rows and all(problem.record is None for problem in found.first_problems):
         is_text = any(problem.line is not None for problem in found.first_problems)
         advice = "write the file again as JSON lines" if is_text else "correct what the lines above name"

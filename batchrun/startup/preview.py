@@ -39,7 +39,7 @@ def of_run(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Pre
     ):
         entries = checkpoint.manifest_entries()
         try:
-            plan = planning.make(job, directory, checkpoint, RunOptions(only_look=True, shard=shard), datetime.now(UTC))
+            plan = planning.make(job, directory, checkpoint, RunOptions(read_only=True, shard=shard), datetime.now(UTC))
             to_send = plan.manifest.rows - checkpoint.totals.settled()
             if (made := plan.origins) is not None:
                 to_send -= max(0, made.reused + made.duplicates - summary.reused)

@@ -116,7 +116,7 @@ def _resume(start: Start, entries: dict[str, str], today: str) -> Plan:
     stdin_copy.restore_unless_accepted(directory, known)
     files = stdin_copy.put_in_place(input_pass.input_files(job, directory, options), directory)
     try:
-        known, ways, variant, source = adopt.as_it_is_now(start, known, ways, files)
+        known, ways, variant, source = adopt.adopt_changes(start, known, ways, files)
         made = unsent_rows.stored_or_found(start, known, source)
     finally:  # other rows that were not accepted must not stay in the place of the run's own
         stdin_copy.restore_unless_accepted(directory, Manifest.decode(checkpoint.manifest_entries()))

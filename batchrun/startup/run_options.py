@@ -14,7 +14,7 @@ from batchrun.store.rundir import RunDirectory
 
 
 class RunOptions(msgspec.Struct, frozen=True):
-    """The options of one start. `stdin` is read if the input is "-". `only_look` refuses every change.
+    """The options of one start. `stdin` is read if the input is "-". `read_only` refuses every change of the run.
 
     `accept_changes`: True accepts a changed input or job, "input" a changed input only. `limit`: a pilot over the first
     rows, which a later start without it completes. `retry`: the statuses whose rows are sent again once every row is
@@ -25,7 +25,7 @@ class RunOptions(msgspec.Struct, frozen=True):
     skip_invalid: bool = False
     accept_changes: bool | Literal["input"] = False
     accept_canary: bool = False
-    only_look: bool = False
+    read_only: bool = False
     limit: int | None = None
     deadline: Deadline | None = None
     retry: frozenset[str] | None = None

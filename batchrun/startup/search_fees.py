@@ -19,7 +19,7 @@ _ONLINE = ":online"
 def warning(job: Job, tables: Mapping[str, PriceTable | None]) -> Notice | None:
     """The warning that a cap on cost does not reserve these fees; None without a cap, or where the job states a fee.
 
-    Parameters that rows bring themselves are not looked at.
+    Parameters that rows bring are not checked.
     """
     if not job.budget.caps_usd:
         return None

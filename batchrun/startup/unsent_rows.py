@@ -39,10 +39,10 @@ def stored_or_found(start: Start, known: Manifest, source: Source) -> Origins | 
     made = msgspec.json.decode(entry, type=Origins | None)
     path = directory.origins_of(known.layout)
     wanted = carry.wanted(job, known.rows, known.layout, known.first_row)
-    if carry.still_holds(made, wanted, path):
+    if carry.is_current(made, wanted, path):
         return None if wanted is None else made
     settled, opened = checkpoint.totals.settled(), start.opened_rows(known)
-    if start.options.only_look or settled == known.rows or (checkpoint.has_reopened and opened == known.rows):
+    if start.options.read_only or settled == known.rows or (checkpoint.has_reopened and opened == known.rows):
         return None  # only rows of a retry are left
     with Questions(directory.path) as keys:
         as_read = job if known.share is None else shards.reading(job, known.dialect)

@@ -83,7 +83,7 @@ class RemoteFolder:
             raise
 
     def try_out(self) -> None:
-        """Something small was put here, found, read and deleted again: all that a publish will need.
+        """Puts a small object here, finds, reads and deletes it: all that a publish needs.
 
         Raises:
             StorageError: the store refuses one of these, or can't be reached.

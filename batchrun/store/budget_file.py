@@ -38,7 +38,6 @@ BLOCKS = 50
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Identifies the present boot on Linux (random(4)); other systems have no such file."""
 
-
 NOTHING = Decimal(0)
 
 
@@ -273,7 +272,7 @@ class _Held(msgspec.Struct, frozen=True):
 
 
 def require_possible(path: Path) -> None:
-    """Nothing, if a budget can be kept in the file at `path`; nothing is made.
+    """Returns if a budget can be kept in the file at `path`. Makes nothing.
 
     Raises:
         JobError: it can't be made or written, or lies on a network file system, whose locks don't hold.

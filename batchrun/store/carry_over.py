@@ -19,7 +19,6 @@ from batchrun.tables.rows import OWN_COLUMNS
 OPEN_FILES = 8
 """Earlier results that are kept open, each at the place where it was read last."""
 
-
 BLOCK_ROWS = 8192
 
 
@@ -141,7 +140,7 @@ class CarryOver:
 
 
 def require_unchanged(file: OldFile) -> None:
-    """Nothing, if the file is what it was when its answers were looked up.
+    """Returns if the file is what it was when its answers were looked up.
 
     Raises:
         InputError: it is gone or another.

@@ -66,7 +66,7 @@ class Checkpoint:
         """From now on `on_commit` gets each commit's endings, and `on_failure` the first failure.
 
         Both are called in the database's own thread. After a failure the database is not written again, because its
-        next fsync may report a success that is none. Endings that still arrive go to the spill file, and the next start
+        next fsync may wrongly report success. Endings that still arrive go to the spill file, and the next start
         reads them from there. `call_soon` is the event loop's whose thread puts endings: they share commits.
         """
         listeners = self._listeners
@@ -126,7 +126,8 @@ class Checkpoint:
 
     def open_chunk(self, chunk: Chunk) -> None:
         """Adds the chunk; its input is on disk already."""
-        self._commits.call(lambda: self._database.transaction(lambda: self._write_chunks([chunk])))
+        record = msgspec.structs.astuple(chunk)
+        self._commits.call(lambda: self._database.transaction(lambda: self._database.replace("chunks", [record])))
 
     def seal_chunk(
         self,
@@ -267,7 +268,6 @@ class Checkpoint:
 
     def has_end(self, row: int, n: int) -> bool:
         """True if the attempt's ending is stored, or the attempt is listed as possibly billed."""
-
         return self._commits.call(lambda: self._ledger.has_end(row, n))
 
     def last_lost_attempts(self, chunk: Chunk) -> dict[int, int]:
@@ -308,9 +308,6 @@ class Checkpoint:
         if finished:
             with disk_errors(self._path.parent):
                 fsync(self._path.parent)
-
-    def _write_chunks(self, chunks: Sequence[Chunk]) -> None:
-        self._database.replace("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
 
     def _between(self, table: str, first_row: int, end_row: int) -> Iterator[Record]:
         return self._database.records(table, "WHERE row >= ? AND row < ? ORDER BY 1, 2", (first_row, end_row))

@@ -23,7 +23,7 @@ from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.copies import Copies
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
-from batchrun.store.open_chunk import OpenChunk
+from batchrun.store.open_chunk import Earlier, OpenChunk
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import BATCH_ROWS, StoredBatch, StoredWindow, typed, write
 from batchrun.tables import booked, completions, files, pending
@@ -244,12 +244,8 @@ class Chunks:
         return OpenChunk(
             chunk,
             StoredWindow(self._input_of(chunk.chunk), chunk.input_digest, chunk.first_row),
-            settled,
-            discarded,
-            self._checkpoint.last_lost_attempts(chunk),
-            reopened,
             [row for row in taken if row not in settled and row not in reopened],
-            copied_again,
+            Earlier(settled, discarded, self._checkpoint.last_lost_attempts(chunk), reopened, copied_again),
         )
 
     def _open(self, window: Window) -> OpenChunk:
@@ -268,7 +264,7 @@ class Chunks:
         self._next_row = chunk.end_row
         stored = StoredWindow(path, None, chunk.first_row)
         carried = self._carry.window(chunk.first_row, chunk.end_row)
-        opened = self._open_chunks[chunk.chunk] = OpenChunk(chunk, stored, carried=carried)
+        opened = self._open_chunks[chunk.chunk] = OpenChunk(chunk, stored, carried)
         return opened
 
     def _batches(
@@ -293,7 +289,8 @@ class Chunks:
                 if base is not None:
                     own = base.updated(own, first_row, end_row)
                 if with_pending:
-                    own = pending.beside(own, first_row, end_row, open_chunk.discarded, open_chunk.lost)
+                    earlier = open_chunk.earlier
+                    own = pending.beside(own, first_row, end_row, earlier.discarded, earlier.lost)
                 if own.num_rows != table.num_rows:
                     raise CheckpointError(f"chunk {open_chunk.chunk.chunk}: rows are missing from the checkpoint")
                 yield joined(table, own, self._schema, self._parsed)
@@ -326,7 +323,7 @@ class Chunks:
         for table in open_chunk.window.tables(self._types):
             end_row = row + table.num_rows
             completions = self._checkpoint.completions(row, end_row)
-            own, again = self._own(completions), open_chunk.reopened.keys() - {c.row for c in completions}
+            own, again = self._own(completions), open_chunk.earlier.reopened.keys() - {c.row for c in completions}
             if base is not None:
                 own = base.updated(own, row, end_row)
             rows = [at for at in cast(list[int], own.column("row").to_pylist()) if at not in again]

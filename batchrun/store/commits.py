@@ -23,9 +23,9 @@ T = TypeVar("T")
 
 
 class Listeners:
-    """Who hears of each commit's endings, and of the first failure; both are called in the database's thread.
+    """The callbacks for each commit's endings and for the first failure; both run in the database's thread.
 
-    `call_soon` is the event loop's whose thread puts endings, and calls back a little later.
+    `call_soon` is that of the event loop whose thread puts endings.
     """
 
     def __init__(self) -> None:
@@ -70,10 +70,7 @@ class Commits:
         if self._idle:  # waking the thread for every row would cost as much as the row's commit (measured)
             self._idle = False
             # what else ends in this turn of the event loop shares the commit
-            self._listeners.call_soon(self._wake)
-
-    def _wake(self) -> None:
-        self._calls.put(_wake_up)
+            self._listeners.call_soon(lambda: self._calls.put(_wake_up))
 
     def put_entry(self, name: str, value: str) -> None:
         """Queues a manifest entry; it is durable before any ending that is put later."""

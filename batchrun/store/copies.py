@@ -41,7 +41,7 @@ class Copies:
         found = {
             row: each for row, each in self._carry.window(first_row, end_row).items() if open_chunk.is_carried(row)
         }
-        found |= {row: each for row, each in open_chunk.copied_again.items() if row in rows}
+        found |= {row: each for row, each in open_chunk.earlier.copied_again.items() if row in rows}
         return dict(sorted(found.items()))
 
     def are_answered(self, full: OpenChunk) -> bool:

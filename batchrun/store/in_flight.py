@@ -48,8 +48,8 @@ class InFlightFile:
     def __init__(self, path: Path, count: int, *, with_ids: bool = False) -> None:
         """Opens a file of `count` empty slots. It overwrites an earlier file: read that first.
 
-        `with_ids`: our ids are sent with the attempts. Each slot says so, because whoever reads them after a crash may
-        have no job, or a job that has changed.
+        `with_ids`: our ids are sent with the attempts. Each slot says so, because a reader after a crash may have
+        another job, or none.
         """
         self._with_ids = with_ids
         with disk_errors(path):
@@ -57,7 +57,7 @@ class InFlightFile:
             os.posix_fallocate(self._file, 0, count * SLOT_BYTES)  # a sparse file could fail later, with a SIGBUS
             self._map = mmap.mmap(self._file, count * SLOT_BYTES)
 
-    def take(
+    def occupy(
         self, slot: int, row: int, n: int, key: bytes, upper_bound_usd: Decimal | None, upper_bound_tokens: int | None
     ) -> None:
         """Writes the attempt into the slot. Call it before the request goes to the socket."""

@@ -1,6 +1,6 @@
 """The ledger of a run: the records of attempts in the database, and the totals that count them.
 
-Most commits only add rows. Their numbers are larger than the one in `counted`, and whoever reads the totals adds such
+Most commits only add rows. Their numbers are larger than the one in `counted`, and every reader of the totals adds such
 rows to the stored ones. Every other change writes the totals in its transaction. It belongs to the database's thread.
 """
 

@@ -1,6 +1,8 @@
 """A chunk whose rows are sent, and which of them still are to be."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
+
+import msgspec
 
 from batchrun.records import Discarded, Row
 from batchrun.store.carry_over import Taken
@@ -11,39 +13,39 @@ TO_SEND, SETTLED, CARRIED = range(3)
 """The state of a row when its chunk is opened."""
 
 
+class Earlier(msgspec.Struct, frozen=True):
+    """What earlier starts did with a chunk's rows: those that are `settled`, and by row the `discarded` attempts, the
+    number of the last attempt that was `lost`, and the `reopened` ones. `copied_again`: their original is sent again.
+    """
+
+    settled: set[int] = set()
+    discarded: dict[int, list[Discarded]] = {}
+    lost: dict[int, int] = {}
+    reopened: dict[int, Reopened] = {}
+    copied_again: dict[int, Taken] = {}
+
+
 class OpenChunk:
     """A chunk whose rows are sent. `left` counts those still to be sent; `is_new`: no row of it was sent before."""
 
     def __init__(
-        self,
-        chunk: Chunk,
-        window: StoredWindow,
-        settled: set[int] | None = None,
-        discarded: dict[int, list[Discarded]] | None = None,
-        lost: dict[int, int] | None = None,
-        reopened: dict[int, Reopened] | None = None,
-        carried: Iterable[int] = (),
-        copied_again: Mapping[int, Taken] | None = None,
+        self, chunk: Chunk, window: StoredWindow, carried: Iterable[int] = (), earlier: Earlier | None = None
     ) -> None:
-        """By row: `discarded` attempts, the number of the last attempt that was `lost`, and the `reopened` rows. Rows
-        that are `carried` take their answer without a request when the chunk is sealed; so do rows that are
-        `copied_again`, whose original is sent again.
+        """Rows that are `carried` take their answer without a request when the chunk is sealed; so do those that are
+        copied again.
         """
         self.chunk = chunk
         self.window = window
-        self.discarded = discarded or {}
-        self.lost = lost or {}
-        self.reopened = reopened or {}
-        self.copied_again = copied_again or {}
+        self.earlier = earlier = earlier or Earlier()
         self.waits_for: set[int] | None = None  # originals in earlier chunks that are not settled; None: not known yet
         self._state = bytearray(chunk.rows)  # a byte a row: many chunks may wait for one row that is retried for long
-        for row in settled or ():
+        for row in earlier.settled:
             self._state[row - chunk.first_row] = SETTLED
-        for row in (*carried, *self.copied_again):
+        for row in (*carried, *earlier.copied_again):
             self._state[row - chunk.first_row] = CARRIED
         self.left = self._state.count(TO_SEND)
         self.has_carried = CARRIED in self._state
-        self.is_new = not (self.discarded or self.lost or self.reopened)
+        self.is_new = not (earlier.discarded or earlier.lost or earlier.reopened)
         self._only: list[int] | None = None
 
     def to_send(self) -> Iterator[int]:

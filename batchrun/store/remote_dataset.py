@@ -1,4 +1,5 @@
-"""The same in an object store, where a file is replaced in one step and a folder is not: each partition is one object.
+"""A shared dataset in an object store, where a file is replaced in one step and a folder is not: so each partition is
+one object.
 
 Needs a store that shows the old object until the new one is whole, as S3 and Google Cloud Storage do.
 """
@@ -33,7 +34,7 @@ def require_possible(dataset: str, keys: Sequence[str], inputs: Iterable[InputFi
 
 
 def try_out(dataset: str, access: Storage) -> None:
-    """Something was put there and deleted again.
+    """Puts a small object there and deletes it.
 
     Raises:
         StorageError: the store refuses, or can't be reached.

@@ -122,7 +122,7 @@ def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str
             raise CheckpointError(f"{path} is missing, though the run is complete; {restore}")
     if unknown := unknown_files(directory, written):
         raise CheckpointError(
-            f"{unknown[0]} is no file of the result, and who reads the folder would take it for one; move it away"
+            f"{unknown[0]} is not a file of the result, and readers of the folder would read it; move it away"
         )
     tables = written.kept or written.files
     found = sum(files.rows_in(directory.path / file.name) for file in tables)

@@ -1,4 +1,4 @@
-"""Where the rows of a result are, in whatever layout it is: everything that reads results finds them here."""
+"""Finds the files that hold the rows of a result, in any layout, for everything that reads results."""
 
 import re
 from pathlib import Path

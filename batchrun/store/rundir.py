@@ -23,7 +23,7 @@ NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", 
 """Their locks and fsync are not what SQLite needs (sqlite.org, "How To Corrupt", section 2.1)."""
 
 MOUNTINFO = Path("/proc/self/mountinfo")
-"""What is mounted (proc_pid_mountinfo(5)); the file exists on Linux only."""
+"""The mounted file systems (proc_pid_mountinfo(5)); the file exists on Linux only."""
 
 LOCK_RETRY_S = 0.05
 
@@ -68,7 +68,7 @@ class RunDirectory:
         return self.path / (f"images.{layout}.bin" if layout else "images.bin")
 
     def origins_of(self, layout: int = 0) -> Path:
-        """Where it stands which rows take an earlier answer, or that of an equal row."""
+        """The file that says which rows take an earlier answer, or that of an equal row."""
         return self.path / (f"origins.{layout}.bin" if layout else "origins.bin")
 
     def create(self, mountinfo: Path = MOUNTINFO) -> None:
@@ -106,7 +106,7 @@ class RunDirectory:
         _require_local(self.path, there, mountinfo)
 
     def try_out(self) -> None:
-        """A small file could be written where the directory is or will be, and was removed again.
+        """Writes a small file where the directory is or will be, and removes it.
 
         Raises:
             DiskError: it could not.

@@ -65,7 +65,7 @@ def _children(folder: Path) -> list[Path]:
 
 
 def try_out(output: Output, access: Storage = _ENVIRONMENT) -> None:
-    """Something was written in `output.dataset`, or where it will be made, and removed again, if the job has one.
+    """Writes a small file in `output.dataset`, or where it will be made, and removes it, if the job has one.
 
     Raises:
         JobError: it can't be written.

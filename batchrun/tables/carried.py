@@ -1,4 +1,4 @@
-"""Rows that take their answer without a request: an earlier answer's columns under a new row. PURE
+"""Rows that take their answer without a request: an earlier answer's columns under a new row. PURE.
 
 Columns of the answer are carried over; columns of a request are empty, since there was none: no attempts, no
 latency, no tokens, no cost. What the answer cost when it was paid for is in `reused_cost_usd`.

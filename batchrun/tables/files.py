@@ -214,7 +214,7 @@ def _batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
 
 
 def require_digest(path: Path, expected: str) -> None:
-    """Nothing, if the part is what was sealed.
+    """Returns if the part is what was sealed.
 
     Raises:
         CheckpointError: it is not, or can't be read.

@@ -1,4 +1,4 @@
-"""Settled rows as an Arrow table: the input's columns, then ours. The schemas are constants. PURE"""
+"""Settled rows as an Arrow table: the input's columns, then ours. The schemas are constants. PURE."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime

@@ -102,9 +102,9 @@ class LeanTransport:
         self._exchanges.add(exchange)
         error: APIConnectionError | None = None
         try:
-            link = None if fresh else self._pool.take_kept(exchange)
+            link = None if fresh else self._pool.acquire_kept(exchange)
             if link is None:
-                link = await self._pool.take(exchange, fresh=fresh)
+                link = await self._pool.acquire(exchange, fresh=fresh)
             error = await self._answered(link, self._head.joined(body, client_request_id), exchange)
         except Exception as raised:  # translate() handles every exception of aiohttp; a test walks them
             error = self._receiver.failed(raised, exchange, self._peer.round_trip_s)

@@ -28,7 +28,7 @@ class Pool:
         self._idle: deque[Link] = deque()
         self._tails: dict[Link, None] = {}  # oldest first
 
-    def take_kept(self, exchange: Exchange) -> Link | None:
+    def acquire_kept(self, exchange: Exchange) -> Link | None:
         """A kept link for the exchange, at once; None if there is none, or the server is not known to keep them."""
         while self._idle and self._peer.keep_alive.proven:
             link = self._idle.pop()
@@ -39,7 +39,7 @@ class Pool:
             self.drop(link)
         return None
 
-    async def take(self, exchange: Exchange, *, fresh: bool) -> Link:
+    async def acquire(self, exchange: Exchange, *, fresh: bool) -> Link:
         """A kept or new link, connected, for the exchange.
 
         Raises what aiohttp raises if it can't connect.

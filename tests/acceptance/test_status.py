@@ -140,6 +140,16 @@ def test_the_command_that_status_names_finishes_the_run(runs: Runs, tmp_path: Pa
     assert batchrun("status", tmp_path / "runs", "--exit-code").exit_code == 0
 
 
+def test_a_refused_start_leaves_the_command_that_resumes(runs: Runs, tmp_path: Path) -> None:
+    """`status` never names a command that was refused: a retry while rows are pending, a changed prompt."""
+    night = shutil.copytree(runs.killed, tmp_path / "runs" / "night")
+    (before,) = json.loads(batchrun("status", night, "--json").stdout)
+    for more in (["--retry-failed", "--set", "request.max_tokens=7"], ["--set", "request.prompt=else"]):
+        assert batchrun("run", runs.job, "-o", night, *more).exit_code == 2
+        (after,) = json.loads(batchrun("status", night, "--json").stdout)
+        assert (after["state"], after["next"]) == ("failed", before["next"])
+
+
 def test_status_json_is_complete_for_programs(runs: Runs) -> None:
     """It has every field, and the exit code serves a scheduler."""
     ended = batchrun("status", runs.folder / "runs", "--json", "--exit-code")

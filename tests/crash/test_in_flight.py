@@ -45,7 +45,7 @@ def test_requests_in_flight_outlive_their_process(
     path = tmp_path / "inflight.bin"
     with opened(path, 16, with_ids=with_ids) as flying:
         for slot, entry in taken.items():
-            flying.take(slot, *entry[:5])
+            flying.occupy(slot, *entry[:5])
         for slot in cleared:
             flying.clear(slot)
         left = [entry._replace(has_id=with_ids) for slot, entry in sorted(taken.items()) if slot not in cleared]
@@ -64,7 +64,7 @@ def test_a_slot_has_64_preallocated_bytes(tmp_path: Path) -> None:
 def test_a_new_start_clears_all_slots(tmp_path: Path) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 64) as flying:
-        flying.take(63, 1, 1, KEY, None, 9)
+        flying.occupy(63, 1, 1, KEY, None, 9)
     with opened(path, 4) as flying:
         assert flying.occupied() == []
     assert path.stat().st_size == 4 * SLOT_BYTES
@@ -74,7 +74,7 @@ def test_clearing_all_leaves_no_request_in_flight(tmp_path: Path) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 8) as flying:
         for slot in range(8):
-            flying.take(slot, slot, 1, KEY, Decimal(1), 9)
+            flying.occupy(slot, slot, 1, KEY, Decimal(1), 9)
         flying.clear_all()
         assert flying.occupied() == []
     assert in_flight.read(path) == []
@@ -82,7 +82,7 @@ def test_clearing_all_leaves_no_request_in_flight(tmp_path: Path) -> None:
 
 def test_a_bound_beyond_64_bits_is_clamped(tmp_path: Path) -> None:
     with opened(tmp_path / "inflight.bin", 1) as flying:
-        flying.take(0, 1, 1, KEY, Decimal(10**9), 9)
+        flying.occupy(0, 1, 1, KEY, Decimal(10**9), 9)
         (entry,) = flying.occupied()
     assert entry.upper_bound_usd == Decimal("9223372.036854775807")
 
@@ -93,7 +93,7 @@ def test_a_flipped_bit_is_reported_or_changes_nothing(tmp_path: Path, entries: l
     path = tmp_path / "inflight.bin"
     with opened(path, 4) as flying:
         for slot, entry in enumerate(entries):
-            flying.take(slot, *entry[:5])
+            flying.occupy(slot, *entry[:5])
     content = bytearray(path.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_reported_or_changes_nothing(tmp_path: Path, entries: l
 def test_a_half_written_slot_counts_as_one(tmp_path: Path, written: int) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 1) as flying:
-        flying.take(0, 2**63 - 1, 2**31 - 1, b"\xff" * 16, Decimal(1), 9)
+        flying.occupy(0, 2**63 - 1, 2**31 - 1, b"\xff" * 16, Decimal(1), 9)
     content = path.read_bytes()
     path.write_bytes(content[:written] + bytes(SLOT_BYTES - written))
     (entry,) = in_flight.read(path)
@@ -118,7 +118,7 @@ def test_a_cut_slot_counts_as_one(tmp_path: Path) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 3) as flying:
         for slot in range(3):
-            flying.take(slot, slot, 1, KEY, Decimal(1), 9)
+            flying.occupy(slot, slot, 1, KEY, Decimal(1), 9)
     os.truncate(path, SLOT_BYTES + 10)
     assert in_flight.read(path) == [NamedRequest(0, 1, KEY, Decimal(1), 9), UNREADABLE]
 
@@ -148,12 +148,12 @@ from pathlib import Path
 from batchrun.store.in_flight import InFlightFile
 flying, row = InFlightFile(Path(sys.argv[1]), 64), 0
 for slot in range(64):
-    flying.take(slot, slot, 1, bytes(16), None, 9)
+    flying.occupy(slot, slot, 1, bytes(16), None, 9)
 print("taken", flush=True)
 while True:
     row += 1
     flying.clear(row % 64)
-    flying.take(row % 64, row + 63, 1, bytes(16), None, 9)
+    flying.occupy(row % 64, row + 63, 1, bytes(16), None, 9)
 """
 
 

@@ -517,7 +517,7 @@ def test_a_damaged_log_costs_one_page(runs: Runs, tmp_path: Path) -> None:
     content, chance = log.read_bytes(), level.seeded("test_a_damaged_log_costs_one_page")
     for _ in range(15):
         flip(log, place := chance.randrange(len(content)), chance.randrange(8))
-        left = db_records.left(directory.checkpoint)
+        left = db_records.readable(directory.checkpoint)
         assert len(known.rows.keys() - left.rows.keys()) <= PAGE_ROWS, f"byte {place}, {level.replay()}"
         same = [row for row in known.rows.keys() & left.rows.keys() if known.rows[row] == left.rows[row]]
         assert len(same) == len(known.rows.keys() & left.rows.keys())

@@ -262,9 +262,9 @@ def test_a_resumed_row_knows_its_attempts(tmp_path: Path) -> None:
         start.checkpoint.add_possibly_billed([entry for row in (3, 14) for entry in lost(row, 4)])
     with started(tmp_path / "run", job) as start:
         first, second = next_chunk(start), next_chunk(start)
-        assert {row: [a.n for a in found] for row, found in first.discarded.items()} == {3: [1, 2]}
-        assert {row: [a.n for a in found] for row, found in second.discarded.items()} == {12: [1]}
-        assert (first.lost, second.lost) == ({3: 4}, {14: 4})
+        assert {row: [a.n for a in found] for row, found in first.earlier.discarded.items()} == {3: [1, 2]}
+        assert {row: [a.n for a in found] for row, found in second.earlier.discarded.items()} == {12: [1]}
+        assert (first.earlier.lost, second.earlier.lost) == ({3: 4}, {14: 4})
 
 
 def lost(row: int, n: int) -> list[PossiblyBilled]:

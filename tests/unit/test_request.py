@@ -299,7 +299,7 @@ def test_deep_or_broken_requests_are_row_errors() -> None:
         == "the request is nested too deep"
     )
     assert problem_of(a_job(), {"custom_id": "a", "body": "[" * 100_000}).startswith("a column that should hold JSON")
-    assert "half a character" in problem_of(a_job(), {"messages": [{"role": "user", "content": "\ud83d"}]})
+    assert "half of a surrogate pair" in problem_of(a_job(), {"messages": [{"role": "user", "content": "\ud83d"}]})
 
 
 # -- templates
