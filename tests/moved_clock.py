@@ -6,6 +6,7 @@ threads work for the loop and while bytes are on their way through loopback, so 
 """
 
 import asyncio
+import math
 import selectors
 import socket
 import threading
@@ -48,8 +49,8 @@ class _JumpingSelector(selectors.SelectSelector):
         events = super().select(0)
         if not events and timeout is None:
             raise NothingWillHappen
-        if not events and timeout is not None:
-            self.now_s += max(0.0, timeout)
+        if not events and timeout:  # not rounded down: a timer would then ring early, again and again
+            self.now_s = max(self.now_s + timeout, math.nextafter(self.now_s, math.inf))
         return events
 
     def _let_arrive(self) -> None:
