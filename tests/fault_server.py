@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
+from tests.fast_clock import fast_clock
 from tests.moved_clock import MovedClockLoop
 
 NETWORK_S = 0.05
@@ -83,8 +84,8 @@ class FaultServer:
     port: int = 0
     connections: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
-    new_loop: Callable[[], asyncio.AbstractEventLoop] = MovedClockLoop
-    """The loop of a run before this server, if both live on one clock."""
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = fast_clock(10.0)
+    """The loop of a run in this process: on the server's own clock, or a fast one beside it."""
 
 
 @contextlib.asynccontextmanager

@@ -34,9 +34,11 @@ from tests.fault_server import (
     gzip_bomb,
     self_signed,
     sends,
+    serving_aside,
     serving_on_moved_clock,
 )
 from tests.jobs import job_over, write_lines
+from tests.moved_clock import MovedClockLoop
 from tests.wires import transport_on_test, wire_of_runs
 
 pytestmark = pytest.mark.sampled(6)
@@ -63,7 +65,7 @@ class Ended(NamedTuple):
 def run(folder: Path, server: FaultServer, rows: int = 12, **tables: dict[str, Any]) -> Ended:
     """The run over rows `item 0`, `item 1` … on the server's clock, in this process."""
     source = write_lines(folder / "in.jsonl", [{"text": f"item {row}."} for row in range(rows)])
-    fixed = {"url": server.url, "api_key_env": KEY_ENV, "transport": transport_on_test()}
+    fixed = {"url": server.url, "api_key_env": KEY_ENV, "transport": transport_on_test(), "connect_timeout_s": 100.0}
     endpoint = {**fixed, **tables.pop("endpoint", {})}
     job = job_over(source, **{"endpoint": endpoint, "retry": QUICK_RETRY, **tables})
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
@@ -153,7 +155,7 @@ def test_an_unreachable_endpoint_ends_the_start_quickly(tmp_path: Path, where: s
             "a black hole": f"http://127.0.0.1:{hole}/v1",
         }[where]
         started_s = time.monotonic()
-        ended = run(tmp_path, FaultServer(url))
+        ended = run(tmp_path, FaultServer(url, new_loop=MovedClockLoop))
         assert time.monotonic() - started_s < 10
     assert ended.exit_code == 5
     assert "the endpoint was never reached for 15 seconds" in str(ended.summary.reason)
@@ -226,7 +228,7 @@ BOUND = {"max_answer_bytes": 1_000_000}
 def test_a_broken_answer_is_retried_once(tmp_path: Path, name: str) -> None:
     """It may have been billed, and the part that arrived is kept."""
     broken = BROKEN[name]
-    with serving_on_moved_clock(meeting(broken.script)) as server:
+    with serving_aside(meeting(broken.script)) as server:
         ended = run(tmp_path, server, endpoint=BOUND | (DEADLINE if broken.kind == "timeout" else {}))
     assert ended.exit_code == 3
     row = ended.rows[FAULTY]
@@ -244,7 +246,7 @@ def test_a_broken_answer_is_retried_once(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["silence", "a chunked body that is cut", "a reset before a byte", "a page of HTML"])
 def test_a_retried_broken_answer_stays_possibly_billed(tmp_path: Path, name: str) -> None:
     """The second attempt brings the answer."""
-    with serving_on_moved_clock(meeting(BROKEN[name].script, times=1)) as server:
+    with serving_aside(meeting(BROKEN[name].script, times=1)) as server:
         ended = run(tmp_path, server, endpoint=DEADLINE if BROKEN[name].kind == "timeout" else {})
     assert ended.exit_code == 0
     assert (ended.rows[FAULTY]["status"], ended.rows[FAULTY]["attempts"]) == ("ok", 2)
@@ -264,7 +266,7 @@ def test_a_retried_broken_answer_stays_possibly_billed(tmp_path: Path, name: str
 )
 def test_an_answer_that_parses_whole_is_paid_once(tmp_path: Path, script: Script) -> None:
     """Whatever its framing announced: JSON ends with its last bracket."""
-    with serving_on_moved_clock(meeting(script)) as server:
+    with serving_aside(meeting(script)) as server:
         ended = run(tmp_path, server, endpoint=DEADLINE)
     assert (ended.exit_code, ended.rows[FAULTY]["content"], ended.rows[FAULTY]["attempts"]) == (0, "fine", 1)
     assert requests_by_row(server) == Counter(range(12))
@@ -305,7 +307,6 @@ def test_closed_keep_alive_costs_no_attempt(tmp_path: Path) -> None:
         await answers(exchange)
         exchange.writer.close()
 
-    # on the clock of the network: on a fast one, a connection counts as kept before its end can have arrived
     with serving_on_moved_clock(answers_and_closes) as server:
         ended = run(tmp_path, server, 200)
     assert ended.exit_code == 0
@@ -386,7 +387,10 @@ def test_an_answer_of_another_model_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("status", ["302 Found", "307 Temporary Redirect"])
 def test_a_redirect_stops_the_run(tmp_path: Path, status: str) -> None:
     """The other server sees neither the key nor a prompt."""
-    with serving_on_moved_clock(answers) as other, serving_on_moved_clock(says(b"", f"Location: {other.url}", status=status)) as server:
+    with (
+        serving_on_moved_clock(answers) as other,
+        serving_on_moved_clock(says(b"", f"Location: {other.url}", status=status)) as server,
+    ):
         ended = run(tmp_path, server)
         assert other.connections == 0
     assert len(server.exchanges) <= 9, "the first eight, and the one that was to confirm"

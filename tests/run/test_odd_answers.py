@@ -54,6 +54,7 @@ def says(said: Callable[[int, int], bytes]) -> Script:
     async def script(exchange: Exchange) -> None:
         row = row_of(exchange)
         times[row] = times.get(row, 0) + 1
+        await asyncio.sleep(row / 1_000)  # not all at one moment: rows before this one are answered before it
         await exchange.send(said(row, times[row]))
 
     return script
@@ -165,7 +166,9 @@ def test_a_gateway_mixing_apis_stops_no_run(tmp_path: Path) -> None:
     """Once a row was answered, such an answer is like any other that can't be read: its row is sent again."""
     body, _ = OTHER_APIS["Ollama's own API"]
     foreign = answer(json.dumps(body).encode())
-    with serving_on_moved_clock(says(lambda row, time: foreign if row in (30, 31, 32) and time == 1 else choice())) as server:
+    with serving_on_moved_clock(
+        says(lambda row, time: foreign if row in (30, 31, 32) and time == 1 else choice())
+    ) as server:
         summary, _ = run(tmp_path, server, rows=60)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 60})
     assert summary.possibly_billed_count == 3
@@ -183,7 +186,9 @@ def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> Non
 @pytest.mark.heavy
 def test_a_503_that_ends_leaves_no_trace(tmp_path: Path) -> None:
     out = iter([True] * 25)
-    with serving_on_moved_clock(says(lambda row, n: refused("503 Out", OUTAGES[0]) if next(out, False) else choice())) as server:
+    with serving_on_moved_clock(
+        says(lambda row, n: refused("503 Out", OUTAGES[0]) if next(out, False) else choice())
+    ) as server:
         summary, rows = run(tmp_path, server, 40)
     assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
     assert sum(requests_by_row(server).values()) >= 65
@@ -235,7 +240,9 @@ def test_a_half_blocked_input_runs_through(tmp_path: Path) -> None:
 def test_a_single_403_is_its_rows_error(tmp_path: Path) -> None:
     """It counts as blocked only where the body says so."""
     said = {3: {"error": {"message": "No access"}}, 5: {"error": {"message": "Your input was flagged by moderation"}}}
-    with serving_on_moved_clock(says(lambda row, n: refused("403 Forbidden", said[row]) if row in said else choice())) as server:
+    with serving_on_moved_clock(
+        says(lambda row, n: refused("403 Forbidden", said[row]) if row in said else choice())
+    ) as server:
         # enough rows that some are sent after the 403 came: only those show that the key still works
         summary, rows = run(tmp_path, server, 200)
     assert (rows[3]["status"], rows[3]["error"]["kind"]) == ("error", "forbidden")
@@ -382,7 +389,9 @@ def test_a_gateways_own_bad_key_fails_no_row(tmp_path: Path) -> None:
     """One request in eight gets a 401; one row gets nothing else, and fails alone."""
     wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
     bad = {(row, 1) for row in range(20, 200, 8)}
-    with serving_on_moved_clock(says(lambda row, n: wrong_key if (row, n) in bad or row == 100 else choice())) as server:
+    with serving_on_moved_clock(
+        says(lambda row, n: wrong_key if (row, n) in bad or row == 100 else choice())
+    ) as server:
         summary, result = run(tmp_path, server, 200, limits={"max_in_flight": 8})
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 199, "error": 1})
     assert [(row["row"], row["error"]["kind"]) for row in result if row["error"]] == [(100, "authentication")]

@@ -27,9 +27,7 @@ from tests.jobs import job_over, write_lines
 ROWS = 40
 
 
-def run(
-    folder: Path, server: FaultServer, tell: Callable[[Summary], None] | None = None, **tables: Any
-) -> Summary:
+def run(folder: Path, server: FaultServer, tell: Callable[[Summary], None] | None = None, **tables: Any) -> Summary:
     """A start of the run over `item 0`, `item 1` … in `folder`, on the server's clock."""
     source = folder / "in.jsonl"
     if not source.exists():
@@ -133,7 +131,7 @@ def test_progress_and_log_name_retried_rows(tmp_path: Path) -> None:
     """With the reason of the retry."""
     seen: list[Summary] = []
     with serving_on_moved_clock(bad_rows(frozenset({38, 39}), sends(FAILURE))) as server:
-        run(tmp_path, server, tell=seen.append, limits={"max_in_flight": 1})
+        ended = run(tmp_path, server, tell=seen.append, limits={"max_in_flight": 1})
     waiting = [each for each in seen if each.retrying is not None and each.retrying.rows == each.pending == 2]
     again = [each for each in waiting if each.retrying is not None and each.retrying.attempts > 1]
     reported = next(each for each in again if each.limited_by.startswith("retries"))
@@ -143,7 +141,7 @@ def test_progress_and_log_name_retried_rows(tmp_path: Path) -> None:
     assert "2 retried (500 server error), " in progress.line(reported)
     assert "2 retried" in progress.around_bar(reported, 200)[1]
     assert retrying_in_words(reported.retrying).startswith("2 rows (38, 39), sent up to ")
-    assert seen[-1].retrying is None
+    assert ended.retrying is None
     log = [json.loads(line) for line in (tmp_path / "out" / "run.log").read_text().splitlines()]
     lines = [line for line in log if line["event"] == "retrying"]
     assert {"first": [38, 39], "nothing_else_left": True, "reasons": {"500 server error": 2}}.items() <= max(
