@@ -84,7 +84,7 @@ class FaultServer:
     port: int = 0
     connections: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
-    new_loop: Callable[[], asyncio.AbstractEventLoop] = fast_clock(10.0)
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = field(default_factory=lambda: fast_clock(10.0))
     """The loop of a run in this process: on the server's own clock, or a fast one beside it."""
 
 
@@ -137,9 +137,7 @@ class Gap:
 
 
 @contextlib.contextmanager
-def serving_on_moved_clock(
-    script: Script, tls: ssl.SSLContext | None = None, gap: Gap | None = None
-) -> Iterator[FaultServer]:
+def serving_moved(script: Script, tls: ssl.SSLContext | None = None, gap: Gap | None = None) -> Iterator[FaultServer]:
     """The same in each event loop that `new_loop` makes, for a whole run there: both live on its clock."""
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

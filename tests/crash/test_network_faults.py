@@ -35,7 +35,7 @@ from tests.fault_server import (
     self_signed,
     sends,
     serving_aside,
-    serving_on_moved_clock,
+    serving_moved,
 )
 from tests.jobs import job_over, write_lines
 from tests.moved_clock import MovedClockLoop
@@ -171,7 +171,7 @@ def test_a_minute_without_server_fails_no_row(tmp_path: Path, hole: bool) -> Non
         await asyncio.sleep(1.0)
         await answers(exchange)
 
-    with serving_on_moved_clock(slowly, gap=Gap(after_requests=30, for_s=60.0, hole=hole)) as server:
+    with serving_moved(slowly, gap=Gap(after_requests=30, for_s=60.0, hole=hole)) as server:
         ended = run(tmp_path, server, 100)
     assert ended.exit_code == 0
     assert [row["status"] for row in ended.rows] == ["ok"] * 100
@@ -275,7 +275,7 @@ def test_an_answer_that_parses_whole_is_paid_once(tmp_path: Path, script: Script
 
 def test_a_cut_refusal_counts_by_its_status(tmp_path: Path) -> None:
     refusal = answer(b'{"error": {"mess', "Retry-After: 0", status="429 Too Many Requests", length=500)
-    with serving_on_moved_clock(meeting(sends(refusal, then=closes), times=3)) as server:
+    with serving_moved(meeting(sends(refusal, then=closes), times=3)) as server:
         ended = run(tmp_path, server)
     assert (ended.exit_code, ended.rows[FAULTY]["status"], requests_by_row(server)[FAULTY]) == (0, "ok", 4)
     assert ended.summary.possibly_billed_count == 0
@@ -284,7 +284,7 @@ def test_a_cut_refusal_counts_by_its_status(tmp_path: Path) -> None:
 @pytest.mark.heavy
 def test_a_valid_answer_may_have_ten_megabytes(tmp_path: Path) -> None:
     content = "0123456789" * 1_000_000
-    with serving_on_moved_clock(meeting(says(choices=message(content)))) as server:
+    with serving_moved(meeting(says(choices=message(content)))) as server:
         ended = run(tmp_path, server)
     assert ended.exit_code == 0
     assert ended.rows[FAULTY]["content"] == content
@@ -292,7 +292,7 @@ def test_a_valid_answer_may_have_ten_megabytes(tmp_path: Path) -> None:
 
 
 def test_a_compressed_answer_is_an_answer(tmp_path: Path) -> None:
-    with serving_on_moved_clock(meeting(sends(answer(gzip.compress(GOOD), "Content-Encoding: gzip")))) as server:
+    with serving_moved(meeting(sends(answer(gzip.compress(GOOD), "Content-Encoding: gzip")))) as server:
         ended = run(tmp_path, server)
     assert (ended.exit_code, ended.rows[FAULTY]["content"]) == (0, "fine")
 
@@ -307,7 +307,7 @@ def test_closed_keep_alive_costs_no_attempt(tmp_path: Path) -> None:
         await answers(exchange)
         exchange.writer.close()
 
-    with serving_on_moved_clock(answers_and_closes) as server:
+    with serving_moved(answers_and_closes) as server:
         ended = run(tmp_path, server, 200)
     assert ended.exit_code == 0
     assert {row["attempts"] for row in ended.rows} == {1}
@@ -352,7 +352,7 @@ ODD = {
 @pytest.mark.parametrize("name", ODD)
 def test_an_odd_answer_counts_at_first_attempt(tmp_path: Path, name: str) -> None:
     odd = ODD[name]
-    with serving_on_moved_clock(meeting(odd.script)) as server:
+    with serving_moved(meeting(odd.script)) as server:
         ended = run(tmp_path, server)
     row = ended.rows[FAULTY]
     assert (row["status"], row["attempts"]) == (odd.status, 1)
@@ -364,7 +364,7 @@ def test_an_odd_answer_counts_at_first_attempt(tmp_path: Path, name: str) -> Non
 
 def test_an_error_inside_200_has_its_status(tmp_path: Path) -> None:
     refused = b'{"error": {"message": "no such parameter", "code": 400}}'
-    with serving_on_moved_clock(meeting(says(refused))) as server:
+    with serving_moved(meeting(says(refused))) as server:
         ended = run(tmp_path, server)
     row = ended.rows[FAULTY]
     assert (row["status"], row["attempts"], row["error"]["kind"]) == ("error", 1, "bad_request")
@@ -373,7 +373,7 @@ def test_an_error_inside_200_has_its_status(tmp_path: Path) -> None:
 
 def test_an_answer_of_another_model_is_kept(tmp_path: Path) -> None:
     """Its model is shown and counted under the name that the answer states."""
-    with serving_on_moved_clock(meeting(says(model="another-model"))) as server:
+    with serving_moved(meeting(says(model="another-model"))) as server:
         ended = run(tmp_path, server)
     assert ended.exit_code == 0
     assert {row["status"] for row in ended.rows} == {"ok"}
@@ -388,8 +388,8 @@ def test_an_answer_of_another_model_is_kept(tmp_path: Path) -> None:
 def test_a_redirect_stops_the_run(tmp_path: Path, status: str) -> None:
     """The other server sees neither the key nor a prompt."""
     with (
-        serving_on_moved_clock(answers) as other,
-        serving_on_moved_clock(says(b"", f"Location: {other.url}", status=status)) as server,
+        serving_moved(answers) as other,
+        serving_moved(says(b"", f"Location: {other.url}", status=status)) as server,
     ):
         ended = run(tmp_path, server)
         assert other.connections == 0
@@ -406,7 +406,7 @@ def test_an_untrusted_certificate_stops_the_run(tmp_path: Path) -> None:
     """Nothing is sent before that."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(self_signed(tmp_path))
-    with serving_on_moved_clock(answers, context) as server:
+    with serving_moved(answers, context) as server:
         ended = run(tmp_path, server)
         assert server.exchanges == []
     assert ended.exit_code == 2
@@ -450,7 +450,7 @@ def test_retry_after_is_obeyed_within_bounds(tmp_path: Path, name: str) -> None:
         else:
             await answers(exchange)
 
-    with serving_on_moved_clock(refuses_once) as server:
+    with serving_moved(refuses_once) as server:
         ended = run(tmp_path, server, limits={"max_in_flight": 1})
     assert ended.exit_code == 0
     assert {row["status"] for row in ended.rows} == {"ok"}
@@ -464,7 +464,7 @@ def test_retry_after_is_obeyed_within_bounds(tmp_path: Path, name: str) -> None:
 def test_an_excessive_retry_after_pauses_the_run(tmp_path: Path) -> None:
     """No row fails."""
     refusal = says(b'{"error": {"message": "slow down"}}', "Retry-After: 1000000000", status="429 Slow Down")
-    with serving_on_moved_clock(refusal) as server:
+    with serving_moved(refusal) as server:
         ended = run(tmp_path, server)
     assert ended.exit_code == 5
     assert "the server asks to wait 1000000000 s" in str(ended.summary.reason)
@@ -478,7 +478,7 @@ def test_an_excessive_retry_after_pauses_the_run(tmp_path: Path) -> None:
 def test_a_refused_last_row_pauses_once(tmp_path: Path) -> None:
     """The next start fails the row."""
     refusal = b'{"error": {"message": "not for you"}}'
-    with serving_on_moved_clock(meeting(says(refusal, status="403 Forbidden"))) as server:
+    with serving_moved(meeting(says(refusal, status="403 Forbidden"))) as server:
         first = run(tmp_path, server, 6)  # the refused row is the last
         second = run(tmp_path, server, 6)
     assert (first.exit_code, first.summary.pending) == (5, 1)
@@ -526,7 +526,7 @@ def test_five_minutes_of_trouble_need_few_requests(tmp_path: Path, trouble: byte
         else:
             await answers(exchange)
 
-    with serving_on_moved_clock(in_trouble) as server:
+    with serving_moved(in_trouble) as server:
         ended = run(tmp_path, server, 300, limits={"max_in_flight": 4})
     assert ended.exit_code == 0
     assert ended.summary.by_status == {"ok": 300}
@@ -543,7 +543,7 @@ def test_random_failures_of_a_third_fail_nothing(tmp_path: Path) -> None:
         await asyncio.sleep(0.1)
         await (exchange.send(FAILURE) if chance.random() < 0.3 else answers(exchange))
 
-    with serving_on_moved_clock(fails_often) as server:
+    with serving_moved(fails_often) as server:
         ended = run(tmp_path, server, 1_000)
     assert ended.exit_code == 0
     assert ended.summary.by_status == {"ok": 1_000}

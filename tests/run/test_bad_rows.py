@@ -18,7 +18,7 @@ from tests.crash.test_network_faults import (
     resets,
     row_of,
 )
-from tests.fault_server import Exchange, Script, answer, sends, serving_on_moved_clock
+from tests.fault_server import Exchange, Script, answer, sends, serving_moved
 from tests.jobs import write_lines
 from tests.run.test_tail import bad_rows, run
 
@@ -42,7 +42,7 @@ def rows(folder: Path, count: int) -> frozenset[int]:
 def test_consecutive_bad_rows_do_not_stop_good_ones(tmp_path: Path, bad: range, max_outage_s: float) -> None:
     rows(tmp_path, 120)
     limits, retry = {"max_in_flight": 16}, {"max_outage_s": max_outage_s}
-    with serving_on_moved_clock(bad_rows(frozenset(bad), sends(FAILURE))) as server:
+    with serving_moved(bad_rows(frozenset(bad), sends(FAILURE))) as server:
         summary = run(tmp_path, server, limits=limits, retry=retry)
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 50, "error": 70})
     sent = requests_by_row(server)
@@ -79,7 +79,7 @@ def fails_at_first(fault: Script, of: frozenset[int]) -> Script:
 @pytest.mark.parametrize("fault", ONCE)
 def test_rows_failing_once_need_two_requests(tmp_path: Path, fault: str) -> None:
     every = rows(tmp_path, 120)
-    with serving_on_moved_clock(fails_at_first(ONCE[fault], every)) as server:
+    with serving_moved(fails_at_first(ONCE[fault], every)) as server:
         summary = run(tmp_path, server, limits={"max_in_flight": 16})
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 120})
     assert set(requests_by_row(server).values()) == {2}
@@ -89,7 +89,7 @@ def test_rows_failing_once_need_two_requests(tmp_path: Path, fault: str) -> None
 def test_forty_failing_rows_delay_no_other(tmp_path: Path) -> None:
     rows(tmp_path, 120)
     some = frozenset(range(20, 60))
-    with serving_on_moved_clock(fails_at_first(sends(FAILURE), some)) as server:
+    with serving_moved(fails_at_first(sends(FAILURE), some)) as server:
         summary = run(tmp_path, server, limits={"max_in_flight": 16})
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 120})
     assert max(requests_by_row(server).values()) <= 3
@@ -114,7 +114,7 @@ def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, tr
         else:
             await usual(exchange)
 
-    with serving_on_moved_clock(script) as server:
+    with serving_moved(script) as server:
         summary = run(tmp_path, server, limits={"max_in_flight": 16})
     assert summary.by_status == ({"ok": 80, "error": 40} if bad else {"ok": 120})
     assert during < 45, "sixteen were out when it began"
@@ -124,7 +124,7 @@ def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, tr
 def test_an_always_refused_row_is_given_up_early(tmp_path: Path) -> None:
     """At two in flight, ten seconds an answer, three hundred rows take twenty-five minutes; it is given up in ten."""
     rows(tmp_path, 300)
-    with serving_on_moved_clock(bad_rows(frozenset({5}), sends(WITH_A_WAIT), good_s=10.0)) as server:
+    with serving_moved(bad_rows(frozenset({5}), sends(WITH_A_WAIT), good_s=10.0)) as server:
         summary = run(tmp_path, server, limits={"max_in_flight": 2})
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 299, "error": 1})
     sent = [row_of(exchange) for exchange in server.exchanges]
@@ -134,7 +134,7 @@ def test_an_always_refused_row_is_given_up_early(tmp_path: Path) -> None:
 
 def refused(folder: Path, fault: Script, **retry: float) -> tuple[Summary, Counter[int]]:
     """Rows 5 and 17 of forty are always refused."""
-    with serving_on_moved_clock(bad_rows(frozenset({5, 17}), fault)) as server:
+    with serving_moved(bad_rows(frozenset({5, 17}), fault)) as server:
         summary = run(folder, server, retry=retry)
     return summary, requests_by_row(server)
 
@@ -164,7 +164,7 @@ def test_a_minute_limit_gives_up_no_last_row(tmp_path: Path) -> None:
         until_s = until_s or now_s + 240
         await (exchange.send(RATE_LIMIT) if now_s < until_s else answers(exchange))
 
-    with serving_on_moved_clock(bad_rows(last, limited)) as server:
+    with serving_moved(bad_rows(last, limited)) as server:
         summary = run(tmp_path, server)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 40})
 
@@ -172,7 +172,7 @@ def test_a_minute_limit_gives_up_no_last_row(tmp_path: Path) -> None:
 def test_only_long_waits_left_end_the_start(tmp_path: Path) -> None:
     """At once; a later start gives the row up."""
     said = answer(b'{"error": {"message": "slow down"}}', "Retry-After: 1000", status="429 Slow Down")
-    with serving_on_moved_clock(bad_rows(frozenset({5}), sends(said))) as server:
+    with serving_moved(bad_rows(frozenset({5}), sends(said))) as server:
         first = run(tmp_path, server)
         second = run(tmp_path, server)
         third = run(tmp_path, server, retry={"max_wait_s": 0.001})

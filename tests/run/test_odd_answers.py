@@ -19,7 +19,7 @@ from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
 from tests.crash.test_network_faults import requests_by_row, row_of
 from tests.endings import answer_body
-from tests.fault_server import Exchange, FaultServer, Script, answer, serving_on_moved_clock
+from tests.fault_server import Exchange, FaultServer, Script, answer, serving_moved
 from tests.jobs import job_over, write_lines
 
 FIRST = RunOptions()
@@ -121,7 +121,7 @@ OTHER_APIS: dict[str, tuple[object, str]] = {
 def test_another_api_stops_the_run_after_two_answers(tmp_path: Path, api: str) -> None:
     """No row fails; each request that was answered so is named as possibly billed, or has its cost."""
     body, url = OTHER_APIS[api]
-    with serving_on_moved_clock(says(lambda row, time: answer(json.dumps(body).encode()))) as server:
+    with serving_moved(says(lambda row, time: answer(json.dumps(body).encode()))) as server:
         summary, _ = run(tmp_path, server, rows=400)
     assert (summary.exit_code, summary.pending, summary.by_status) == (2, 400, {})
     assert len(server.exchanges) <= 9, "those in flight at the first answer, and the row that is sent next"
@@ -153,7 +153,7 @@ def test_a_question_blocked_with_a_200_is_filtered(tmp_path: Path, form: str, st
     whole = answer(answer_body(**passed)), answer(json.dumps(body).encode())
     streamed = events({**passed, "choices": []}, delta({"content": "Fine."}, "stop")), events(body)
     good, blocked = streamed if stream else whole
-    with serving_on_moved_clock(says(lambda row, time: blocked if row % 3 == 0 else good)) as server:
+    with serving_moved(says(lambda row, time: blocked if row % 3 == 0 else good)) as server:
         summary, rows = run(tmp_path, server, rows=30)
     assert summary.by_status == {"ok": 20, "filtered": 10}
     assert len(server.exchanges) == 30
@@ -166,9 +166,7 @@ def test_a_gateway_mixing_apis_stops_no_run(tmp_path: Path) -> None:
     """Once a row was answered, such an answer is like any other that can't be read: its row is sent again."""
     body, _ = OTHER_APIS["Ollama's own API"]
     foreign = answer(json.dumps(body).encode())
-    with serving_on_moved_clock(
-        says(lambda row, time: foreign if row in (30, 31, 32) and time == 1 else choice())
-    ) as server:
+    with serving_moved(says(lambda row, time: foreign if row in (30, 31, 32) and time == 1 else choice())) as server:
         summary, _ = run(tmp_path, server, rows=60)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 60})
     assert summary.possibly_billed_count == 3
@@ -177,7 +175,7 @@ def test_a_gateway_mixing_apis_stops_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("said", OUTAGES)
 def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> None:
     """A server that answers everything with 503 has an outage."""
-    with serving_on_moved_clock(says(lambda row, n: refused("503 Service Unavailable", said))) as server:
+    with serving_moved(says(lambda row, n: refused("503 Service Unavailable", said))) as server:
         summary, _ = run(tmp_path, server, 40, retry={"max_outage_s": 60})
     assert (summary.exit_code, summary.complete, summary.by_status) == (5, False, {})
     assert len(server.exchanges) < 60
@@ -186,9 +184,7 @@ def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> Non
 @pytest.mark.heavy
 def test_a_503_that_ends_leaves_no_trace(tmp_path: Path) -> None:
     out = iter([True] * 25)
-    with serving_on_moved_clock(
-        says(lambda row, n: refused("503 Out", OUTAGES[0]) if next(out, False) else choice())
-    ) as server:
+    with serving_moved(says(lambda row, n: refused("503 Out", OUTAGES[0]) if next(out, False) else choice())) as server:
         summary, rows = run(tmp_path, server, 40)
     assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
     assert sum(requests_by_row(server).values()) >= 65
@@ -197,7 +193,7 @@ def test_a_503_that_ends_leaves_no_trace(tmp_path: Path) -> None:
 def test_a_run_of_filtered_rows_stops_once(tmp_path: Path) -> None:
     """A resume sends the rest."""
     blocked = refused("503 Service Unavailable", {"error": {"message": "Content Policy Violation"}})
-    with serving_on_moved_clock(says(lambda row, n: blocked if row else choice())) as server:
+    with serving_moved(says(lambda row, n: blocked if row else choice())) as server:
         summary, _ = run(tmp_path, server, 300)
         assert (summary.exit_code, summary.complete) == (2, False)
         assert "of the first 40 rows were filtered (HTTP 503: Content Policy Violation)" in (summary.reason or "")
@@ -215,7 +211,7 @@ def test_an_outage_mentioning_content_stops_midway(tmp_path: Path) -> None:
     def said(row: int, n: int) -> bytes:
         return blocked if row in truly or (out[0] and row >= 100) else choice()
 
-    with serving_on_moved_clock(says(said)) as server:
+    with serving_moved(says(said)) as server:
         summary, _ = run(tmp_path, server, 300, limits={"max_in_flight": 1})
         assert (summary.exit_code, summary.complete) == (2, False)
         assert "38 of the last 40 rows were filtered (HTTP 503: Content Policy Violation)" in (summary.reason or "")
@@ -232,7 +228,7 @@ def test_an_outage_mentioning_content_stops_midway(tmp_path: Path) -> None:
 
 def test_a_half_blocked_input_runs_through(tmp_path: Path) -> None:
     blocked = choice(None, "content_filter")
-    with serving_on_moved_clock(says(lambda row, n: blocked if row % 2 else choice())) as server:
+    with serving_moved(says(lambda row, n: blocked if row % 2 else choice())) as server:
         summary, _ = run(tmp_path, server, 100)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 50, "filtered": 50})
 
@@ -240,9 +236,7 @@ def test_a_half_blocked_input_runs_through(tmp_path: Path) -> None:
 def test_a_single_403_is_its_rows_error(tmp_path: Path) -> None:
     """It counts as blocked only where the body says so."""
     said = {3: {"error": {"message": "No access"}}, 5: {"error": {"message": "Your input was flagged by moderation"}}}
-    with serving_on_moved_clock(
-        says(lambda row, n: refused("403 Forbidden", said[row]) if row in said else choice())
-    ) as server:
+    with serving_moved(says(lambda row, n: refused("403 Forbidden", said[row]) if row in said else choice())) as server:
         # enough rows that some are sent after the 403 came: only those show that the key still works
         summary, rows = run(tmp_path, server, 200)
     assert (rows[3]["status"], rows[3]["error"]["kind"]) == ("error", "forbidden")
@@ -265,7 +259,7 @@ FAILURES: dict[str, bytes] = {
 @pytest.mark.parametrize("times", [1, 100])
 def test_a_choice_reporting_failure_is_retried(said: bytes, times: int, tmp_path: Path) -> None:
     """It never counts as ok."""
-    with serving_on_moved_clock(says(lambda row, n: said if row == 5 and n <= times else choice())) as server:
+    with serving_moved(says(lambda row, n: said if row == 5 and n <= times else choice())) as server:
         summary, rows = run(tmp_path, server)
     failed = rows[5]
     assert failed["attempts"] == requests_by_row(server)[5] == 2
@@ -296,7 +290,7 @@ def test_foreign_finish_reasons_are_understood(tmp_path: Path) -> None:
     """They are judged by their meaning; unknown ones are reported once."""
     reasons = list(MEANINGS)
     notes: list[str] = []
-    with serving_on_moved_clock(says(lambda row, n: choice("Fi", reasons[row % len(reasons)]))) as server:
+    with serving_moved(says(lambda row, n: choice("Fi", reasons[row % len(reasons)]))) as server:
         summary, rows = run(tmp_path, server, 2 * len(reasons), notes=notes)
     assert [row["status"] for row in rows] == list(MEANINGS.values()) * 2
     assert [row["finish_reason"] for row in rows] == reasons * 2
@@ -313,7 +307,7 @@ def test_foreign_finish_reasons_are_understood(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("setting", "rows_refused"), [("length", 3), ("content_filter", 4), ("other", 2)])
 def test_the_settings_of_finish_go_by_the_meaning(setting: str, rows_refused: int, tmp_path: Path) -> None:
     reasons = list(MEANINGS)
-    with serving_on_moved_clock(says(lambda row, n: choice("Fi", reasons[row]))) as server:
+    with serving_moved(says(lambda row, n: choice("Fi", reasons[row]))) as server:
         summary, rows = run(tmp_path, server, len(reasons), finish={setting: "fail"})
     assert summary.exit_code == 3
     assert sum(row["error"] is not None for row in rows) == rows_refused
@@ -333,7 +327,7 @@ REFUSALS: dict[str, bytes] = {
 def test_a_refusal_is_a_status_with_its_text(
     said: bytes, action: str, exit_code: int, attempts: int, tmp_path: Path
 ) -> None:
-    with serving_on_moved_clock(says(lambda row, n: said if row == 5 else choice('{"a":1}'))) as server:
+    with serving_moved(says(lambda row, n: said if row == 5 else choice('{"a":1}'))) as server:
         summary, rows = run(
             tmp_path,
             server,
@@ -352,14 +346,14 @@ QUOTA = refused("429 Too Many Requests", {"error": {"message": "Quota exceeded, 
 
 def test_a_quota_that_time_lifts_is_waited_for(tmp_path: Path) -> None:
     out = iter([True] * 6)
-    with serving_on_moved_clock(says(lambda row, n: QUOTA if next(out, False) else choice())) as server:
+    with serving_moved(says(lambda row, n: QUOTA if next(out, False) else choice())) as server:
         summary, rows = run(tmp_path, server)
     assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
     assert len(server.exchanges) == 12 + 6
 
 
 def test_a_lasting_quota_pauses_the_run(tmp_path: Path) -> None:
-    with serving_on_moved_clock(says(lambda row, n: QUOTA if row > 2 else choice())) as server:
+    with serving_moved(says(lambda row, n: QUOTA if row > 2 else choice())) as server:
         summary, _ = run(tmp_path, server, retry={"max_wait_s": 120})
         assert (summary.exit_code, summary.by_status) == (5, {"ok": 3})
         assert "minutes: Quota exceeded" in (summary.reason or "")
@@ -379,7 +373,7 @@ def test_a_lasting_quota_pauses_the_run(tmp_path: Path) -> None:
 )
 def test_an_empty_account_pauses_the_run(status: str, said: object, tmp_path: Path) -> None:
     """Whatever the error's envelope; no row fails."""
-    with serving_on_moved_clock(says(lambda row, n: refused(status, said))) as server:
+    with serving_moved(says(lambda row, n: refused(status, said))) as server:
         summary, _ = run(tmp_path, server)
     assert (summary.exit_code, summary.by_status) == (5, {})
     assert len(server.exchanges) <= 9
@@ -389,9 +383,7 @@ def test_a_gateways_own_bad_key_fails_no_row(tmp_path: Path) -> None:
     """One request in eight gets a 401; one row gets nothing else, and fails alone."""
     wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
     bad = {(row, 1) for row in range(20, 200, 8)}
-    with serving_on_moved_clock(
-        says(lambda row, n: wrong_key if (row, n) in bad or row == 100 else choice())
-    ) as server:
+    with serving_moved(says(lambda row, n: wrong_key if (row, n) in bad or row == 100 else choice())) as server:
         summary, result = run(tmp_path, server, 200, limits={"max_in_flight": 8})
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 199, "error": 1})
     assert [(row["row"], row["error"]["kind"]) for row in result if row["error"]] == [(100, "authentication")]
@@ -407,7 +399,7 @@ def test_one_server_with_a_bad_key_fails_no_row(tmp_path: Path) -> None:
             await asyncio.sleep(0.2)
         await exchange.send(choice() if exchange.connection % 3 else wrong_key)
 
-    with serving_on_moved_clock(script) as server:
+    with serving_moved(script) as server:
         summary, _ = run(tmp_path, server, 100)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 100})
     assert len(server.exchanges) < 150
@@ -416,7 +408,7 @@ def test_one_server_with_a_bad_key_fails_no_row(tmp_path: Path) -> None:
 def test_a_login_page_ends_the_start_within_minutes(tmp_path: Path) -> None:
     """It is no completion, and each one may have been billed."""
     page = answer(b"<html>Please log in</html>").replace(b"application/json", b"text/html")
-    with serving_on_moved_clock(says(lambda row, n: page)) as server:
+    with serving_moved(says(lambda row, n: page)) as server:
         summary, _ = run(tmp_path, server, 40)
     assert (summary.exit_code, summary.by_status) == (5, {})
     assert "not a chat completion, but a web page: Please log in" in str(summary.reason)
@@ -437,14 +429,14 @@ SPENT = {
 )
 def test_a_gateways_budget_pauses_the_run(status: str, said: object, exit_code: int, tmp_path: Path) -> None:
     """And a proxy that wants a password ends it: neither is any row's fault, in mid-run either."""
-    with serving_on_moved_clock(says(lambda row, n: choice() if row < 12 else refused(status, said))) as server:
+    with serving_moved(says(lambda row, n: choice() if row < 12 else refused(status, said))) as server:
         summary, _ = run(tmp_path, server, 60)
     assert (summary.exit_code, summary.by_status) == (exit_code, {"ok": 12})
 
 
 def test_a_glued_stream_end_is_ignored(tmp_path: Path) -> None:
     glued = answer(answer_body("Fine.") + b"\n\ndata: [DONE]\n\n")
-    with serving_on_moved_clock(says(lambda row, n: glued)) as server:
+    with serving_moved(says(lambda row, n: glued)) as server:
         summary, rows = run(tmp_path, server)
     assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
     assert {row["error"]["kind"] for row in rows} == {"not_strict_json"}

@@ -21,7 +21,7 @@ from batchrun.run_summary import Summary
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
 from tests.crash.test_network_faults import BUSY, FAILURE, answers, requests_by_row, resets, row_of
-from tests.fault_server import Exchange, FaultServer, Script, answer, sends, serving_on_moved_clock
+from tests.fault_server import Exchange, FaultServer, Script, answer, sends, serving_moved
 from tests.jobs import job_over, write_lines
 
 ROWS = 40
@@ -77,7 +77,7 @@ FAULTS: dict[str, tuple[Script, int]] = {
 def test_bad_last_rows_are_given_up_soon(tmp_path: Path, bad: int, in_flight: int, fault: str) -> None:
     script, attempts = FAULTS[fault]
     last = frozenset(range(ROWS - bad, ROWS))
-    with serving_on_moved_clock(bad_rows(last, script)) as server:
+    with serving_moved(bad_rows(last, script)) as server:
         summary = run(tmp_path, server, limits={"max_in_flight": in_flight})
     assert (summary.exit_code, summary.by_status) == (3, {"ok": ROWS - bad, "error": bad})
     assert pq.read_table(tmp_path / "out" / "completions.parquet").num_rows == ROWS
@@ -89,7 +89,7 @@ def test_bad_last_rows_are_given_up_soon(tmp_path: Path, bad: int, in_flight: in
 @pytest.mark.parametrize("bad", [{3, 21}, {3, 4, 21}, set(range(10, 20))], ids=["two", "three", "ten in a row"])
 @pytest.mark.parametrize("max_outage_s", [10.0, 7_200.0])
 def test_bad_rows_are_given_up_under_short_outages(tmp_path: Path, bad: set[int], max_outage_s: float) -> None:
-    with serving_on_moved_clock(bad_rows(frozenset(bad), sends(FAILURE))) as server:
+    with serving_moved(bad_rows(frozenset(bad), sends(FAILURE))) as server:
         summary = run(tmp_path, server, retry={"max_outage_s": max_outage_s})
     assert (summary.exit_code, summary.by_status) == (3, {"ok": ROWS - len(bad), "error": len(bad)})
     assert max(requests_by_row(server).values()) <= 6
@@ -100,10 +100,10 @@ def test_a_start_with_only_bad_rows_ends(tmp_path: Path, max_outage_s: float) ->
     """The first start ends by the balance, with three rows left, and no answer comes in the second."""
     last = frozenset(range(ROWS - 3, ROWS))
     no_balance = sends(answer(b'{"error": {"message": "Insufficient balance"}}', status="402 Payment Required"))
-    with serving_on_moved_clock(bad_rows(last, no_balance)) as server:
+    with serving_moved(bad_rows(last, no_balance)) as server:
         first = run(tmp_path, server)
     assert (first.exit_code, first.pending) == (5, 3)
-    with serving_on_moved_clock(bad_rows(last, sends(FAILURE))) as server:
+    with serving_moved(bad_rows(last, sends(FAILURE))) as server:
         second = run(tmp_path, server, retry={"max_outage_s": max_outage_s})
     assert (second.exit_code, second.by_status) == (3, {"ok": ROWS - 3, "error": 3})
     assert max(requests_by_row(server).values()) <= 6
@@ -121,7 +121,7 @@ def test_an_outage_at_the_end_fails_nothing(tmp_path: Path, left: int) -> None:
         ends_at_s = ends_at_s or now_s + 60
         await (exchange.send(FAILURE) if now_s < ends_at_s else answers(exchange))
 
-    with serving_on_moved_clock(bad_rows(last, fails_for_a_minute, good_s=0.0)) as server:
+    with serving_moved(bad_rows(last, fails_for_a_minute, good_s=0.0)) as server:
         summary = run(tmp_path, server, limits={"max_in_flight": 1})
     assert (summary.exit_code, summary.by_status) == (0, {"ok": ROWS})
     assert len(server.exchanges) < ROWS + 6 * left
@@ -130,7 +130,7 @@ def test_an_outage_at_the_end_fails_nothing(tmp_path: Path, left: int) -> None:
 def test_progress_and_log_name_retried_rows(tmp_path: Path) -> None:
     """With the reason of the retry."""
     seen: list[Summary] = []
-    with serving_on_moved_clock(bad_rows(frozenset({38, 39}), sends(FAILURE))) as server:
+    with serving_moved(bad_rows(frozenset({38, 39}), sends(FAILURE))) as server:
         ended = run(tmp_path, server, tell=seen.append, limits={"max_in_flight": 1})
     waiting = [each for each in seen if each.retrying is not None and each.retrying.rows == each.pending == 2]
     again = [each for each in waiting if each.retrying is not None and each.retrying.attempts > 1]
