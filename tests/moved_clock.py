@@ -86,7 +86,7 @@ class MovedClockLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._clock.now_s
 
-    def run_in_executor(self, executor: Executor | None, func: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
         """As asyncio's, and the clock stands still until the call has ended."""
         call = super().run_in_executor(executor, func, *args)
         self._calls_in_threads += 1
