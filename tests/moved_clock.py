@@ -12,11 +12,12 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 from batchrun.store.commits import Commits
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 START_S = 1_000.0
 """Not zero, so that a time left at its default is noticed."""
@@ -86,7 +87,9 @@ class MovedClockLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._clock.now_s
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[Unpack[Ts]], T], *args: *Ts
+    ) -> asyncio.Future[T]:
         """As asyncio's, and the clock stands still until the call has ended."""
         call = super().run_in_executor(executor, func, *args)
         self._calls_in_threads += 1
