@@ -17,6 +17,12 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
+from tests.fast_clock import fast_clock
+from tests.moved_clock import MovedClockLoop
+
+NETWORK_S = 0.05
+"""How long each exchange takes at least, on a moved clock: at no time at all, a thousand were refused at once."""
+
 FINE = b'{"choices":[{"message":{"content":"Fine."},"finish_reason":"stop"}]}'
 
 
@@ -78,6 +84,8 @@ class FaultServer:
     port: int = 0
     connections: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = field(default_factory=lambda: fast_clock(10.0))
+    """The loop of a run in this process: on the server's own clock, or a fast one beside it."""
 
 
 @contextlib.asynccontextmanager
@@ -129,7 +137,44 @@ class Gap:
 
 
 @contextlib.contextmanager
-def serving_aside(script: Script, tls: ssl.SSLContext | None = None, gap: Gap | None = None) -> Iterator[FaultServer]:
+def serving_moved(script: Script, tls: ssl.SSLContext | None = None, gap: Gap | None = None) -> Iterator[FaultServer]:
+    """The same in each event loop that `new_loop` makes, for a whole run there: both live on its clock."""
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))  # not listening: without a loop, connections are refused
+        port = reserved.getsockname()[1]
+        served = FaultServer(f"{'https' if tls else 'http'}://127.0.0.1:{port}/v1/chat/completions", port)
+        tasks = []
+
+        def new_loop() -> asyncio.AbstractEventLoop:
+            loop = MovedClockLoop()
+            tasks.append(loop.create_task(_serve(script, tls, gap, served)))
+            return loop
+
+        served.new_loop = new_loop
+        yield served
+
+
+async def _serve(script: Script, tls: ssl.SSLContext | None, gap: Gap | None, served: FaultServer) -> None:
+    """Serves until the task is cancelled."""
+    gone = asyncio.Event()
+
+    async def counting(exchange: Exchange) -> None:
+        if gap is not None and len(served.exchanges) == gap.after_requests:
+            gone.set()
+        await asyncio.sleep(NETWORK_S)
+        await script(exchange)
+
+    async with serving(counting, tls, served):
+        await gone.wait()
+    assert gap is not None
+    with black_hole(served.port) if gap.hole else contextlib.nullcontext():
+        await asyncio.sleep(gap.for_s)
+    await _serve(script, tls, None, served)
+
+
+@contextlib.contextmanager
+def serving_aside(script: Script, tls: ssl.SSLContext | None = None) -> Iterator[FaultServer]:
     """The same in a thread of its own, beside a whole run in this one."""
     ready, ended = threading.Event(), asyncio.Event()
     served = FaultServer()
@@ -137,14 +182,6 @@ def serving_aside(script: Script, tls: ssl.SSLContext | None = None, gap: Gap | 
     async def main() -> None:
         async with serving(script, tls, served):
             ready.set()
-            if gap is None:
-                await ended.wait()
-                return
-            while len(served.exchanges) < gap.after_requests and not ended.is_set():
-                await asyncio.sleep(0.001)
-        with black_hole(served.port) if gap.hole else contextlib.nullcontext():
-            await asyncio.sleep(gap.for_s)
-        async with serving(script, tls, served):
             await ended.wait()
 
     loop = asyncio.new_event_loop()

@@ -243,6 +243,7 @@ class Backlog:
             elif is_new:
                 self._failed_first += 1
                 self._last_failed = max(self._last_failed, row)
+        self._waiters.wake()  # the kind of this row may be sent now, or no longer
 
     def hold(self, pending: Pending) -> None:
         """The row will be sent again only when no other is left."""
@@ -393,6 +394,6 @@ class Backlog:
         return self._opening
 
     async def _wait(self, *, timed: bool = True) -> None:
-        """Returns when something has changed, or the next retry is due."""
-        due = timed and bool(self._retries)
-        await self._waiters.wait(self._retries[0][0] - self._clock() if due else None)
+        """Returns when something has changed, or the next retry is due. One that is due already waits for a change."""
+        comes = timed and self._retries and not self._is_due
+        await self._waiters.wait(self._retries[0][0] - self._clock() if comes else None)

@@ -18,7 +18,7 @@ from tests.crash.test_network_faults import (
     resets,
     row_of,
 )
-from tests.fault_server import Exchange, Script, answer, sends, serving_aside
+from tests.fault_server import Exchange, Script, answer, sends, serving_moved
 from tests.jobs import write_lines
 from tests.run.test_tail import bad_rows, run
 
@@ -42,8 +42,8 @@ def rows(folder: Path, count: int) -> frozenset[int]:
 def test_consecutive_bad_rows_do_not_stop_good_ones(tmp_path: Path, bad: range, max_outage_s: float) -> None:
     rows(tmp_path, 120)
     limits, retry = {"max_in_flight": 16}, {"max_outage_s": max_outage_s}
-    with serving_aside(bad_rows(frozenset(bad), sends(FAILURE))) as server:
-        summary = run(tmp_path, server.url, limits=limits, retry=retry)
+    with serving_moved(bad_rows(frozenset(bad), sends(FAILURE))) as server:
+        summary = run(tmp_path, server, limits=limits, retry=retry)
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 50, "error": 70})
     sent = requests_by_row(server)
     assert {row: n for row, n in sent.items() if row not in bad} == dict.fromkeys(set(range(120)) - set(bad), 1)
@@ -69,7 +69,7 @@ def fails_at_first(fault: Script, of: frozenset[int]) -> Script:
             met.add(row)
             await fault(exchange)
         else:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.2)
             await answers(exchange)
 
     return script
@@ -79,8 +79,8 @@ def fails_at_first(fault: Script, of: frozenset[int]) -> Script:
 @pytest.mark.parametrize("fault", ONCE)
 def test_rows_failing_once_need_two_requests(tmp_path: Path, fault: str) -> None:
     every = rows(tmp_path, 120)
-    with serving_aside(fails_at_first(ONCE[fault], every)) as server:
-        summary = run(tmp_path, server.url, limits={"max_in_flight": 16})
+    with serving_moved(fails_at_first(ONCE[fault], every)) as server:
+        summary = run(tmp_path, server, limits={"max_in_flight": 16})
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 120})
     assert set(requests_by_row(server).values()) == {2}
     assert summary.elapsed_s < 18, "120 rows at one a minute would take 36 s on this clock, which is 200 times as fast"
@@ -89,8 +89,8 @@ def test_rows_failing_once_need_two_requests(tmp_path: Path, fault: str) -> None
 def test_forty_failing_rows_delay_no_other(tmp_path: Path) -> None:
     rows(tmp_path, 120)
     some = frozenset(range(20, 60))
-    with serving_aside(fails_at_first(sends(FAILURE), some)) as server:
-        summary = run(tmp_path, server.url, limits={"max_in_flight": 16})
+    with serving_moved(fails_at_first(sends(FAILURE), some)) as server:
+        summary = run(tmp_path, server, limits={"max_in_flight": 16})
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 120})
     assert max(requests_by_row(server).values()) <= 3
 
@@ -99,7 +99,7 @@ def test_forty_failing_rows_delay_no_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [range(0), range(20, 60)], ids=["each fails once", "and forty for ever"])
 @pytest.mark.parametrize("trouble", [FAILURE, BUSY], ids=["500", "503"])
 def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, trouble: bytes) -> None:
-    """Five minutes of it, on a clock 200 times as fast."""
+    """Five minutes of it."""
     every, until_s, during = rows(tmp_path, 120), 0.0, 0
     usual = bad_rows(frozenset(bad), sends(FAILURE)) if bad else fails_at_first(sends(FAILURE), every)
 
@@ -107,15 +107,15 @@ def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, tr
         nonlocal until_s, during
         now_s = asyncio.get_running_loop().time()
         if not until_s and len(server.exchanges) > 80:
-            until_s = now_s + 300 / 200
+            until_s = now_s + 300
         if now_s < until_s:
             during += 1
             await exchange.send(trouble)
         else:
             await usual(exchange)
 
-    with serving_aside(script) as server:
-        summary = run(tmp_path, server.url, limits={"max_in_flight": 16})
+    with serving_moved(script) as server:
+        summary = run(tmp_path, server, limits={"max_in_flight": 16})
     assert summary.by_status == ({"ok": 80, "error": 40} if bad else {"ok": 120})
     assert during < 45, "sixteen were out when it began"
 
@@ -124,8 +124,8 @@ def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, tr
 def test_an_always_refused_row_is_given_up_early(tmp_path: Path) -> None:
     """At two in flight, ten seconds an answer, three hundred rows take twenty-five minutes; it is given up in ten."""
     rows(tmp_path, 300)
-    with serving_aside(bad_rows(frozenset({5}), sends(WITH_A_WAIT), good_s=0.05)) as server:
-        summary = run(tmp_path, server.url, limits={"max_in_flight": 2})
+    with serving_moved(bad_rows(frozenset({5}), sends(WITH_A_WAIT), good_s=10.0)) as server:
+        summary = run(tmp_path, server, limits={"max_in_flight": 2})
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 299, "error": 1})
     sent = [row_of(exchange) for exchange in server.exchanges]
     assert sent.count(5) in range(24, 28)
@@ -134,8 +134,8 @@ def test_an_always_refused_row_is_given_up_early(tmp_path: Path) -> None:
 
 def refused(folder: Path, fault: Script, **retry: float) -> tuple[Summary, Counter[int]]:
     """Rows 5 and 17 of forty are always refused."""
-    with serving_aside(bad_rows(frozenset({5, 17}), fault)) as server:
-        summary = run(folder, server.url, retry=retry)
+    with serving_moved(bad_rows(frozenset({5, 17}), fault)) as server:
+        summary = run(folder, server, retry=retry)
     return summary, requests_by_row(server)
 
 
@@ -155,27 +155,27 @@ def test_a_request_above_the_limit_is_sent_once(tmp_path: Path) -> None:
 
 
 def test_a_minute_limit_gives_up_no_last_row(tmp_path: Path) -> None:
-    """Four minutes of refusals, on a clock 200 times as fast."""
+    """Four minutes of refusals."""
     last, until_s = frozenset(range(30, 40)), 0.0
 
     async def limited(exchange: Exchange) -> None:
         nonlocal until_s
         now_s = asyncio.get_running_loop().time()
-        until_s = until_s or now_s + 240 / 200
+        until_s = until_s or now_s + 240
         await (exchange.send(RATE_LIMIT) if now_s < until_s else answers(exchange))
 
-    with serving_aside(bad_rows(last, limited)) as server:
-        summary = run(tmp_path, server.url)
+    with serving_moved(bad_rows(last, limited)) as server:
+        summary = run(tmp_path, server)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 40})
 
 
 def test_only_long_waits_left_end_the_start(tmp_path: Path) -> None:
     """At once; a later start gives the row up."""
     said = answer(b'{"error": {"message": "slow down"}}', "Retry-After: 1000", status="429 Slow Down")
-    with serving_aside(bad_rows(frozenset({5}), sends(said))) as server:
-        first = run(tmp_path, server.url)
-        second = run(tmp_path, server.url)
-        third = run(tmp_path, server.url, retry={"max_wait_s": 0.001})
+    with serving_moved(bad_rows(frozenset({5}), sends(said))) as server:
+        first = run(tmp_path, server)
+        second = run(tmp_path, server)
+        third = run(tmp_path, server, retry={"max_wait_s": 0.001})
     assert (first.exit_code, first.pending) == (second.exit_code, second.pending) == (5, 1)
     assert "row 5: HTTP 429: the server asks to wait 1000 s" in str(first.reason)
     assert first.elapsed_s < 4.0, "the wait itself would take five seconds on the fast clock"

@@ -14,7 +14,7 @@ from batchrun.errors import InputError
 from batchrun.source import START, find_files, open_source
 from tests.crash.test_network_faults import row_of, run
 from tests.endings import answer_body
-from tests.fault_server import Exchange, answer, chunked, serving_aside
+from tests.fault_server import Exchange, answer, chunked, serving_moved
 
 ROWS = [
     {"id": row, "text": "word ü" * (row % 9), "tags": ["a", "b"][: row % 3], "more": {"x": row / 2, "y": None}}
@@ -89,13 +89,13 @@ def test_damaged_answers_fail_only_their_rows(tmp_path: Path) -> None:
         answered += not spoiled
         await exchange.send(damaged(whole, Random(len(server.exchanges))) if spoiled else whole)
         if spoiled:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.5)
             exchange.writer.close()
 
-    with serving_aside(damages_two_of_three) as server:
+    with serving_moved(damages_two_of_three) as server:
         # a sound row may meet a connection that a spoiled one has just lost, more than once
         retry = {"backoff_base_s": 0.1, "max_outage_s": 1e6, "max_maybe_billed": 4}
-        reported = run(tmp_path, server.url, 300, speed=50, retry=retry)
+        reported = run(tmp_path, server, 300, retry=retry)
     assert reported.exit_code in (0, 3)
     assert [row["status"] for row in reported.rows[::3]] == ["ok"] * 100
     assert {row["status"] for row in reported.rows} <= {"ok", "truncated", "filtered", "empty", "error"}

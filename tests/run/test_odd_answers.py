@@ -20,8 +20,7 @@ from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
 from tests.crash.test_network_faults import requests_by_row, row_of
 from tests.endings import answer_body
-from tests.fast_clock import fast_clock, patient
-from tests.fault_server import Exchange, Script, answer, serving_aside
+from tests.fault_server import Exchange, FaultServer, Script, answer, serving_moved
 from tests.jobs import job_over, write_lines
 
 FIRST = RunOptions()
@@ -29,23 +28,22 @@ FIRST = RunOptions()
 
 def run(
     folder: Path,
-    url: str,
+    server: FaultServer,
     rows: int = 12,
     *,
-    speed: float = 10.0,
     notes: list[str] | None = None,
     requested: RunOptions = FIRST,
     **tables: Any,
 ) -> tuple[Summary, list[dict[str, Any]]]:
-    """The run over rows `item 0`, `item 1` … on a fast clock, and its result if it is complete."""
+    """The run over rows `item 0`, `item 1` … on the server's clock, and its result if it is complete."""
     source = write_lines(folder / "in.jsonl", [{"text": f"item {row}."} for row in range(rows)])
-    endpoint = {"url": url, "api_key_env": KEY_ENV, "connect_timeout_s": patient(speed)}
+    endpoint = {"url": server.url, "api_key_env": KEY_ENV}
     job = job_over(source, **{"endpoint": endpoint, "retry": {}, **tables})
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
     messages: list[str] = [] if notes is None else notes
     hooks = Hooks(note=messages.append)
     directory = RunDirectory(folder / "out")
-    summary = engine.run(job, directory, key, options=requested, hooks=hooks, runtime=engine.Runtime(fast_clock(speed)))
+    summary = engine.run(job, directory, key, options=requested, hooks=hooks, runtime=engine.Runtime(server.new_loop))
     result = pq.read_table(directory.completions).to_pylist() if summary.complete else []
     return summary, result
 
@@ -57,6 +55,7 @@ def says(said: Callable[[int, int], bytes]) -> Script:
     async def script(exchange: Exchange) -> None:
         row = row_of(exchange)
         times[row] = times.get(row, 0) + 1
+        await asyncio.sleep(row / 1_000)  # not all at one moment: rows before this one are answered before it
         await exchange.send(said(row, times[row]))
 
     return script
@@ -123,8 +122,8 @@ OTHER_APIS: dict[str, tuple[object, str]] = {
 def test_another_api_stops_the_run_after_two_answers(tmp_path: Path, api: str) -> None:
     """No row fails; each request that was answered so is named as possibly billed, or has its cost."""
     body, url = OTHER_APIS[api]
-    with serving_aside(says(lambda row, time: answer(json.dumps(body).encode()))) as server:
-        summary, _ = run(tmp_path, server.url, rows=400)
+    with serving_moved(says(lambda row, time: answer(json.dumps(body).encode()))) as server:
+        summary, _ = run(tmp_path, server, rows=400)
     assert (summary.exit_code, summary.pending, summary.by_status) == (2, 400, {})
     assert len(server.exchanges) <= 9, "those in flight at the first answer, and the row that is sent next"
     priced = sum(line.attempts for line in summary.totals if line.cost_usd or line.unpriced)
@@ -155,8 +154,8 @@ def test_a_question_blocked_with_a_200_is_filtered(tmp_path: Path, form: str, st
     whole = answer(answer_body(**passed)), answer(json.dumps(body).encode())
     streamed = events({**passed, "choices": []}, delta({"content": "Fine."}, "stop")), events(body)
     good, blocked = streamed if stream else whole
-    with serving_aside(says(lambda row, time: blocked if row % 3 == 0 else good)) as server:
-        summary, rows = run(tmp_path, server.url, rows=30)
+    with serving_moved(says(lambda row, time: blocked if row % 3 == 0 else good)) as server:
+        summary, rows = run(tmp_path, server, rows=30)
     assert summary.by_status == {"ok": 20, "filtered": 10}
     assert len(server.exchanges) == 30
     assert summary.possibly_billed_count == 0
@@ -168,8 +167,8 @@ def test_a_gateway_mixing_apis_stops_no_run(tmp_path: Path) -> None:
     """Once a row was answered, such an answer is like any other that can't be read: its row is sent again."""
     body, _ = OTHER_APIS["Ollama's own API"]
     foreign = answer(json.dumps(body).encode())
-    with serving_aside(says(lambda row, time: foreign if row in (30, 31, 32) and time == 1 else choice())) as server:
-        summary, _ = run(tmp_path, server.url, rows=60)
+    with serving_moved(says(lambda row, time: foreign if row in (30, 31, 32) and time == 1 else choice())) as server:
+        summary, _ = run(tmp_path, server, rows=60)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 60})
     assert summary.possibly_billed_count == 3
 
@@ -177,8 +176,8 @@ def test_a_gateway_mixing_apis_stops_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("said", OUTAGES)
 def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> None:
     """A server that answers everything with 503 has an outage."""
-    with serving_aside(says(lambda row, n: refused("503 Service Unavailable", said))) as server:
-        summary, _ = run(tmp_path, server.url, 40, speed=200.0, retry={"max_outage_s": 60})
+    with serving_moved(says(lambda row, n: refused("503 Service Unavailable", said))) as server:
+        summary, _ = run(tmp_path, server, 40, retry={"max_outage_s": 60})
     assert (summary.exit_code, summary.complete, summary.by_status) == (5, False, {})
     assert len(server.exchanges) < 60
 
@@ -186,8 +185,8 @@ def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> Non
 @pytest.mark.heavy
 def test_a_503_that_ends_leaves_no_trace(tmp_path: Path) -> None:
     out = iter([True] * 25)
-    with serving_aside(says(lambda row, n: refused("503 Out", OUTAGES[0]) if next(out, False) else choice())) as server:
-        summary, rows = run(tmp_path, server.url, 40, speed=100.0)
+    with serving_moved(says(lambda row, n: refused("503 Out", OUTAGES[0]) if next(out, False) else choice())) as server:
+        summary, rows = run(tmp_path, server, 40)
     assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
     assert sum(requests_by_row(server).values()) >= 65
 
@@ -195,12 +194,12 @@ def test_a_503_that_ends_leaves_no_trace(tmp_path: Path) -> None:
 def test_a_run_of_filtered_rows_stops_once(tmp_path: Path) -> None:
     """A resume sends the rest."""
     blocked = refused("503 Service Unavailable", {"error": {"message": "Content Policy Violation"}})
-    with serving_aside(says(lambda row, n: blocked if row else choice())) as server:
-        summary, _ = run(tmp_path, server.url, 300)
+    with serving_moved(says(lambda row, n: blocked if row else choice())) as server:
+        summary, _ = run(tmp_path, server, 300)
         assert (summary.exit_code, summary.complete) == (2, False)
         assert "of the first 40 rows were filtered (HTTP 503: Content Policy Violation)" in (summary.reason or "")
         assert summary.by_status["filtered"] < 40 + 64
-        summary, _ = run(tmp_path, server.url, 300)
+        summary, _ = run(tmp_path, server, 300)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 1, "filtered": 299})
     assert set(requests_by_row(server).values()) == {1}
 
@@ -213,34 +212,34 @@ def test_an_outage_mentioning_content_stops_midway(tmp_path: Path) -> None:
     def said(row: int, n: int) -> bytes:
         return blocked if row in truly or (out[0] and row >= 100) else choice()
 
-    with serving_aside(says(said)) as server:
-        summary, _ = run(tmp_path, server.url, 300, limits={"max_in_flight": 1})
+    with serving_moved(says(said)) as server:
+        summary, _ = run(tmp_path, server, 300, limits={"max_in_flight": 1})
         assert (summary.exit_code, summary.complete) == (2, False)
         assert "38 of the last 40 rows were filtered (HTTP 503: Content Policy Violation)" in (summary.reason or "")
         assert "--retry-failed --status filtered" in (summary.reason or "")
         assert summary.by_status["filtered"] == 10 + 38
         out[0] = False
-        summary, _ = run(tmp_path, server.url, 300)
+        summary, _ = run(tmp_path, server, 300)
         assert (summary.exit_code, summary.complete) == (0, True)
         assert summary.by_status["filtered"] > len(truly)
-        summary, rows = run(tmp_path, server.url, 300, requested=RunOptions(retry=frozenset({"filtered"})))
+        summary, rows = run(tmp_path, server, 300, requested=RunOptions(retry=frozenset({"filtered"})))
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 270, "filtered": 30})
     assert [place for place, row in enumerate(rows) if row["status"] == "filtered"] == list(truly)
 
 
 def test_a_half_blocked_input_runs_through(tmp_path: Path) -> None:
     blocked = choice(None, "content_filter")
-    with serving_aside(says(lambda row, n: blocked if row % 2 else choice())) as server:
-        summary, _ = run(tmp_path, server.url, 100)
+    with serving_moved(says(lambda row, n: blocked if row % 2 else choice())) as server:
+        summary, _ = run(tmp_path, server, 100)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 50, "filtered": 50})
 
 
 def test_a_single_403_is_its_rows_error(tmp_path: Path) -> None:
     """It counts as blocked only where the body says so."""
     said = {3: {"error": {"message": "No access"}}, 5: {"error": {"message": "Your input was flagged by moderation"}}}
-    with serving_aside(says(lambda row, n: refused("403 Forbidden", said[row]) if row in said else choice())) as server:
+    with serving_moved(says(lambda row, n: refused("403 Forbidden", said[row]) if row in said else choice())) as server:
         # enough rows that some are sent after the 403 came: only those show that the key still works
-        summary, rows = run(tmp_path, server.url, 200)
+        summary, rows = run(tmp_path, server, 200)
     assert (rows[3]["status"], rows[3]["error"]["kind"]) == ("error", "forbidden")
     assert (rows[5]["status"], rows[5]["error"]["kind"]) == ("filtered", "content_policy")
     assert summary.by_status == {"ok": 198, "filtered": 1, "error": 1}
@@ -261,8 +260,8 @@ FAILURES: dict[str, bytes] = {
 @pytest.mark.parametrize("times", [1, 100])
 def test_a_choice_reporting_failure_is_retried(said: bytes, times: int, tmp_path: Path) -> None:
     """It never counts as ok."""
-    with serving_aside(says(lambda row, n: said if row == 5 and n <= times else choice())) as server:
-        summary, rows = run(tmp_path, server.url)
+    with serving_moved(says(lambda row, n: said if row == 5 and n <= times else choice())) as server:
+        summary, rows = run(tmp_path, server)
     failed = rows[5]
     assert failed["attempts"] == requests_by_row(server)[5] == 2
     assert failed["status"] == ("ok" if times == 1 else "error")
@@ -292,8 +291,8 @@ def test_foreign_finish_reasons_are_understood(tmp_path: Path) -> None:
     """They are judged by their meaning; unknown ones are reported once."""
     reasons = list(MEANINGS)
     notes: list[str] = []
-    with serving_aside(says(lambda row, n: choice("Fi", reasons[row % len(reasons)]))) as server:
-        summary, rows = run(tmp_path, server.url, 2 * len(reasons), notes=notes)
+    with serving_moved(says(lambda row, n: choice("Fi", reasons[row % len(reasons)]))) as server:
+        summary, rows = run(tmp_path, server, 2 * len(reasons), notes=notes)
     assert [row["status"] for row in rows] == list(MEANINGS.values()) * 2
     assert [row["finish_reason"] for row in rows] == reasons * 2
     assert [note for note in notes if "finish_reason" in note] == [
@@ -309,8 +308,8 @@ def test_foreign_finish_reasons_are_understood(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("setting", "rows_refused"), [("length", 3), ("content_filter", 4), ("other", 2)])
 def test_the_settings_of_finish_go_by_the_meaning(setting: str, rows_refused: int, tmp_path: Path) -> None:
     reasons = list(MEANINGS)
-    with serving_aside(says(lambda row, n: choice("Fi", reasons[row]))) as server:
-        summary, rows = run(tmp_path, server.url, len(reasons), finish={setting: "fail"})
+    with serving_moved(says(lambda row, n: choice("Fi", reasons[row]))) as server:
+        summary, rows = run(tmp_path, server, len(reasons), finish={setting: "fail"})
     assert summary.exit_code == 3
     assert sum(row["error"] is not None for row in rows) == rows_refused
 
@@ -329,10 +328,10 @@ REFUSALS: dict[str, bytes] = {
 def test_a_refusal_is_a_status_with_its_text(
     said: bytes, action: str, exit_code: int, attempts: int, tmp_path: Path
 ) -> None:
-    with serving_aside(says(lambda row, n: said if row == 5 else choice('{"a":1}'))) as server:
+    with serving_moved(says(lambda row, n: said if row == 5 else choice('{"a":1}'))) as server:
         summary, rows = run(
             tmp_path,
-            server.url,
+            server,
             finish={"refusal": action},
             request={"response_format": {"type": "json_object"}},
         )
@@ -348,15 +347,15 @@ QUOTA = refused("429 Too Many Requests", {"error": {"message": "Quota exceeded, 
 
 def test_a_quota_that_time_lifts_is_waited_for(tmp_path: Path) -> None:
     out = iter([True] * 6)
-    with serving_aside(says(lambda row, n: QUOTA if next(out, False) else choice())) as server:
-        summary, rows = run(tmp_path, server.url, speed=50.0)
+    with serving_moved(says(lambda row, n: QUOTA if next(out, False) else choice())) as server:
+        summary, rows = run(tmp_path, server)
     assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
     assert len(server.exchanges) == 12 + 6
 
 
 def test_a_lasting_quota_pauses_the_run(tmp_path: Path) -> None:
-    with serving_aside(says(lambda row, n: QUOTA if row > 2 else choice())) as server:
-        summary, _ = run(tmp_path, server.url, speed=200.0, retry={"max_wait_s": 120})
+    with serving_moved(says(lambda row, n: QUOTA if row > 2 else choice())) as server:
+        summary, _ = run(tmp_path, server, retry={"max_wait_s": 120})
         assert (summary.exit_code, summary.by_status) == (5, {"ok": 3})
         assert "minutes: Quota exceeded" in (summary.reason or "")
         assert len(server.exchanges) < 40
@@ -375,8 +374,8 @@ def test_a_lasting_quota_pauses_the_run(tmp_path: Path) -> None:
 )
 def test_an_empty_account_pauses_the_run(status: str, said: object, tmp_path: Path) -> None:
     """Whatever the error's envelope; no row fails."""
-    with serving_aside(says(lambda row, n: refused(status, said))) as server:
-        summary, _ = run(tmp_path, server.url)
+    with serving_moved(says(lambda row, n: refused(status, said))) as server:
+        summary, _ = run(tmp_path, server)
     assert (summary.exit_code, summary.by_status) == (5, {})
     assert len(server.exchanges) <= 9
 
@@ -385,8 +384,8 @@ def test_a_gateways_own_bad_key_fails_no_row(tmp_path: Path) -> None:
     """One request in eight gets a 401; one row gets nothing else, and fails alone."""
     wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
     bad = {(row, 1) for row in range(20, 200, 8)}
-    with serving_aside(says(lambda row, n: wrong_key if (row, n) in bad or row == 100 else choice())) as server:
-        summary, result = run(tmp_path, server.url, 200, limits={"max_in_flight": 8})
+    with serving_moved(says(lambda row, n: wrong_key if (row, n) in bad or row == 100 else choice())) as server:
+        summary, result = run(tmp_path, server, 200, limits={"max_in_flight": 8})
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 199, "error": 1})
     assert [(row["row"], row["error"]["kind"]) for row in result if row["error"]] == [(100, "authentication")]
     assert len(server.exchanges) < 250
@@ -414,11 +413,11 @@ def test_one_server_with_a_bad_key_fails_no_row(tmp_path: Path) -> None:
 
     async def script(exchange: Exchange) -> None:
         if exchange.connection % 3:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.2)
         await exchange.send(choice() if exchange.connection % 3 else wrong_key)
 
-    with serving_aside(script) as server:
-        summary, _ = run(tmp_path, server.url, 100)
+    with serving_moved(script) as server:
+        summary, _ = run(tmp_path, server, 100)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 100})
     assert len(server.exchanges) < 150
 
@@ -426,8 +425,8 @@ def test_one_server_with_a_bad_key_fails_no_row(tmp_path: Path) -> None:
 def test_a_login_page_ends_the_start_within_minutes(tmp_path: Path) -> None:
     """It is no completion, and each one may have been billed."""
     page = answer(b"<html>Please log in</html>").replace(b"application/json", b"text/html")
-    with serving_aside(says(lambda row, n: page)) as server:
-        summary, _ = run(tmp_path, server.url, 40, speed=100.0)
+    with serving_moved(says(lambda row, n: page)) as server:
+        summary, _ = run(tmp_path, server, 40)
     assert (summary.exit_code, summary.by_status) == (5, {})
     assert "not a chat completion, but a web page: Please log in" in str(summary.reason)
     assert len(server.exchanges) < 25
@@ -447,15 +446,15 @@ SPENT = {
 )
 def test_a_gateways_budget_pauses_the_run(status: str, said: object, exit_code: int, tmp_path: Path) -> None:
     """And a proxy that wants a password ends it: neither is any row's fault, in mid-run either."""
-    with serving_aside(says(lambda row, n: choice() if row < 12 else refused(status, said))) as server:
-        summary, _ = run(tmp_path, server.url, 60)
+    with serving_moved(says(lambda row, n: choice() if row < 12 else refused(status, said))) as server:
+        summary, _ = run(tmp_path, server, 60)
     assert (summary.exit_code, summary.by_status) == (exit_code, {"ok": 12})
 
 
 def test_a_glued_stream_end_is_ignored(tmp_path: Path) -> None:
     glued = answer(answer_body("Fine.") + b"\n\ndata: [DONE]\n\n")
-    with serving_aside(says(lambda row, n: glued)) as server:
-        summary, rows = run(tmp_path, server.url)
+    with serving_moved(says(lambda row, n: glued)) as server:
+        summary, rows = run(tmp_path, server)
     assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
     assert {row["error"]["kind"] for row in rows} == {"not_strict_json"}
     assert set(requests_by_row(server).values()) == {1}

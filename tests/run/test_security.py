@@ -13,7 +13,7 @@ from batchrun.report import formats
 from tests.cli_process import batchrun, write_job, write_rows
 from tests.crash.test_network_faults import run
 from tests.endings import answer_body
-from tests.fault_server import Exchange, answer, serving_aside
+from tests.fault_server import Exchange, answer, serving_aside, serving_moved
 
 HOSTILE = "\x1b]52;c;Y2FuYXJ5\x07 \x1b[2J\x1b[31m \u202egnp.exe \u2066x\u2069 \x9b31m \x08\x08\rall rows done \x00"
 """OSC 52 (writes the clipboard), CSI (clears, colours), bidirectional overrides, C1's one-byte CSI, a return."""
@@ -58,10 +58,10 @@ def test_no_cell_of_a_report_is_a_formula(tmp_path: Path) -> None:
         await exchange.send(answer(answer_body("fine")))
 
     names = ("=HYPERLINK(1)", "+1", "-1", "@SUM(1)", "\t=1", "plain")
-    with serving_aside(answers) as server:
+    with serving_moved(answers) as server:
         for number, name in enumerate(names):
             (folder := tmp_path / str(number)).mkdir()
-            run(folder, server.url, 1, request={"model": name})
+            run(folder, server, 1, request={"model": name})
     bill = report.collect([tmp_path / str(number) / "out" for number in range(len(names))], ("model",))
     cells = [cell for line in csv.reader(io.StringIO(formats.render(bill, "csv").decode())) for cell in line]
     assert {"'=HYPERLINK(1)", "'+1", "'-1", "'@SUM(1)", "'\t=1", "plain"} <= set(cells)

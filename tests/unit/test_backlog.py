@@ -288,6 +288,34 @@ def test_answered_regions_continue_failing_ones_slow(tmp_path: Path) -> None:
     assert near == list(range(3, 3 + backlogs.MOST_DOUBTED))
 
 
+def test_a_due_retry_waits_for_its_turn(tmp_path: Path) -> None:
+    """Without looking at the clock again and again: only another row's end lets it go."""
+
+    async def test() -> int:
+        reads = iter(range(1_000))
+
+        def clock() -> float:
+            assert next(reads, None) is not None, "the worker never sleeps"
+            return now()
+
+        backlog = Backlog(Source(tmp_path, 12), pending_of, clock)
+        await failed(backlog, *[await taken(backlog) for _ in range(11)])
+        first, answered = await taken(backlog), await taken(backlog)
+        backlog.ended(answered, Verdict.OK)
+        backlog.done()
+        for _ in range(backlogs.MOST_DOUBTED - 1):
+            await taken(backlog)
+        waiting = asyncio.create_task(backlog.next())
+        await asyncio.sleep(60)
+        assert not waiting.done()
+        backlog.ended(first, Verdict.OK)
+        pending = await waiting
+        assert pending is not None
+        return pending.request.row
+
+    assert moved(test) == backlogs.MOST_DOUBTED
+
+
 def test_a_returned_row_keeps_its_order(tmp_path: Path) -> None:
     async def test() -> list[int]:
         backlog = backlog_of(Source(tmp_path, 5))
