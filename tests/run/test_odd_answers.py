@@ -402,8 +402,8 @@ def test_a_third_refused_from_the_start_completes(tmp_path: Path) -> None:
             await asyncio.sleep(0.02)
         await exchange.send(wrong_key if is_refused else choice())
 
-    with serving_aside(script) as server:
-        summary, _ = run(tmp_path, server.url, 60, limits={"max_in_flight": 16})
+    with serving_moved(script) as server:
+        summary, _ = run(tmp_path, server, 60, limits={"max_in_flight": 16})
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 60})
 
 
