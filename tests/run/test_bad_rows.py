@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from batchrun.dispatch.backlog import MOST_DOUBTED
 from batchrun.run_summary import Summary
 from tests.crash.test_network_faults import (
     BUSY,
@@ -99,7 +100,9 @@ def test_forty_failing_rows_delay_no_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [range(0), range(20, 60)], ids=["each fails once", "and forty for ever"])
 @pytest.mark.parametrize("trouble", [FAILURE, BUSY], ids=["500", "503"])
 def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, trouble: bytes) -> None:
-    """Five minutes of it."""
+    """Five minutes of it. Sixteen are in flight when it begins, and as many are sent once more after a first storm. A
+    row that had failed before shows nothing about the endpoint as a probe, so another row follows it at once.
+    """
     every, until_s, during = rows(tmp_path, 120), 0.0, 0
     usual = bad_rows(frozenset(bad), sends(FAILURE)) if bad else fails_at_first(sends(FAILURE), every)
 
@@ -117,7 +120,7 @@ def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, tr
     with serving_moved(script) as server:
         summary = run(tmp_path, server, limits={"max_in_flight": 16})
     assert summary.by_status == ({"ok": 80, "error": 40} if bad else {"ok": 120})
-    assert during < 30 + 2 * 16, "sixteen were out when it began, and as many are sent once more after a first storm"
+    assert during < 30 + 2 * 16 + 3 * MOST_DOUBTED
 
 
 @pytest.mark.heavy
