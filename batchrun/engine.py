@@ -161,11 +161,10 @@ class Invocation(msgspec.Struct, frozen=True):
             self.status,
             self.hooks,
             self.options.deadline,
-            self.runtime.open_transports,
         )
         try:
             with asyncio.Runner(loop_factory=self.runtime.loop_factory) as runner:
-                return runner.run(dispatch.send_all())
+                return runner.run(dispatch.send_all(self.runtime.open_transports))
         except BatchrunError:
             self._write_unfinished(store)
             raise

@@ -23,6 +23,8 @@ from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
+from batchrun.limits.rates import RateLimits
+from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.records import Attempt, CompletionRecord, Row, Status, Usage, Verdict
 from batchrun.request.builder import RequestBuilder
 from batchrun.response import answer as answers
@@ -112,7 +114,7 @@ async def at_the_gate() -> float:
         uniform=lambda: 0.5,
         on_change=lambda before, after: None,
     )
-    gate = Gate(state, loop, Limits())
+    gate = Gate(state, SharedAdmission(loop, state), RateLimits(Limits(), loop.time()))
     started, rows = time.process_time(), 20_000
     for row in range(rows):
         slot = await gate.admit(Demand(1100, Decimal(1), 2000, 100))

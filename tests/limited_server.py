@@ -14,6 +14,8 @@ from batchrun.limits.admission import Demand, Found, Limit, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
+from batchrun.limits.rates import RateLimits
+from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.records import RowError, Verdict
 from batchrun.response.retry_after import retry_after_s
 from batchrun.simulator.limits import BURST_S, Limits
@@ -115,7 +117,9 @@ def new_gate(
         uniform=random.Random(7).random,
         on_change=lambda before, after: run.changes.append((_now_s() - run.server.started_s, f"{before} -> {after}")),
     )
-    return Gate(state, asyncio.get_running_loop(), settings.Limits(**limits), found=found, on_pace=log)
+    loop = asyncio.get_running_loop()
+    rates = RateLimits(settings.Limits(**limits), loop.time(), found=found, on_pace=log)
+    return Gate(state, SharedAdmission(loop, state), rates)
 
 
 async def send_all(

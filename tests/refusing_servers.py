@@ -18,6 +18,8 @@ from batchrun.limits.admission import Demand, Found, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
+from batchrun.limits.rates import RateLimits
+from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.records import RowError, Verdict
 
 REFUSAL_S = 0.02
@@ -337,11 +339,15 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
         uniform=random.Random(seed).random,
         on_change=lambda before, after: log(f"{before} -> {after}"),
     )
+    rates = RateLimits(
+        Limits(max_in_flight=max_in_flight, **limits),
+        loop.time(),
+        on_pace=lambda limit, before, after, why: log(f"{limit}: {before} -> {after}: {why}"),
+    )
     gate = Gate(
         state,
-        loop,
-        Limits(max_in_flight=max_in_flight, **limits),
-        on_pace=lambda limit, before, after, why: log(f"{limit}: {before} -> {after}: {why}"),
+        SharedAdmission(loop, state),
+        rates,
         on_kind=lambda kind, why: log(f"{kind}: {why}"),
     )
 

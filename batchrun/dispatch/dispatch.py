@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVarTuple
 
 import msgspec
@@ -32,6 +32,7 @@ from batchrun.limits.deadline import Deadline
 from batchrun.limits.gate import Gate
 from batchrun.limits.gates import AnyGate, Circuits, Gates, Lane
 from batchrun.limits.in_flight import InFlight
+from batchrun.limits.rates import RateLimits
 from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.limits.token_bucket import BURST_S
 from batchrun.open_files import OpenFiles
@@ -41,7 +42,7 @@ from batchrun.request.image_digests import ImageDigests
 from batchrun.store import in_flight
 from batchrun.store.in_flight import InFlightFile
 from batchrun.transport.connector import MAX_TAILS
-from batchrun.transport.transport import Wanted, opened_here
+from batchrun.transport.transport import Opened, Wanted, opened_here
 
 Ts = TypeVarTuple("Ts")
 
@@ -57,10 +58,7 @@ class Dispatch:
         status: RunStatus,
         hooks: Hooks,
         deadline: Deadline | None = None,
-        open_transports: OpenTransports | None = None,
     ) -> None:
-        """Without `open_transports`, this process sends."""
-        self._open_transports = open_transports or opened_here
         self._job = job
         self._store = store
         self._credentials = credentials
@@ -68,20 +66,21 @@ class Dispatch:
         self._hooks = hooks
         self._deadline = deadline
 
-    async def send_all(self) -> Stop | None:
+    async def send_all(self, open_transports: OpenTransports | None = None) -> Stop | None:
         """Returns None when every pending row is settled and every full chunk sealed, else why the run stopped.
+        Without `open_transports`, this process sends.
 
         Raises:
             BatchrunError: the run had to end; what was received is durable as far as the disk accepted it.
         """
         over_time = await asyncio.to_thread(SharedBudget.open, self._job, self._store.directory.path)
         try:
-            return await self._send_all(over_time)
+            return await self._send_all(over_time, open_transports or opened_here)
         finally:
             if over_time is not None:
                 await over_time.close()
 
-    async def _send_all(self, over_time: SharedBudget | None) -> Stop | None:
+    async def _send_all(self, over_time: SharedBudget | None, open_transports: OpenTransports) -> Stop | None:
         job, store, loop = self._job, self._store, asyncio.get_running_loop()
         learned = LearnedLimits(store.checkpoint, job.limits, loop.time(), store.plan.manifest.variant)
         in_flight_each, spare = self._connections()
@@ -95,9 +94,9 @@ class Dispatch:
             results = None if self._hooks.host is None else self._hooks.host.results
             open_run = OpenRun(store, slots, results, asyncio.Queue())
             async with contextlib.AsyncExitStack() as opened:
-                endpoints = Endpoints(
-                    await self._connect(opened, sum(in_flight_each), spare), gate, self._status.log, self._hooks.note
-                )
+                wanted = Wanted(job.endpoints, self._credentials, sum(in_flight_each), spare, self._status.log.write)
+                connected = self._connected(await opened.enter_async_context(open_transports(wanted)))
+                endpoints = Endpoints(connected, gate, self._status.log, self._hooks.note)
                 workers = Workers(job, requests, gate, endpoints, open_run, learned)
                 if over_time is not None:
                     over_time.listen(gate.wake, workers.fail)
@@ -173,10 +172,8 @@ class Dispatch:
             each = [max(1, one * room // wanted) for one in each]
         return each, max(0, room - wanted) // len(each)
 
-    async def _connect(self, stack: contextlib.AsyncExitStack, in_flight: int, spare: int) -> list[Connected]:
-        """Opens a transport to each endpoint."""
-        wanted = Wanted(self._job.endpoints, self._credentials, in_flight, spare, self._status.log.write)
-        opened = await stack.enter_async_context(self._open_transports(wanted))
+    def _connected(self, opened: Sequence[Opened]) -> list[Connected]:
+        """The endpoints with the transports that were opened to them."""
         connected = []
         for label, (transport, choice), credentials in zip(
             self._job.labels, opened, self._credentials.members, strict=True
@@ -192,38 +189,28 @@ class Dispatch:
         in_flight: list[int],
         over_time: SharedBudget | None,
     ) -> AnyGate:
-        job, known = self._job, learned.known
+        job, known, now_s = self._job, learned.known, loop.time()
         budget = _budget_account(job, self._store, over_time)
         if not job.more_endpoints:
             circuit = self._circuit(job.limits, in_flight[0], known.in_flight or 0)
-            return Gate(
-                circuit,
-                loop,
+            rates = RateLimits(
                 job.limits,
+                now_s,
                 daily=learned.daily,
                 found=Found(known.requests_per_minute, known.tokens_per_minute),
-                budget=budget,
-                overruns=learned.overruns,
-                on_pace=functools.partial(_log_pace, self._status.log, {}),
-                on_kind=functools.partial(_log_kind, self._status.log, {}),
+                on_pace=self._logs(_log_pace),
             )
+            shared = SharedAdmission(loop, circuit, budget)
+            return Gate(circuit, shared, rates, overruns=learned.overruns, on_kind=self._logs(_log_kind))
         circuits = Circuits()
         shared = SharedAdmission(loop, circuits, budget)
-        lanes, first_slot = [], 0
+        lanes = []
         for label, endpoint, most in zip(job.labels, job.endpoints, in_flight, strict=True):
             limits = job.limits_of(endpoint)
-            gate = Gate(
-                self._circuit(limits, most, 0, label),
-                loop,
-                limits,
-                overruns=learned.overruns,
-                on_pace=functools.partial(_log_pace, self._status.log, self._named(label)),
-                on_kind=functools.partial(_log_kind, self._status.log, self._named(label)),
-                shared=shared,
-                first_slot=first_slot,
-            )
+            circuit = self._circuit(limits, most, 0, label)
+            rates = RateLimits(limits, now_s, on_pace=self._logs(_log_pace, label))
+            gate = Gate(circuit, shared, rates, overruns=learned.overruns, on_kind=self._logs(_log_kind, label))
             lanes.append(Lane(label, gate, endpoint.weight))
-            first_slot += most
         circuits.gates = Gates(loop, shared, lanes, self._on_set_aside)
         return circuits.gates
 
@@ -234,8 +221,13 @@ class Dispatch:
             max_outage_s=self._job.retry.max_outage_s,
             resumed=self._store.plan.resumed,
             uniform=random.random,
-            on_change=functools.partial(_log_phase, self._status.log, self._named(label)),
+            on_change=self._logs(_log_phase, label),
         )
+
+    def _logs(self, write: Callable[[RunLog, dict[str, str], *Ts], None], label: str = "") -> Callable[[*Ts], None]:
+        """A callback that writes to the run's log, with the endpoint's name where there are several."""
+        log, named = self._status.log, self._named(label)
+        return lambda *change: write(log, named, *change)
 
     def _named(self, label: str) -> dict[str, str]:
         """The field of a log entry that names one of several endpoints."""

@@ -1,6 +1,5 @@
 """Admits each attempt when rates, budget, requests in flight and the endpoint's circuit all allow it."""
 
-import asyncio
 import math
 import re
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -8,13 +7,10 @@ from decimal import Decimal
 from typing import Any
 
 from batchrun.errors import ExitCode, RunStoppedError
-from batchrun.job.settings import Limits
-from batchrun.limits.adaptive_rate import AdaptiveRate, RateChange
+from batchrun.limits.adaptive_rate import AdaptiveRate
 from batchrun.limits.admission import OPEN, Binding, Decision, Demand, Found, Limit, Outcome, Phase, Stop
 from batchrun.limits.admission_queue import UNLIMITED
-from batchrun.limits.budget import BudgetAccount
 from batchrun.limits.circuit import IN_FLIGHT, Circuit
-from batchrun.limits.daily import DailyCount
 from batchrun.limits.overruns import Overruns
 from batchrun.limits.probe_turns import InDoubt
 from batchrun.limits.rate_headers import read_limit
@@ -57,40 +53,32 @@ class Gate:
     def __init__(
         self,
         circuit: Circuit,
-        loop: asyncio.AbstractEventLoop,
-        limits: Limits,
+        shared: SharedAdmission,
+        rates: RateLimits,
         *,
-        daily: DailyCount | None = None,
-        found: Found = Found(),  # noqa: B008  (frozen)
-        budget: BudgetAccount | None = None,
         overruns: Overruns | None = None,
-        on_pace: RateChange = lambda limit, before, after, why: None,
         on_kind: Callable[[str, str], None] = lambda kind, why: None,
-        shared: SharedAdmission | None = None,
-        first_slot: int = 0,
     ) -> None:
-        """The event loop's clock is the gate's clock, as it is aiolimiter's.
+        """Gates of several endpoints are given the same `shared`, each a circuit and rates of its own.
 
         `overruns` raises the upper bounds of models that were billed beyond them; without it, bounds are trusted.
-        `found` holds the limits that an earlier process found. `on_pace` is called for each change of a limit,
-        `on_kind` when refusals get another explanation. `shared` is given to the gates of several endpoints, each with
-        slots of its own from `first_slot` on; it has the budget then.
+        `on_kind` is called when refusals get another explanation.
         """
         self._circuit = circuit
-        self._loop = loop
-        self._rates = RateLimits(limits, loop.time(), daily=daily, found=found, on_pace=on_pace)
+        self._loop = shared.loop
+        self._rates = rates
         self._requests, self._tokens = self._rates.requests, self._rates.tokens
-        rates = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
-        self._refusals = Refusals(rates, circuit.in_flight, on_kind)
-        self._next_headers_s = loop.time()
-        self._shared = shared or SharedAdmission(loop, circuit, budget)
-        self.budget = self._shared.budget
+        adaptive = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
+        self._refusals = Refusals(adaptive, circuit.in_flight, on_kind)
+        self._next_headers_s = self._loop.time()
+        self._shared = shared
+        self.budget = shared.budget
         self._overruns = overruns
         self._slots = circuit.in_flight.most
-        self._free = list(range(first_slot + self._slots - 1, first_slot - 1, -1))  # a stack: low slots are used again
-        self._flights = self._shared.flights
-        self._queue = self._shared.queue
-        self.turns = self._shared.turns
+        self._free = list(reversed(shared.new_slots(self._slots)))  # a stack: low slots are used again
+        self._flights = shared.flights
+        self._queue = shared.queue
+        self.turns = shared.turns
 
     @property
     def slots(self) -> int:

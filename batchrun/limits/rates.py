@@ -47,8 +47,15 @@ class RateLimits:
     """
 
     def __init__(
-        self, limits: Limits, now_s: float, *, daily: DailyCount | None, found: Found, on_pace: RateChange
+        self,
+        limits: Limits,
+        now_s: float,
+        *,
+        daily: DailyCount | None = None,
+        found: Found = Found(),  # noqa: B008  (frozen)
+        on_pace: RateChange = lambda limit, before, after, why: None,
     ) -> None:
+        """`found` holds the limits that an earlier process found. `on_pace` is called for each change of a limit."""
         self._on_pace = on_pace
         self._sent_at_s = now_s
         self._guards: dict[Limit, AsyncLimiter] = {}

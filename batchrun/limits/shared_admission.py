@@ -1,4 +1,4 @@
-"""The attempts in flight, and what the gates of several endpoints share."""
+"""The attempts in flight, and what all gates of a run share: one for each endpoint, of which most runs have one."""
 
 import asyncio
 
@@ -27,13 +27,23 @@ class Flight(msgspec.Struct):
 
 
 class SharedAdmission:
-    """What gates with one backlog share: the queue, probing turns, budget, and the attempts in flight by slot."""
+    """What gates with one backlog share: the queue, probing turns, budget, slots, and the attempts in flight by slot.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, circuit: Breaker, budget: BudgetAccount | None) -> None:
+    The event loop's clock is the gates' clock, as it is aiolimiter's.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, circuit: Breaker, budget: BudgetAccount | None = None) -> None:
+        self.loop = loop
+        self._slots = 0
         self.queue = AdmissionQueue(loop)
         self.turns = ProbeTurns(circuit, loop)
         self.budget = budget or BudgetAccount()
         self.flights: dict[int, Flight] = {}
+
+    def new_slots(self, count: int) -> range:
+        """So many slots for one gate: consecutive numbers, from 0 for the first gate."""
+        first, self._slots = self._slots, self._slots + count
+        return range(first, self._slots)
 
     def wake(self) -> None:
         """Waiting attempts and workers check again."""

@@ -183,3 +183,12 @@ def test_servers_and_opentelemetry_load_on_demand() -> None:
     code = "import sys, batchrun.api; print('aiohttp.web' in sys.modules or 'opentelemetry' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"
+
+
+def test_no_constructor_has_above_six_parameters() -> None:
+    """More of them hide an object that belongs between."""
+    for _, file in modules():
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                parameters = len(node.args.args) + len(node.args.kwonlyargs) - 1  # self is not counted
+                assert parameters <= 6, f"{file}:{node.lineno} has {parameters}"

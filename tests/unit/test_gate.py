@@ -20,7 +20,8 @@ from batchrun.limits.daily import DailyCount
 from batchrun.limits.gate import Gate, GateClosed
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.overruns import Overruns
-from batchrun.limits.rates import Rates
+from batchrun.limits.rates import RateLimits, Rates
+from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.records import RowError, Verdict
 from batchrun.report.limit_lines import limits_in_words
 from tests import level
@@ -47,15 +48,9 @@ def new_gate(
         uniform=random.Random(1).random,
         on_change=lambda before, after: None,
     )
-    return Gate(
-        state,
-        asyncio.get_running_loop(),
-        Limits(**limits),
-        daily=daily,
-        budget=budget,
-        overruns=overruns,
-        on_pace=on_pace,
-    )
+    loop = asyncio.get_running_loop()
+    rates = RateLimits(Limits(**limits), loop.time(), daily=daily, on_pace=on_pace)
+    return Gate(state, SharedAdmission(loop, state, budget), rates, overruns=overruns)
 
 
 def money(cap: Decimal, spent: Decimal = Decimal(0)) -> BudgetAccount:

@@ -13,7 +13,7 @@ from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate, GateClosed
 from batchrun.limits.gates import Circuits, Gates, Lane
 from batchrun.limits.in_flight import InFlight
-from batchrun.limits.rates import Rates
+from batchrun.limits.rates import RateLimits, Rates
 from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.records import RowError, Verdict
 from tests.moved_clock import run_on_moved_clock
@@ -37,7 +37,7 @@ def gates_of(*weights: float, limits: Limits = UNLIMITED, most: int = 64, budget
             uniform=lambda: 0.0,
             on_change=lambda before, after: None,
         )
-        lanes.append(Lane(f"e{number}", Gate(circuit, loop, limits, shared=shared, first_slot=number * most), weight))
+        lanes.append(Lane(f"e{number}", Gate(circuit, shared, RateLimits(limits, loop.time())), weight))
     circuits.gates = Gates(loop, shared, lanes)
     return circuits.gates
 
