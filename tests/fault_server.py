@@ -103,7 +103,8 @@ async def serving(
         writers.append(writer)
         connection = served.connections
         served.connections += 1
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        # cancelled with its loop, it ends: the callback of asyncio's streams takes a cancelled one for a mistake
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             for place in range(1_000_000):
                 head = await reader.readuntil(b"\r\n\r\n")
                 exchange = Exchange(reader, writer, connection, place, head, await reader.readexactly(_length(head)))
