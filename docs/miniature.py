@@ -24,6 +24,8 @@ from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate, GateClosed
 from batchrun.limits.in_flight import InFlight
+from batchrun.limits.rates import RateLimits
+from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.policy import judge
 from batchrun.records import Answer, Attempt, CompletionRecord, Request, Row, RowError, Status, Verdict
 from batchrun.request.builder import RequestBuilder
@@ -49,7 +51,8 @@ async def send_all(job: Job, rows: list[Row], checkpoint: Checkpoint) -> None:
     """Every row is settled in the checkpoint. A fixed number of workers pulls rows: there is no task per row."""
     in_flight, log = InFlight(job.limits.max_in_flight), lambda before, after: print(f"gate: {after}")
     circuit = Circuit(in_flight=in_flight, max_outage_s=60, resumed=False, uniform=random.random, on_change=log)
-    gate = Gate(circuit, asyncio.get_running_loop(), job.limits)
+    loop = asyncio.get_running_loop()
+    gate = Gate(circuit, SharedAdmission(loop, circuit), RateLimits(job.limits, loop.time()))
     builder = RequestBuilder(job, "columns")
     waiting = iter(rows)
     retries: list[tuple[Row, int]] = []  # rows to send again, with their attempts so far; they go before new rows
