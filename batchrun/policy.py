@@ -261,7 +261,7 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
 
 def _by_body(status: int, words: str, wait_s: float | None) -> tuple[Verdict, str] | None:
     """(verdict, kind) by the subjects of the body; None if no rule matches."""
-    is_rows = status < 500 and _by_status(status)[0] is Verdict.ROW
+    is_rows = status // 100 == 4 and _by_status(status)[0] is Verdict.ROW
     for rule in RULES.get(status, RULES[400] if is_rows else ()):
         named = {Subject.WAIT} if wait_s is not None else set()
         if all(subject in named or speaks_of(subject, words) for subject in rule.subjects):

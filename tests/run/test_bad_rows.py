@@ -120,7 +120,7 @@ def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, tr
     with serving_moved(script) as server:
         summary = run(tmp_path, server, limits={"max_in_flight": 16})
     assert summary.by_status == ({"ok": 80, "error": 40} if bad else {"ok": 120})
-    assert during < 30 + 2 * 16 + 3 * MOST_DOUBTED
+    assert during < 30 + 2 * 16 + MOST_DOUBTED
 
 
 @pytest.mark.heavy
