@@ -86,7 +86,7 @@ class Sender:
         tails = max(0, min(setup.tails, room - setup.in_flight))
         self._credentials = credentials
         if setup.is_local:
-            orphans.end_agents_with(self._parent)
+            orphans.end_children_with(self._parent)
         choices = []
         places = zip(setup.endpoints, credentials.members, setup.authorities, strict=True)
         for endpoint, own, authorities in places:
