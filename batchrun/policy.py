@@ -9,7 +9,7 @@ import msgspec
 
 from batchrun.job.settings import Retry
 from batchrun.patterns import Pattern
-from batchrun.records import OTHER_API, Answer, Attempt, RowError, Verdict
+from batchrun.records import OTHER_API, WRONG_KEY, Answer, Attempt, RowError, Verdict
 from batchrun.response import other_apis, packed
 from batchrun.response.error_body import MAX_MESSAGE_CHARS
 from batchrun.response.refusal_subjects import Subject, speaks_of
@@ -62,7 +62,7 @@ NO_EVIDENCE = frozenset({Fault.KEY_REPLACED, Fault.SENDER_LOST})
 
 BY_STATUS: Mapping[int, tuple[Verdict, str]] = {
     **dict.fromkeys((400, 413, 415, 422), (Verdict.ROW, "bad_request")),
-    401: (Verdict.PAUSE, "authentication"),
+    401: (Verdict.PAUSE, WRONG_KEY),
     402: (Verdict.PAUSE, "payment_required"),
     403: (Verdict.PAUSE, "forbidden"),
     404: (Verdict.STOP, "not_found"),
@@ -94,6 +94,10 @@ CAPACITY_STATUSES = frozenset({429, 498, 503})
 with a 498 (console.groq.com/docs/flex-processing)."""
 
 
+KEY_STATUSES = frozenset({400, 401, 403})
+"""With these a server may reject the key: the row is sent again if its key was replaced in the meantime."""
+
+
 class Rule(NamedTuple):
     """The verdict if the body speaks of all `subjects` and no earlier rule matches."""
 
@@ -111,14 +115,14 @@ _BROKE = _rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="insufficient_quota")
 _TOO_FAST = _rule(Subject.PACE, verdict=Verdict.SLOW, kind="rate_limit")
 _TOO_LARGE = _rule(Subject.TOO_LARGE, verdict=Verdict.ROW, kind="bad_request")
 _USED_UP = _rule(Subject.QUOTA, verdict=Verdict.SLOW, kind=QUOTA)
-_WRONG_KEY = _rule(Subject.KEY, verdict=Verdict.PAUSE, kind="authentication")
+_WRONG_KEY = _rule(Subject.KEY, verdict=Verdict.PAUSE, kind=WRONG_KEY)
 
 RULES: Mapping[int, tuple[Rule, ...]] = {
     # an error object with a code of the vendor's own: MiniMax, Baidu
     200: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED, _USED_UP),
-    # Anthropic's empty balance, AWS's throttling, Google's wrong key
+    # Anthropic's empty balance, AWS's throttling, a wrong key at Google and xAI
     400: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED),
-    403: (_rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="forbidden"), _BLOCKED, _TOO_FAST),
+    403: (_rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="forbidden"), _WRONG_KEY, _BLOCKED, _TOO_FAST),
     422: (_BLOCKED,),
     429: (
         _BROKE,
@@ -169,6 +173,11 @@ class Judgement(msgspec.Struct, frozen=True):
     def is_capacity(self) -> bool:
         """Whether the request's service tier had no capacity for it."""
         return self.error is not None and self.error.kind == CAPACITY
+
+    @property
+    def is_wrong_key(self) -> bool:
+        """Whether the server rejects the key."""
+        return self.error is not None and self.error.kind == WRONG_KEY
 
     @property
     def is_refusal(self) -> bool:

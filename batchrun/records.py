@@ -223,6 +223,9 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     billed_apart: str | None = None
 
 
+WRONG_KEY = "authentication"
+"""The `error.kind` of a refused key: any 401, and another status whose words say so (Google and xAI send a 400)."""
+
 OTHER_API = "other_api"
 """The `error.kind` of a 2xx that is a whole answer of another API: each may be billed, and no wait makes it better."""
 

@@ -1,5 +1,6 @@
 """The figures of a run: `Summary`, which summary.json holds, and the frozen values in it."""
 
+from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
 
@@ -15,7 +16,7 @@ class TotalsLine(msgspec.Struct, frozen=True):
 
     `unpriced` counts attempts whose price is unknown, `without_usage` answers that brought no usage;
     neither adds to `cost_usd`. `offline_*` are about the tokens of the latter, by a count of our own: no other figure
-    holds them.
+    holds them. Cached, written and reasoning tokens are None where no answer stated them, which is not 0.
 
     `reused` of the `rows` took an answer without a request, `duplicates` of those that of an equal row of this run;
     `saved_usd` is what these answers cost when they were paid for.
@@ -29,16 +30,16 @@ class TotalsLine(msgspec.Struct, frozen=True):
     rows: int = 0
     attempts: int = 0
     prompt_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int | None = None
     completion_tokens: int = 0
-    reasoning_tokens: int = 0
+    reasoning_tokens: int | None = None
     total_tokens: int = 0
     cost_usd: Decimal = Decimal(0)
     unpriced: int = 0
     without_usage: int = 0
     offline_prompt_tokens: int = 0
     offline_completion_tokens: int = 0
-    cache_write_tokens: int = 0
+    cache_write_tokens: int | None = None
     reported_cost_usd: Decimal = Decimal(0)
     reused: int = 0
     duplicates: int = 0
@@ -48,6 +49,12 @@ class TotalsLine(msgspec.Struct, frozen=True):
     def key(self) -> "LineKey":
         """The key that distinguishes the line from the run's other lines."""
         return self.invocation, self.model, self.status, self.day, self.service_tier
+
+
+def stated(lines: Iterable[TotalsLine], name: str) -> int | None:
+    """The sum of a count over the lines that have it; None where no answer stated it."""
+    counts = [count for line in lines if (count := getattr(line, name)) is not None]
+    return sum(counts) if counts else None
 
 
 LineKey = tuple[int, str, str, str, str]

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from batchrun.report.summary import VERSION
 from batchrun.run_summary import TotalsLine
+from batchrun.store.totals import plus
 from batchrun.tables.arrow_types import column_of
 from batchrun.tables.booked import lines
 from batchrun.tables.rows import OWN_COLUMNS, own_schema
@@ -65,9 +66,8 @@ def write_result(
     totals: dict[Any, TotalsLine] = {}
     for line, each in zip(lines(table), rows, strict=True):
         before = totals.get(line.key, TotalsLine(*line.key))
-        changes = {name: getattr(before, name) + getattr(line, name) for name in TotalsLine.__struct_fields__[5:]}
-        changes["attempts"] += each["attempts"] - 1
-        totals[line.key] = msgspec.structs.replace(before, **changes)
+        more = TotalsLine(*line.key, attempts=each["attempts"] - 1)
+        totals[line.key] = plus(plus(before, line), more)
     reported = {
         **{"version": VERSION, "job": "job", "run_id": folder.name, "invocation": 1, "complete": True},
         **{"created_at": "2026-11-01T01:00:00Z", "updated_at": "2026-11-01T03:00:00Z", "rows": len(rows)},

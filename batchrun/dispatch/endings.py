@@ -134,7 +134,7 @@ class Endings:
         """
         pending, http_status = result.pending, result.attempt.http_status
         seen = pending.refused and http_status in (403, 429)
-        seen |= pending.history.corroborated > 0 and http_status == 401
+        seen |= pending.history.corroborated > 0 and result.judgement.is_wrong_key
         return seen and self._backlog.alone
 
     def _settle_answer(self, result: AttemptResult, settlement: Settlement, slot: int) -> None:
@@ -174,7 +174,7 @@ class Endings:
                 self.long_wait = Stop(ExitCode.PAUSED, f"row {row}: {'429' if error is None else error.text}")
             self._retry(result, None, self._gate.successes)
             return
-        if result.attempt.http_status == 401:
+        if result.judgement.is_wrong_key:
             result = _as_free(result)
             history = attempt_caps.wrong_key(result.pending.history)
             result = msgspec.structs.replace(result, history=history)

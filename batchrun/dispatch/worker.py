@@ -224,7 +224,7 @@ class Workers:
         to = self.endpoints.of(slot)
         version = to.credentials.version
         attempt = await to.transport.send(body, f"{self._attempt_prefix}-{row}-{n}")
-        if attempt.http_status in (401, 403) and attempt.error is None:
+        if attempt.http_status in policy.KEY_STATUSES and attempt.error is None:
             attempt = self.endpoints.refused(slot, attempt, version)
         answer = answers.parse(attempt.body, request.choices)
 

@@ -22,7 +22,7 @@ from batchrun.store.ledger import SINCE
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.spill import SpillFrame
-from batchrun.store.totals import DISCARDED, FIGURES, LOST, UNSTATED, plus
+from batchrun.store.totals import DISCARDED, LOST, UNSTATED, negative, plus
 from batchrun.tables import booked
 
 _KEPT_ENTRIES = (
@@ -115,9 +115,8 @@ def _add(lines: dict[LineKey, TotalsLine], line: TotalsLine) -> None:
 
 def _difference(wanted: TotalsLine | None, line: TotalsLine) -> TotalsLine:
     """`wanted` (None: nothing) minus the line. Offline counts stay, because no row has them."""
-    wanted = wanted or TotalsLine(*line.key)
-    figures = {name: getattr(wanted, name) - getattr(line, name) for name in FIGURES if not name.startswith("offline_")}
-    return TotalsLine(*wanted.key, **figures)
+    change = plus(wanted or TotalsLine(*line.key), negative(line))
+    return msgspec.structs.replace(change, offline_prompt_tokens=0, offline_completion_tokens=0)
 
 
 def write(old: RunDirectory, known: DbRecords, account: KeptSums, new: RunDirectory) -> None:

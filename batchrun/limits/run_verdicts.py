@@ -1,21 +1,21 @@
 """Verdicts on the whole run (a wrong key, an empty account), none of which is believed of a single row. PURE.
 
 Such a verdict is suspected until other rows confirm it, or an answer disproves it. Only a row sent *after* the verdict
-came can do either: when an account runs out, older and smaller requests still succeed for minutes. Of a wrong key (401)
-any row sent after the refused one counts, although it may be in flight already: one of several keys may be bad.
+came can do either: when an account runs out, older and smaller requests still succeed for minutes. Of a wrong key any
+row sent after the refused one counts, although it may be in flight already: one of several keys may be bad.
 """
 
 import msgspec
 
 from batchrun.limits.admission import Outcome, Stop
-from batchrun.records import OTHER_API
+from batchrun.records import OTHER_API, WRONG_KEY
 
 MOST_DISPROVED = 4
 """Each verdict that an answer disproved makes the next one need one more confirmation, up to five."""
 
 REFUSED_IN_A_ROW = 6
-"""So many 401 without an answer between are the run's. A gateway with some bad keys refuses rows at random, and a 401
-costs nothing: where a third is refused, six in a row come once in 729 times, two once in nine."""
+"""So many refused keys without an answer between are the run's. A gateway with some bad keys refuses rows at random,
+and that costs nothing: where a third is refused, six in a row come once in 729 times, two once in nine."""
 
 _KEY = "key"
 
@@ -47,7 +47,7 @@ class RunVerdicts:
         self._disproved = 0
         self._has_several_keys = False
         self._in_a_row = self._successes = 0
-        self._first = 0  # the order of the first 401 in a row
+        self._first = 0  # the order of the first refused key in a row
 
     @property
     def may_be_of_one_key(self) -> bool:
@@ -101,7 +101,7 @@ class RunVerdicts:
 
 def _subject(outcome: Outcome) -> str:
     """What the verdict is about: only verdicts on the same confirm each other."""
-    if outcome.error is not None and outcome.error.http_status == 401:
+    if outcome.error is not None and outcome.error.kind == WRONG_KEY:
         return _KEY
     if outcome.error is not None and outcome.error.kind == OTHER_API:
         return OTHER_API

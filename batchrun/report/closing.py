@@ -12,7 +12,7 @@ from batchrun.report.notices import nearly_used, unknown_reason
 from batchrun.report.suggested_fixes import Fix, command_with, fix_for, fix_for_address, fix_for_key
 from batchrun.report.summary import RATE_S, failures
 from batchrun.report.wording import are, plural, rounded
-from batchrun.run_summary import Summary
+from batchrun.run_summary import Summary, stated
 
 LABEL_WIDTH = 13  # "completions", the longest label, and two spaces
 
@@ -52,12 +52,10 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
         copies = f", {summary.duplicates:,} of them equal to an earlier row" if summary.duplicates else ""
         saved = f"; ${summary.saved_usd:,.6f} saved" if summary.saved_usd else ""
         yield "reused", f"{plural(summary.reused, 'row')} without a request{copies}{saved}"
-    prompt, cached, completion, reasoning = (
-        sum(getattr(line, name) for line in summary.totals)
-        for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
-    )
-    # 0 may only mean that the server reports no cache
-    cached_part = f" ({cached:,} cached, {cached / prompt:.0%})" if cached else ""
+    prompt = sum(line.prompt_tokens for line in summary.totals)
+    completion = sum(line.completion_tokens for line in summary.totals)
+    cached, reasoning = stated(summary.totals, "cached_tokens"), stated(summary.totals, "reasoning_tokens")
+    cached_part = f" ({cached:,} cached, {cached / prompt:.0%})" if cached is not None and prompt else ""
     reasoning_part = f" ({reasoning:,} reasoning)" if reasoning else ""
     yield "tokens", f"{prompt:,} in{cached_part}, {completion:,} out{reasoning_part}"
     cost, *beyond = cost_lines(summary)

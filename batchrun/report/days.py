@@ -5,6 +5,7 @@ rows are read, which have the time of their end. Attempts without a row (discard
 can't be divided: their day reads `2026-11-27 or 2026-11-28`, and they count in the month and span of the first.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, date, datetime, time, timedelta
@@ -21,7 +22,7 @@ from batchrun.report.latencies import local_days
 from batchrun.report.run_rows import Result
 from batchrun.report.runs import FoundRun
 from batchrun.run_summary import LineKey, TotalsLine
-from batchrun.store.totals import FIGURES
+from batchrun.store.totals import FIGURES, negative, plus
 
 _TOKENS = tuple(name for name in FIGURES if name.endswith("_tokens") and not name.startswith("offline"))
 _SUMMED = (*_TOKENS, "answer_cost_usd", "reported_cost_usd")
@@ -65,12 +66,9 @@ def _divided(found: FoundRun, lines: list[TotalsLine], zone: str) -> list[Totals
     for line in lines:
         known = rows.get(line.key, [])
         divided += known
-        left: dict[str, Any] = {
-            name: getattr(line, name) - sum(getattr(part, name) for part in known) for name in FIGURES
-        }
-        if any(left.values()):
-            day = " or ".join(_days(found, line, zone))
-            divided.append(msgspec.structs.replace(line, **left, day=day))
+        left = functools.reduce(plus, map(negative, known), line)
+        if any(getattr(left, name) for name in FIGURES):
+            divided.append(msgspec.structs.replace(left, day=" or ".join(_days(found, line, zone))))
     return divided
 
 
@@ -97,7 +95,7 @@ def _rows_by_day(result: Result, zone: str) -> Iterator[tuple[str, TotalsLine]]:
         for row in grouped.aggregate([*((name, "sum") for name in summed), ([], "count_all")]).to_pylist():
             if row["local"] is None:
                 continue
-            tokens: dict[str, Any] = {name: row[f"{name}_sum"] or 0 for name in _TOKENS}
+            tokens: dict[str, Any] = {name: row[f"{name}_sum"] for name in _TOKENS}
             yield (
                 row["utc"].isoformat(),
                 TotalsLine(

@@ -30,10 +30,10 @@ class BillLine(msgspec.Struct, frozen=True):
     ok: int = 0
     attempts: int = 0
     prompt_tokens: int = 0
-    cached_tokens: int = 0
-    cache_write_tokens: int = 0
+    cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
     completion_tokens: int = 0
-    reasoning_tokens: int = 0
+    reasoning_tokens: int | None = None
     total_tokens: int = 0
     cost_usd: Decimal = Decimal(0)
     wasted_usd: Decimal = Decimal(0)
@@ -81,8 +81,7 @@ DERIVED: dict[str, Callable[[BillLine], Decimal | float | None]] = {
     "ok_share": lambda line: _share(line.ok, line.rows),
     "cost_per_1000_rows_usd": lambda line: _per(_all_cost(line), line.rows, 1000),
     "cost_per_ok_usd": lambda line: _per(_all_cost(line), line.ok),
-    # 0 may only mean that the server reports no cache
-    "cached_share": lambda line: _share(line.cached_tokens or None, line.prompt_tokens),
+    "cached_share": lambda line: _share(line.cached_tokens, line.prompt_tokens),
     "attempts_per_row": lambda line: _share(line.attempts, line.rows),
     "p50_latency_s": _latency(0.5),
     "p95_latency_s": _latency(0.95),

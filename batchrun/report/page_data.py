@@ -75,11 +75,12 @@ def by_night(every: Sequence[CountedRun], span: DaySpan) -> list[Chart]:
     for line in bill.lines:
         place = labels.index(line.group[0])
         cost[line.group[1] if line.group[1] in shown else "others"][place] += float(line.cost_usd)
+        cached, reasoning = line.cached_tokens or 0, line.reasoning_tokens or 0
         tokens = (
-            line.prompt_tokens - line.cached_tokens,
-            line.cached_tokens,
-            line.completion_tokens - line.reasoning_tokens,
-            line.reasoning_tokens,
+            line.prompt_tokens - cached,
+            cached,
+            line.completion_tokens - reasoning,
+            reasoning,
         )
         for kind, value in zip(_KINDS, tokens, strict=True):
             kinds[kind][place] += value

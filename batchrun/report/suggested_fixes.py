@@ -13,6 +13,7 @@ import msgspec
 from batchrun.job.settings import Endpoint
 from batchrun.patterns import Pattern
 from batchrun.response import other_apis
+from batchrun.response.refusal_subjects import Subject, speaks_of
 
 
 class Fix(msgspec.Struct, frozen=True):
@@ -103,7 +104,8 @@ def fix_for(message: str, settings: Collection[str] | None = None) -> Fix | None
 
 def fix_for_key(reason: str, endpoint: Endpoint) -> Fix | None:
     """Advice on the API key that the server rejected; None if the run stopped for another reason."""
-    if re.search(r"\bHTTP 401\b", reason) is None:
+    status = re.search(r"\bHTTP (4\d\d)\b", reason)
+    if status is None or (status[1] != "401" and not speaks_of(Subject.KEY, reason)):
         return None
     rejected = "the server rejects the key"
     if endpoint.api_key_env is not None:

@@ -73,7 +73,7 @@ def _used_names(text: str) -> set[str]:
 ROW = "row"
 """The whole row in a template, for columns whose names are not plain words. A column named `row` takes precedence."""
 
-_ODD_NAME = 'A column whose name is not one plain word is written {{ row["its name"] }}'
+_ODD_NAME = "A column whose name is not one plain word is written {{ row['its name'] }}"
 
 
 @lru_cache(maxsize=64)  # the input check and dispatch make the same requests
@@ -182,8 +182,16 @@ def _odd_in_words(text: str, columns: Columns, what: str) -> str:
 
 
 def _or_empty(column: str) -> str:
-    """What to write for a column that may be null. `or ''` would drop 0 and false too."""
-    return f"{{{{ '' if {column} is none else {column} }}}}"
+    """What to write for a column that may be null. `or ''` would drop 0 and false too.
+
+    It has no quotes, so it fits into any string of the job file.
+    """
+    return f"{{% if {column} is not none %}}{{{{ {column} }}}}{{% endif %}}"
+
+
+def _in_row(column: str) -> str:
+    """A column whose name is not a plain word, in single quotes if it can be: most templates are in double quotes."""
+    return f"row['{column}']" if re.fullmatch(r"[^'\"\\\x00-\x1f]+", column) else f"row[{json_of(column)}]"
 
 
 _UNDEFINED = re.compile(r"'(\w+)' is undefined")
@@ -204,7 +212,6 @@ def among(columns: tuple[str, ...], name: str | None) -> str:
     if name is not None:
         odd = [column for column in columns if not column.isidentifier() and re.match(rf"{re.escape(name)}\b", column)]
         near = odd[:1] or difflib.get_close_matches(name, columns, n=1)
-        # if a column's name is not a plain word, the template uses its position in `row`
-        guess = f"; did you mean {near[0] if near[0].isidentifier() else f'row[{json_of(near[0])}]'}?" if near else ""
+        guess = f"; did you mean {near[0] if near[0].isidentifier() else _in_row(near[0])}?" if near else ""
     shown = ", ".join(columns[:SHOWN_COLUMNS]) + (", …" if len(columns) > SHOWN_COLUMNS else "")
     return f"{guess} (columns: {shown or 'none'})"

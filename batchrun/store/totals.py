@@ -8,6 +8,7 @@ answer are counted apart.
 
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from typing import Any
 
 import msgspec
 
@@ -245,7 +246,7 @@ def moved_to_discarded(answer: TotalsLine) -> tuple[TotalsLine, TotalsLine]:
     If it counts as a row, it no longer does.
     """
     discarded = msgspec.structs.replace(answer, status=DISCARDED, rows=0, reused=0, duplicates=0, saved_usd=Decimal(0))
-    return _negative(answer), discarded
+    return negative(answer), discarded
 
 
 def row_counts_again(answer: TotalsLine) -> TotalsLine:
@@ -263,15 +264,20 @@ def answer_line(c: CompletionRecord, invocation: int) -> TotalsLine:
 
 
 def plus(one: TotalsLine, other: TotalsLine) -> TotalsLine:
-    """The line `one` with the figures of `other` added."""
-    figures = {name: getattr(one, name) + getattr(other, name) for name in FIGURES}
+    """The line `one` with the figures of `other` added; a figure that only one of them has is taken as it is."""
+    figures: dict[str, Any] = {}
+    for name in FIGURES:
+        a, b = getattr(one, name), getattr(other, name)
+        figures[name] = a if b is None else b if a is None else a + b
     for name in ("cost_usd", "reported_cost_usd", "saved_usd"):
         figures[name] = figures[name] or Decimal(0)  # and no 0E-12
     return msgspec.structs.replace(one, **figures)
 
 
-def _negative(line: TotalsLine) -> TotalsLine:
-    return msgspec.structs.replace(line, **{name: -getattr(line, name) for name in FIGURES})
+def negative(line: TotalsLine) -> TotalsLine:
+    """The change that takes the line away."""
+    figures = {name: -figure for name in FIGURES if (figure := getattr(line, name)) is not None}
+    return msgspec.structs.replace(line, **figures)
 
 
 def _key(ending: Ending, invocation: int) -> LineKey:
@@ -287,7 +293,7 @@ def _restored(c: CompletionRecord, restored: Restored, invocation: int) -> list[
     """The changes that move an earlier attempt, discarded so far, to the status of the row that it settles."""
     answer = answer_line(c, invocation)
     discarded = msgspec.structs.replace(answer, status=DISCARDED, rows=0)
-    return [answer, _negative(discarded)]
+    return [answer, negative(discarded)]
 
 
 def _second_answer(new: TotalsLine, before: TotalsLine) -> list[TotalsLine]:
@@ -304,14 +310,14 @@ def _used(line: TotalsLine, usage: Usage | None, cost: Decimal | None, reported:
         line,
         attempts=1,
         prompt_tokens=used.prompt_tokens,
-        cached_tokens=used.cached_tokens or 0,
+        cached_tokens=used.cached_tokens,
         completion_tokens=used.completion_tokens,
-        reasoning_tokens=used.reasoning_tokens or 0,
+        reasoning_tokens=used.reasoning_tokens,
         total_tokens=used.total_tokens,
         cost_usd=cost or Decimal(0),
         unpriced=int(usage is not None and cost is None),
         without_usage=int(usage is None and cost is None),
-        cache_write_tokens=used.cache_write_tokens or 0,
+        cache_write_tokens=used.cache_write_tokens,
         reported_cost_usd=reported or Decimal(0),
     )
 
@@ -327,7 +333,8 @@ def with_reopened(totals: Totals, answers: Iterable[TotalsLine]) -> Totals:
 
 def _with_endings(line: TotalsLine, endings: Sequence[Ending]) -> TotalsLine:
     """The line with these attempts added: summed in local variables, so that a commit makes one new line."""
-    rows = prompt = cached = completion = reasoning = total = unpriced = without_usage = written = 0
+    rows = prompt = completion = total = unpriced = without_usage = 0
+    cached, reasoning, written = line.cached_tokens, line.reasoning_tokens, line.cache_write_tokens
     offline_prompt = offline_completion = 0
     cost, reported = line.cost_usd, line.reported_cost_usd
     for ending in endings:
@@ -350,24 +357,27 @@ def _with_endings(line: TotalsLine, endings: Sequence[Ending]) -> TotalsLine:
         prompt += usage.prompt_tokens
         completion += usage.completion_tokens
         total += usage.total_tokens
-        cached += usage.cached_tokens or 0
-        reasoning += usage.reasoning_tokens or 0
-        written += usage.cache_write_tokens or 0
+        if usage.cached_tokens is not None:
+            cached = (cached or 0) + usage.cached_tokens
+        if usage.reasoning_tokens is not None:
+            reasoning = (reasoning or 0) + usage.reasoning_tokens
+        if usage.cache_write_tokens is not None:
+            written = (written or 0) + usage.cache_write_tokens
     return TotalsLine(
         *line.key,
         rows=line.rows + rows,
         attempts=line.attempts + len(endings),
         prompt_tokens=line.prompt_tokens + prompt,
-        cached_tokens=line.cached_tokens + cached,
+        cached_tokens=cached,
         completion_tokens=line.completion_tokens + completion,
-        reasoning_tokens=line.reasoning_tokens + reasoning,
+        reasoning_tokens=reasoning,
         total_tokens=line.total_tokens + total,
         cost_usd=cost,
         unpriced=line.unpriced + unpriced,
         without_usage=line.without_usage + without_usage,
         offline_prompt_tokens=line.offline_prompt_tokens + offline_prompt,
         offline_completion_tokens=line.offline_completion_tokens + offline_completion,
-        cache_write_tokens=line.cache_write_tokens + written,
+        cache_write_tokens=written,
         reported_cost_usd=reported,
         reused=line.reused,
         duplicates=line.duplicates,

@@ -46,7 +46,7 @@ def lines(own: pa.Table) -> Iterator[TotalsLine]:
             reused=int(reused),
             duplicates=int(first is not None),
             saved_usd=saved or Decimal(0),
-            **{name: n or 0 for name, n in zip(_TOKENS, tokens, strict=True)},
+            **{name: n for name, n in zip(_TOKENS, tokens, strict=True) if n is not None},
         )
 
 

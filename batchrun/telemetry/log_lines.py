@@ -10,7 +10,7 @@ from batchrun.report.cost_lines import bound_usd, cost_so_far, headline_usd
 from batchrun.report.progress import line as progress_line
 from batchrun.report.summary import failures
 from batchrun.report.wording import plural
-from batchrun.run_summary import Summary
+from batchrun.run_summary import Summary, stated
 
 WARNING = "warning: "
 ERROR = "Error: "
@@ -78,7 +78,7 @@ def figures(summary: Summary) -> dict[str, object]:
         "retrying": 0 if summary.retrying is None else summary.retrying.rows,
         "by_status": summary.by_status,
         "prompt_tokens": sum(line.prompt_tokens for line in totals),
-        "cached_tokens": sum(line.cached_tokens for line in totals),
+        "cached_tokens": stated(totals, "cached_tokens"),
         "completion_tokens": sum(line.completion_tokens for line in totals),
         "cost_usd": cost_so_far(summary),
         "possibly_billed": summary.possibly_billed_count,

@@ -9,7 +9,7 @@ import msgspec
 from batchrun import __version__
 from batchrun.records import Status
 from batchrun.report.cost_lines import bound_usd, known_cost, unbounded
-from batchrun.run_summary import BudgetUse, Summary, TotalsLine
+from batchrun.run_summary import BudgetUse, Summary, TotalsLine, stated
 from batchrun.store.totals import LOST, SEVERAL
 
 STATES = ("checking", "running", "writing", "complete", "stopped", "failed")
@@ -126,7 +126,8 @@ def _of_model(lines: list[TotalsLine], doubts: int) -> Iterator[tuple[str, Label
     yield "tokens", {"kind": "prompt"}, sum(line.prompt_tokens for line in lines)
     yield "tokens", {"kind": "completion"}, sum(line.completion_tokens for line in lines)
     for name in ("cached_tokens", "cache_write_tokens", "reasoning_tokens"):
-        yield name, {}, sum(getattr(line, name) for line in lines)
+        if (count := stated(lines, name)) is not None:
+            yield name, {}, count
     cost_usd = sum((line.cost_usd for line in lines), Decimal(0))
     unknown = sum(line.unpriced + line.without_usage for line in lines)
     if not any(line.total_tokens for line in lines):  # no answer: its requests may be the ones in doubt

@@ -158,8 +158,9 @@ def test_every_column_is_an_independent_sum(nights: Nights) -> None:
         assert line["attempts"] == sum(row["attempts"] for row in rows)
         assert line["attempts_per_row"] == round(sum(row["attempts"] for row in rows) / ROWS, 6)
         assert line["reused"] == sum(row["reused"] for row in rows) == 0
-        for name in ("prompt_tokens", "completion_tokens", "total_tokens", "reasoning_tokens", "cache_write_tokens"):
-            assert line[name] == sum(each[name] for each in usage)
+        for name in ("prompt_tokens", "completion_tokens", "total_tokens", "reasoning_tokens"):
+            assert line[name] == sum(each[name] or 0 for each in usage)
+        assert line["cache_write_tokens"] is None
         cost = sum((each["cost_usd"] for each in usage), Decimal(0))
         wasted = sum((each["cost_usd"] for each in usage if each["status"] == "discarded"), Decimal(0))
         assert Decimal(line["wasted_usd"]) == wasted

@@ -92,11 +92,19 @@ def test_usual_runs_have_no_findings(tmp_path: Path) -> None:
     assert collect([tmp_path], Query(("job",), limits=findings.THRESHOLDS)).findings == ()
 
 
-def test_an_unreported_cache_is_not_an_unused_one(tmp_path: Path) -> None:
-    night(tmp_path, 1, lambda n: {"prompt_tokens": 2000, "cached_tokens": None})
-    assert "finding (cache)" not in batchrun("report", tmp_path, "--findings").stdout
-    bill = json.loads(batchrun("report", tmp_path, "--format", "json").stdout)
-    assert (bill["total"]["prompt_tokens"], bill["total"]["cached_share"]) == (400_000, None)
+@pytest.mark.parametrize("stated", [None, 0])
+def test_an_unreported_cache_is_not_an_unused_one(tmp_path: Path, stated: int | None) -> None:
+    """Null where no answer stated its cached tokens, 0 where all of them stated 0, in each format of the bill."""
+    night(tmp_path, 1, lambda n: {"prompt_tokens": 2000, "cached_tokens": stated})
+    found = "finding (cache)" in batchrun("report", tmp_path, "--findings").stdout
+    assert found == (stated == 0)
+    bill = json.loads(batchrun("report", tmp_path, "--format", "json").stdout)["total"]
+    assert (bill["prompt_tokens"], bill["cached_tokens"], bill["cached_share"]) == (400_000, stated, stated)
+    columns = "--columns", "cached_tokens,cached_share"
+    as_csv = batchrun("report", tmp_path, "--format", "csv", *columns).stdout.splitlines()[1]
+    assert as_csv.endswith(",," if stated is None else ",0,0.0")
+    as_text = batchrun("report", tmp_path, *columns).stdout.splitlines()[-1].split()
+    assert as_text[-2:] == (["–", "–"] if stated is None else ["0.0", "%"])
 
 
 def test_thresholds_can_be_set_within_range(tmp_path: Path) -> None:

@@ -380,9 +380,23 @@ def test_an_empty_account_pauses_the_run(status: str, said: object, tmp_path: Pa
     assert len(server.exchanges) <= 9
 
 
-def test_a_gateways_own_bad_key_fails_no_row(tmp_path: Path) -> None:
-    """One request in eight gets a 401; one row gets nothing else, and fails alone."""
-    wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
+WRONG_KEYS = {
+    "401": refused("401 Unauthorized", {"error": {"message": "invalid api key"}}),
+    "xAI": refused("400 Bad Request", {"code": "invalid-argument", "error": "Incorrect API key provided: xa***id."}),
+    "Google": refused(
+        "400 Bad Request",
+        {"error": {"code": 400, "message": "API key not valid. Please pass a valid API key.", "status": "INVALID"}},
+    ),
+    "403": refused("403 Forbidden", {"error": {"message": "Invalid API Key"}}),
+}
+"""How servers reject a key."""
+
+each_wrong_key = pytest.mark.parametrize("wrong_key", WRONG_KEYS.values(), ids=WRONG_KEYS)
+
+
+@each_wrong_key
+def test_a_gateways_own_bad_key_fails_no_row(tmp_path: Path, wrong_key: bytes) -> None:
+    """One request in eight is refused; one row gets nothing else, and fails alone."""
     bad = {(row, 1) for row in range(20, 200, 8)}
     with serving_moved(says(lambda row, n: wrong_key if (row, n) in bad or row == 100 else choice())) as server:
         summary, result = run(tmp_path, server, 200, limits={"max_in_flight": 8})
@@ -391,9 +405,9 @@ def test_a_gateways_own_bad_key_fails_no_row(tmp_path: Path) -> None:
     assert len(server.exchanges) < 250
 
 
-def test_a_third_refused_from_the_start_completes(tmp_path: Path) -> None:
-    """One of three keys is bad: a 401 comes at once, an answer later. Two 401 in a row stop nothing."""
-    wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
+@each_wrong_key
+def test_a_third_refused_from_the_start_completes(tmp_path: Path, wrong_key: bytes) -> None:
+    """One of three keys is bad: a refusal comes at once, an answer later. Two refusals in a row stop nothing."""
     draws = random.Random(5)
 
     async def script(exchange: Exchange) -> None:

@@ -160,7 +160,7 @@ def test_a_list_of_runs_has_bounds() -> None:
 
 
 def test_headlines_say_what_is_known() -> None:
-    totals = [TotalsLine(1, "m", "ok", "2026-11-28", "", 1, 1, 10, 0, 2, 0, 12, Decimal(0), 0, 1)]
+    totals = [TotalsLine(1, "m", "ok", "2026-11-28", "", 1, 1, 10, None, 2, None, 12, Decimal(0), 0, 1)]
     reported = summary(totals=totals, cost_usd=Decimal(0), without_usage=1)
     assert "cost unknown" in line(reported)
     closing = "\n".join(in_words(reported, requests_per_minute=None, max_failures=0))

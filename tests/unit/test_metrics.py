@@ -27,10 +27,12 @@ def line(model: str, status: str, **figures: Any) -> TotalsLine:
     return TotalsLine(1, model, status, "2026-11-25", **figures)
 
 
+PARTS = {"cached_tokens": 64, "cache_write_tokens": 32, "reasoning_tokens": 0}
+
 FULL = summary(
     totals=[
         line("a", "ok", rows=7, attempts=7, prompt_tokens=700, completion_tokens=70, cost_usd=Decimal("0.5")),
-        line("a", "discarded", attempts=2, prompt_tokens=200, cached_tokens=64, cost_usd=Decimal("0.1")),
+        line("a", "discarded", attempts=2, prompt_tokens=200, **PARTS, cost_usd=Decimal("0.1")),
         line("b", "error", rows=1, attempts=4, unpriced=1),
         line(SEVERAL, LOST, attempts=3),
     ],

@@ -1,5 +1,7 @@
 """Columns with any name in a template, nulls in it, and text files with a byte order mark."""
 
+import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,14 @@ def test_a_column_with_any_name_is_in_reach(name: str) -> None:
 
 
 def test_an_unparsable_template_shows_the_syntax() -> None:
-    with pytest.raises(JobError, match=r'template error .*\{\{ row\["its name"\] \}\}'):
+    with pytest.raises(JobError, match=r"template error .*\{\{ row\['its name'\] \}\}"):
         text_template("{{ customer name }}", "request.prompt")
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{{ customer-name }}", 'did you mean row["customer-name"]? (columns: customer-name, text)'),
+        ("{{ customer-name }}", "did you mean row['customer-name']? (columns: customer-name, text)"),
         ("{{ txt }}", "did you mean text? (columns: customer-name, text)"),
         ('{{ row["texts"] }}', "did you mean text? (columns: customer-name, text)"),
     ],
@@ -45,11 +47,25 @@ def test_a_missing_column_lists_the_others(text: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, "0"), (False, "false"), (None, ""), ("", "")])
-def test_null_proposals_keep_other_values(value: object, text: str) -> None:
+@pytest.mark.parametrize("quotes", ['"', "'", '"""', "'''"])
+def test_null_proposals_fit_any_toml_string(quotes: str, value: object, text: str) -> None:
+    """The proposal is pasted into the job file as it stands. Of the values only null becomes empty."""
     with pytest.raises(InputError) as error:
         rendered("{{ n }}", {"n": None})
     proposed = str(error.value).partition("write ")[2].partition(" where")[0]
-    assert rendered(proposed, {"n": value}) == text
+    pasted = tomllib.loads(f"prompt = {quotes}{proposed}{quotes}")["prompt"]
+    assert rendered(pasted, {"n": value}) == text
+
+
+@pytest.mark.parametrize("name", ["customer-name", "it's", 'a"b', "a\\b", "a\nb"])
+def test_proposed_columns_are_in_reach(name: str) -> None:
+    """In the usual double quotes too, unless the name itself has quotes."""
+    with pytest.raises(InputError) as error:
+        rendered("{{ " + re.split(r"\W", name)[0] + " }}", {name: "here"})
+    proposed = str(error.value).partition("did you mean ")[2].partition("? (columns")[0]
+    assert rendered("{{ " + proposed + " }}", {name: "here"}) == "here"
+    if name == "customer-name":
+        assert tomllib.loads(f'prompt = "{{{{ {proposed} }}}}"')
 
 
 def test_files_may_begin_with_a_bom(tmp_path: Path) -> None:

@@ -310,8 +310,11 @@ def test_deep_or_broken_requests_are_row_errors() -> None:
     [
         ("{{ missing }}", "request.prompt: 'missing' is undefined"),
         ("{{ txet }}", "request.prompt: 'txet' is undefined; did you mean text?"),
-        ("{{ text }}{{ empty }}", "request.prompt: column 'empty' is null; write {{ '' if empty is none else empty }}"),
-        ("{{ empty }}{{ none_too }}", "request.prompt: columns 'empty', 'none_too' are null; write {{ '' if empty is"),
+        (
+            "{{ text }}{{ empty }}",
+            "request.prompt: column 'empty' is null; write {% if empty is not none %}{{ empty }}",
+        ),
+        ("{{ empty }}{{ none_too }}", "request.prompt: columns 'empty', 'none_too' are null; write {% if empty is"),
         ("{{ struct.gone }}", "request.prompt: 'dict object' has no attribute 'gone'"),
         ("{{ struct.empty }}", "request.prompt: a value in the template is null, in column 'struct'"),
         ("{{ text / 2 }}", "request.prompt: TypeError"),
