@@ -94,7 +94,7 @@ CAPACITY_STATUSES = frozenset({429, 498, 503})
 with a 498 (console.groq.com/docs/flex-processing)."""
 
 
-KEY_STATUSES = frozenset({400, 401, 403})
+KEY_STATUSES = frozenset({400, 401, 403, 500})
 """With these a server may reject the key: the row is sent again if its key was replaced in the meantime."""
 
 
@@ -111,6 +111,7 @@ def _rule(*subjects: Subject, verdict: Verdict, kind: str) -> Rule:
 
 
 _BLOCKED = _rule(Subject.CONTENT, verdict=Verdict.ROW, kind=CONTENT_POLICY)
+_CRASHED = _rule(Subject.CRASHED, verdict=Verdict.FREE, kind="server_error")
 _BROKE = _rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="insufficient_quota")
 _TOO_FAST = _rule(Subject.PACE, verdict=Verdict.SLOW, kind="rate_limit")
 _TOO_LARGE = _rule(Subject.TOO_LARGE, verdict=Verdict.ROW, kind="bad_request")
@@ -120,8 +121,8 @@ _WRONG_KEY = _rule(Subject.KEY, verdict=Verdict.PAUSE, kind=WRONG_KEY)
 RULES: Mapping[int, tuple[Rule, ...]] = {
     # an error object with a code of the vendor's own: MiniMax, Baidu
     200: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED, _USED_UP),
-    # Anthropic's empty balance, AWS's throttling, a wrong key at Google and xAI
-    400: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED),
+    # an empty balance at Anthropic and DashScope, AWS's throttling, a wrong key at Google and xAI, LM Studio's crash
+    400: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _CRASHED, _BLOCKED),
     403: (_rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="forbidden"), _WRONG_KEY, _BLOCKED, _TOO_FAST),
     422: (_BLOCKED,),
     429: (
@@ -135,7 +136,10 @@ RULES: Mapping[int, tuple[Rule, ...]] = {
     ),
     451: (_BLOCKED,),
     498: (_rule(Subject.CAPACITY, verdict=Verdict.SLOW, kind="overloaded"),),  # Groq's, to a row that names no tier
-    500: (_rule(Subject.UNABLE, verdict=Verdict.ROW, kind="not_supported"),),
+    500: (
+        _WRONG_KEY,
+        _rule(Subject.UNABLE, verdict=Verdict.ROW, kind="not_supported"),
+    ),
     503: (_rule(Subject.WAIT, verdict=Verdict.SLOW, kind="overloaded"), _BLOCKED),
 }
 """The statuses whose body decides. The first rule that matches counts. For 403 an empty account comes before content:

@@ -142,7 +142,10 @@ def _stopped(
     if fix is not None:
         yield from _fixed(fix, command, again, retry=False)
     else:
-        left = f"{plural(summary.pending, 'row')} {are(summary.pending)} left"
+        if summary.pending:
+            left = f"{plural(summary.pending, 'row')} {are(summary.pending)} left"
+        else:
+            left = "no row is left, but there is no result yet"
         yield "next", f"{left}; {again}"
     if summary.by_status and "partial" not in summary.files and "usage" in summary.files:
         yield "rows so far", f"batchrun export {shlex.quote(str(Path(summary.files['usage']).parent))}"

@@ -245,7 +245,7 @@ class _StreamedAnswer:
         index = messages.index(choice, 0)
         if index >= MAX_CHOICES:
             return
-        if reason := messages.text(choice.get("finish_reason")):
+        if reason := messages.finish_reason(choice):
             self._finish_reasons[index] = reason
         if (usage := usages.in_choice(choice)) is not None:
             self._usages[index] = usages.joined(self._usages.get(index), usage)

@@ -121,7 +121,7 @@ def parse_object(body: dict[str, Any], flagged: bool) -> Answer:
     # the one with the lowest number: servers were seen that list the one first that ended first
     numbered = [(messages.index(each, place), place) for place, each in enumerate(choices) if isinstance(each, dict)]
     choice: dict[str, Any] = choices[min(numbered)[1]] if numbered else {}
-    finish_reason = messages.text(choice.get("finish_reason"))
+    finish_reason = messages.finish_reason(choice)
     message = messages.of(choice)
     usage, service_tier, reported_cost_usd = usages.stated_in(body)
     apart = billed_apart.of(body, usages.of_answer(body))
@@ -172,7 +172,7 @@ def parse_object(body: dict[str, Any], flagged: bool) -> Answer:
 def _choice(choice: dict[str, Any], place: int) -> Choice:
     message = messages.of(choice)
     content = None if message is None else messages.content(message.get("content"))
-    return Choice(messages.index(choice, place), content, messages.text(choice.get("finish_reason")))
+    return Choice(messages.index(choice, place), content, messages.finish_reason(choice))
 
 
 def with_failure(answer: Answer, failure: error_body.Failure | None) -> Answer:

@@ -156,6 +156,9 @@ def _of_list(items: list[Any], depth: int) -> Failure | None:
 
 
 def _failure(message: str, code: str | None, fields: Mapping[str, Any]) -> Failure:
+    cause = metadata.get("raw") if isinstance(metadata := fields.get("metadata"), dict) else None
+    if isinstance(cause, str) and cause and cause not in message:
+        message = f"{message}: {cause}"  # OpenRouter's own message is "Provider returned error" whatever the reason
     param = fields.get("param")
     if isinstance(param, str) and param and param not in message:
         message = f"{message} (param: {param})"

@@ -48,7 +48,7 @@ _NAMES: Mapping[Meaning, str] = {
         max_output_tokens max_new_tokens max_completion_tokens token_limit token_limit_reached tokens_limit output_limit
         model_length context context_length context_limit context_window context_length_exceeded max_context
         model_context_window_exceeded max_model_len truncated incomplete time_limit error_limit length_capped pause_turn
-        repetition
+        repetition repetition_detected repeat
     """,
     Meaning.FUNCTION_CALL: "function_call function_calls function",
     Meaning.TOOL_CALLS: "tool_calls tool_call tool_use tools",

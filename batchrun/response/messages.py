@@ -15,6 +15,12 @@ def text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def finish_reason(choice: dict[str, Any]) -> str | None:
+    """The choice's finish_reason; some servers send an object whose `type` it is (SGLang before 0.4)."""
+    reason = choice.get("finish_reason")
+    return text(reason.get("type") if isinstance(reason, dict) else reason)
+
+
 def of(choice: dict[str, Any]) -> dict[str, Any] | None:
     """A choice's message, or what some servers send in its place: a text, or the only delta of a whole answer."""
     message, delta = choice.get("message"), choice.get("delta")

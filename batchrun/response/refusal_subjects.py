@@ -32,6 +32,8 @@ class Subject(StrEnum):
     """The server can't do this at all."""
     CAPACITY = "capacity"
     """The server has no room for this now; of a service tier that serves only while there is room."""
+    CRASHED = "crashed"
+    """The server's own machinery failed: the model crashed, or was taken out of memory."""
     TOO_LARGE = "too large"
     """This one request is larger than the limit itself: no wait makes room for it."""
 
@@ -41,12 +43,14 @@ _I = re.IGNORECASE
 _PATTERNS: Mapping[Subject, Pattern] = {
     # DeepSeek, OpenRouter, MiniMax 1008, Zhipu 1113 (arrears), Anthropic ("credit balance is too low", with a 400), xAI
     # ("used all available credits or reached its monthly spending limit"), Moonshot ("account is suspended"), LiteLLM
-    # ("Budget has been exceeded!", "budget_exceeded", "ExceededTokenBudget", with a 400)
+    # ("Budget has been exceeded!", "budget_exceeded", "ExceededTokenBudget", with a 400), DashScope ("Arrearage", "make
+    # sure your account is in good standing", with a 400)
     Subject.BROKE: Pattern(
         r"(insufficient|not enough|no|low|exhausted|depleted|out of)[ _-](account[ _-]|prepaid[ _-])?"
         r"(balance|credits?|funds?|money)\b"
         r"|(balance|credits?|funds)\b.{0,20}\b(too low|insufficient|exhausted|depleted|used up|not enough|run out)"
-        r"|used all (available |your )?credits|spend(ing)?[ _-]limit|(billing|spend)[ _-]hard[ _-]limit|arrears?\b"
+        r"|used all (available |your )?credits|spend(ing)?[ _-]limit|(billing|spend)[ _-]hard[ _-]limit|arrear"
+        r"|good standing|\boverdue[ _-](account|payment|balance|bill|invoice)"
         r"|(account|organization|team|project)\b.{0,40}\b(suspended|deactivated|overdue|past due)"
         r"|(?<!thinking )(?<!reasoning )(?<!token )\bbudget[ _](has been )?exceeded|\bover budget\b"
         r"|exceeded(token)?budget"
@@ -83,15 +87,19 @@ _PATTERNS: Mapping[Subject, Pattern] = {
         _I,
     ),
     Subject.WAIT: Pattern(r"resource[ _-]?exhausted|rate_limit_error", _I),
-    # Google answers a wrong key with 400, "API key not valid. Please pass a valid API key."
+    # Google answers a wrong key with 400, "API key not valid. Please pass a valid API key."; Anthropic's is the
+    # "x-api-key", Azure's the "subscription key", LiteLLM's the "proxy server token", DeepSeek's "Authentication Fails"
     Subject.KEY: Pattern(
-        r"(invalid|incorrect|expired|missing|wrong|bad|no)[ _-](api[ _-]?|access[ _-]?|auth\w*[ _-])(key|token)\b"
+        r"(invalid|incorrect|expired|missing|wrong|bad|no)[ _-]"
+        r"((x-)?api[ _-]?|access[ _-]?|auth\w*[ _-]|subscription |proxy server )(key|token)\b"
         r"|(api[ _-]?key|(access|auth\w*)[ _-]token)[ _-](is[ _-])?(not[ _-]valid|invalid|expired|missing|incorrect)"
-        r"|invalidapikey",
+        r"|invalidapikey|\bauthentication[ _](error|fails)\b",
         _I,
     ),
     # llama.cpp sends this with a 500 for what its model can't do, such as images: a retry fails again
     Subject.UNABLE: Pattern(r"\bnot (supported|implemented)\b|\bunsupported\b", _I),
+    # LM Studio sends this with a 400: "The model has crashed without additional information", "Model unloaded."
+    Subject.CRASHED: Pattern(r"\bmodel (has |was |is )?(been )?(crashed|unloaded|reloaded)\b|\bchannel error\b", _I),
     # OpenAI's flex processing ("Resource Unavailable"), Groq's (498, "capacity_exceeded")
     Subject.CAPACITY: Pattern(
         r"resource[ _-]?unavailable|capacity[ _-]?exceeded"

@@ -1,8 +1,11 @@
 """What a finish_reason means that no table has: its parts say it, and it is still reported."""
 
+import json
+
 import pytest
 
 from batchrun.report.notices import unknown_reason
+from batchrun.response.answer import parse
 from batchrun.response.finish_reasons import Meaning, is_known, meaning_of
 
 GUESSED: dict[Meaning, str] = {
@@ -32,6 +35,24 @@ GUESSED: dict[Meaning, str] = {
 def test_an_unknown_reason_is_judged_by_parts(word: str, meaning: Meaning) -> None:
     assert meaning_of(word) is meaning
     assert not is_known(word), "and it is reported"
+
+
+@pytest.mark.parametrize("word", ["repetition", "repetition_detected", "repeat"])
+def test_a_model_stopped_in_a_loop_is_truncated(word: str) -> None:
+    """vLLM and Moonshot end an answer that repeats itself."""
+    assert meaning_of(word) is Meaning.LENGTH
+    assert is_known(word)
+
+
+def test_a_reason_may_be_an_object() -> None:
+    """SGLang's older servers send the reason with what matched, whole and streamed."""
+    reason = {"type": "length", "length": 16}
+    choice = {"index": 0, "finish_reason": reason}
+    whole = {"choices": [{**choice, "message": {"role": "assistant", "content": "cut"}}]}
+    piece = {"choices": [{**choice, "delta": {"content": "cut"}}]}
+    for raw in (json.dumps(whole).encode(), f"data: {json.dumps(piece)}\n\ndata: [DONE]\n\n".encode()):
+        answer = parse(raw)
+        assert (answer.completion, answer.content, answer.finish_reason) == (True, "cut", "length")
 
 
 @pytest.mark.parametrize("word", ["stop", "MAX_TOKENS", "content_filter_error", "error_limit", "null", "", None])
