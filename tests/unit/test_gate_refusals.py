@@ -27,7 +27,7 @@ from tests.unit.test_gate import new_gate, now_s
 pytestmark = pytest.mark.campaign
 
 SEEDS = level.amount(sample=1, full=2)
-"""Of the five held out, drawn anew for each scenario: all five in each run were a third of the work of all tests."""
+"""Of the five held out, drawn for each scenario: all five in each run were a third of the work of all tests."""
 NAME = operator.attrgetter("name")
 
 
