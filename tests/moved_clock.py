@@ -25,6 +25,9 @@ START_S = 1_000.0
 HANDSHAKE = 3
 """Packets of a new connection, each of which the kernel sends when it has read the one before."""
 
+OWN_FILES = 1
+"""What a loop without connections watches: the pipe that wakes it."""
+
 POLL_S = 0.001
 """How often the loop looks whether the threads that work for it have ended, in real time."""
 
@@ -46,7 +49,8 @@ class _JumpingSelector(selectors.SelectSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if (timeout is None or timeout > 0) and self._is_helped():
             return super().select(POLL_S)
-        self._let_arrive()
+        if timeout != 0 and len(self.get_map()) > OWN_FILES:
+            self._let_arrive()
         events = super().select(0)
         if not events and timeout is None:
             raise NothingWillHappen

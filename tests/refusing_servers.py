@@ -320,7 +320,8 @@ class _Rows:
 
     def done(self) -> None:
         self._left -= 1
-        self._changed.set()
+        if not self._left:
+            self._changed.set()
 
 
 async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int, **limits: Any) -> Played:
