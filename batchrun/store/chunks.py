@@ -308,12 +308,10 @@ class Chunks:
 
     def _own_tables(self, open_chunk: OpenChunk, first_row: int, end_row: int) -> Iterator[tuple[int, int, pa.Table]]:
         """Our columns of these rows, of which some may have no completion, range by range (`_by_size`)."""
-        if kept := open_chunk.kept.all_of(first_row, end_row):
-            completions, read = map(list, zip(*kept, strict=True))
-        else:
-            completions, read = self._checkpoint.completions(first_row, end_row), None
+        kept = open_chunk.kept.all_of(first_row, end_row)
+        completions, read = kept or (self._checkpoint.completions(first_row, end_row), None)
         for start_row, stop_row, at in _by_size(first_row, end_row, completions):
-            yield start_row, stop_row, self._own(completions[at], None if read is None else read[at])
+            yield start_row, stop_row, self._own(completions[at], read and read[at])
 
     def _own(self, completions: Sequence[CompletionRecord], read: Sequence[Answer] | None = None) -> pa.Table:
         return own_table(completions, keep_raw=self._settings.keep_raw, read=read)

@@ -36,24 +36,29 @@ class Kept:
 
     def __init__(self, room_bytes: int) -> None:
         self._room_bytes = room_bytes
-        self._rows: dict[int, tuple[CompletionRecord, Answer]] = {}
+        # two, because a tuple for each row would have to be looked through by the garbage collector
+        self._records: dict[int, CompletionRecord] = {}
+        self._answers: dict[int, Answer] = {}
 
     def add(self, record: CompletionRecord, answer: Answer) -> None:
         """Keeps the row's record with the content of its `raw`, if there is room."""
         size_bytes = len(record.raw) + len(answer.content or "") + OVERHEAD_BYTES
         if size_bytes <= self._room_bytes:
             self._room_bytes -= size_bytes
-            self._rows[record.row] = record, answer
+            self._records[record.row], self._answers[record.row] = record, answer
 
-    def all_of(self, first_row: int, end_row: int) -> list[tuple[CompletionRecord, Answer]]:
-        """The rows `first_row` to `end_row` - 1 in order; none of them if one is missing."""
-        found = list(filter(None, map(self._rows.get, range(first_row, end_row))))
-        return found if len(found) == end_row - first_row else []
+    def all_of(self, first_row: int, end_row: int) -> tuple[list[CompletionRecord], list[Answer]] | None:
+        """The rows `first_row` to `end_row` - 1 in order; None if one of them is missing."""
+        rows = range(first_row, end_row)
+        if not self._records.keys() >= set(rows):
+            return None
+        return [self._records[row] for row in rows], [self._answers[row] for row in rows]
 
     def clear(self) -> None:
         """Frees the memory. Nothing can be added any more."""
         self._room_bytes = 0
-        self._rows.clear()
+        self._records.clear()
+        self._answers.clear()
 
 
 class OpenChunk:
