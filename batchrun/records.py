@@ -112,7 +112,7 @@ class OfflineCount(msgspec.Struct, frozen=True, gc=False):
     completion_tokens: int
 
 
-class Row(msgspec.Struct, frozen=True):
+class Row(msgspec.Struct, frozen=True, gc=False):
     """One accepted input record: its position in the input, from 0, and its columns by name."""
 
     row: int

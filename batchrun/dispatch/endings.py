@@ -103,7 +103,7 @@ class Endings:
             if attempt.retry is not None:
                 self._backlog.retry(attempt.retry, attempt.due_s)
                 continue
-            self._open_run.settled(ending, attempt.result.pending.chunk)
+            self._open_run.settled(ending, attempt.result.pending.chunk, attempt.result.answer)
             settled += 1
         self._backlog.done(settled)
         self._gate.release_all(spent)

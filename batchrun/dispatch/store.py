@@ -7,7 +7,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.dispatch.result_queue import ResultQueue
-from batchrun.records import CompletionRecord, Ending, Status
+from batchrun.records import Answer, CompletionRecord, Ending, Status
 from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks
@@ -83,8 +83,13 @@ class OpenRun(msgspec.Struct, frozen=True):
         """False while too many settled rows wait for the program to read them."""
         return self.results is None or self.results.has_room()
 
-    def settled(self, ending: Ending, chunk: OpenChunk) -> None:
-        """The row's completion is durable: it goes to the reader, and its chunk to the sealer after the last row."""
+    def settled(self, ending: Ending, chunk: OpenChunk, answer: Answer) -> None:
+        """The row's completion is durable: it goes to the reader, and its chunk to the sealer after the last row.
+
+        `answer` is what its last attempt brought.
+        """
+        if isinstance(ending, CompletionRecord) and ending.error is None and not ending.set_aside:
+            chunk.kept.add(ending, answer)  # without texts of errors, which are stored with some characters replaced
         if self.results is not None and isinstance(ending, CompletionRecord):
             self.results.put(ending, chunk)
         chunk.left -= 1

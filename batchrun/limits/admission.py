@@ -9,7 +9,7 @@ from batchrun.errors import ExitCode
 from batchrun.records import RowError, Verdict
 
 
-class Demand(msgspec.Struct, frozen=True):
+class Demand(msgspec.Struct, frozen=True, gc=False):
     """What one attempt needs from the limits.
 
     `tokens` estimates prompt and answer together, `output_tokens` is the answer's part. The upper bounds are the most

@@ -17,7 +17,7 @@ PATIENCE_KEPT = 0.9
 """The factor by which the slowest refusal is forgotten with each faster one."""
 
 
-class Sent(msgspec.Struct):
+class Sent(msgspec.Struct, gc=False):
     """One attempt: when it was sent, with how many others in flight, and for how many tokens.
 
     `refused` is None while unknown. `counts` is False if it never reached the server, which proves nothing.

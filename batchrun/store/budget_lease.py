@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from batchrun.prices import PICO
+from batchrun.prices import PICO, PICO_PER_USD
 
 _STATE = struct.Struct("<QQQQ")
 """Version of the record; amounts spent, in doubt and reserved, in 10⁻¹² USD: up to 18 million USD."""
@@ -120,7 +120,7 @@ class Lease:
 
 def pico(usd: Decimal) -> int:
     """The amount in 10⁻¹² USD, rounded up."""
-    exact = usd.scaleb(12)
+    exact = usd * PICO_PER_USD
     whole = int(exact)
     return whole + 1 if whole < exact else whole
 

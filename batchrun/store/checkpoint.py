@@ -13,7 +13,7 @@ from types import MappingProxyType
 import msgspec
 
 from batchrun.durable import disk_errors, fsync
-from batchrun.errors import BatchrunError, DiskError
+from batchrun.errors import BatchrunError, CheckpointError, DiskError
 from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled
 from batchrun.run_summary import TotalsLine
 from batchrun.store import db_tables
@@ -134,13 +134,18 @@ class Checkpoint:
         chunk: Chunk,
         carried: Mapping[int, TotalsLine] = MappingProxyType({}),
         *,
+        stored: int | None = None,
         keep: Collection[int] = (),
         drop: Collection[int] = (),
     ) -> None:
         """The chunk's part, on disk already, replaces its rows here, in one transaction.
 
         `carried` has its rows that took their answer without a request, as lines of the totals: they are settled now.
-        Copies in later chunks need the records of the rows `keep`, and those of the rows `drop` no longer.
+        Copies in later chunks need the records of the rows `keep`, and those of the rows `drop` no longer. `stored` is
+        how many records of the chunk must be here; None: not known.
+
+        Raises:
+            CheckpointError: there is another number of them. Nothing is changed.
         """
 
         def seal() -> Totals:
@@ -153,6 +158,9 @@ class Checkpoint:
             for rows in groups(drop):
                 self._database.query(f"DELETE FROM originals {among(rows)}", rows)  # noqa: S608
             self._database.query("DELETE FROM rows WHERE row >= ? AND row < ?", bounds)
+            ((found,),) = self._database.query("SELECT changes()")
+            if stored is not None and found != stored:
+                raise CheckpointError(f"chunk {chunk.chunk}: rows are missing from the checkpoint")
             self._database.query("DELETE FROM reopened WHERE row >= ? AND row < ?", bounds)
             return totals
 

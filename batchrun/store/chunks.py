@@ -12,7 +12,7 @@ import pyarrow as pa
 from batchrun import compute as pc
 from batchrun.errors import ANOTHER, CheckpointError, InputError
 from batchrun.job.settings import Output
-from batchrun.records import CompletionRecord, Discarded
+from batchrun.records import Answer, CompletionRecord, Discarded
 from batchrun.response import packed
 from batchrun.run_summary import TotalsLine
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
@@ -33,6 +33,12 @@ from batchrun.tables.rows import OWN_COLUMNS, Completion, joined, own_table
 
 MOST_FULL = 2
 """Chunks whose rows are all settled may wait to be sealed; with more, no other is opened until one is sealed."""
+
+MOST_KEPT = 3
+KEPT_BYTES = 16_000_000
+"""How many open chunks keep their answers in memory: the one that is sent, the one before it and the one after it; and
+how much each may keep. With short answers that is all of them.
+"""
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -153,9 +159,11 @@ class Chunks:
 
     def _may_open(self) -> bool:
         """False while too many chunks only wait to be sealed."""
+        return self._failed or sum(not each.left for each in self._in_use()) - len(self._waiting) <= MOST_FULL
+
+    def _in_use(self) -> list[OpenChunk]:
         # not `values()`: the thread that seals chunks may change the dictionary meanwhile
-        opened = [each for ref in self._open_chunks.valuerefs() if (each := ref()) is not None]
-        return self._failed or sum(not each.left for each in opened) - len(self._waiting) <= MOST_FULL
+        return [each for ref in self._open_chunks.valuerefs() if (each := ref()) is not None]
 
     def _mirror_opened(self, chunk: Chunk) -> None:
         if self._mirror is not None:
@@ -189,7 +197,9 @@ class Chunks:
         part_digest = files.write_part(part, self._schema, batches, self._settings, chunk.rows)
         sealed = msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest, open=0)
         keep, drop = self._copies.kept(chunk, self._next_row), self._copies.dropped(open_chunk)
-        self._checkpoint.seal_chunk(sealed, carried, keep=keep, drop=drop)
+        stored = None if chunk.generation else chunk.rows - len(carried)
+        self._checkpoint.seal_chunk(sealed, carried, stored=stored, keep=keep, drop=drop)
+        open_chunk.kept.clear()
         self.sealed[chunk.chunk] = self._on_record[chunk.chunk] = sealed
         self._open_chunks.pop(chunk.chunk, None)
         if carried and self._on_carried is not None:
@@ -264,7 +274,8 @@ class Chunks:
         self._next_row = chunk.end_row
         stored = StoredWindow(path, None, chunk.first_row)
         carried = self._carry.window(chunk.first_row, chunk.end_row)
-        opened = self._open_chunks[chunk.chunk] = OpenChunk(chunk, stored, carried)
+        room_bytes = KEPT_BYTES if len(self._in_use()) < MOST_KEPT else 0
+        opened = self._open_chunks[chunk.chunk] = OpenChunk(chunk, stored, carried, room_bytes=room_bytes)
         return opened
 
     def _batches(
@@ -278,9 +289,8 @@ class Chunks:
         row = open_chunk.chunk.first_row
         base = BasePart.of(open_chunk.chunk, self._directory, self._settings.prefix)
         for window in open_chunk.window.tables(self._types):
-            completions = self._checkpoint.completions(row, row + window.num_rows)
-            for first_row, end_row, settled in _by_size(row, row + window.num_rows, completions):
-                table, own = window.slice(first_row - row, end_row - first_row), self._own(settled)
+            for first_row, end_row, own in self._own_tables(open_chunk, row, row + window.num_rows):
+                table = window.slice(first_row - row, end_row - first_row)
                 taken = {} if carried is None else self._copies.taken(open_chunk, first_row, end_row)
                 if carried is not None and taken:
                     more = self._copies.records(taken)
@@ -296,8 +306,15 @@ class Chunks:
                 yield joined(table, own, self._schema, self._parsed)
             row += window.num_rows
 
-    def _own(self, completions: Sequence[CompletionRecord]) -> pa.Table:
-        return own_table(completions, keep_raw=self._settings.keep_raw)
+    def _own_tables(self, open_chunk: OpenChunk, first_row: int, end_row: int) -> Iterator[tuple[int, int, pa.Table]]:
+        """Our columns of these rows, of which some may have no completion, range by range (`_by_size`)."""
+        kept = open_chunk.kept.all_of(first_row, end_row)
+        completions, read = kept or (self._checkpoint.completions(first_row, end_row), None)
+        for start_row, stop_row, at in _by_size(first_row, end_row, completions):
+            yield start_row, stop_row, self._own(completions[at], read and read[at])
+
+    def _own(self, completions: Sequence[CompletionRecord], read: Sequence[Answer] | None = None) -> pa.Table:
+        return own_table(completions, keep_raw=self._settings.keep_raw, read=read)
 
     # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
 
@@ -359,18 +376,16 @@ class Chunks:
             self._position, self._next_row = unread.end, row
 
 
-def _by_size(
-    first_row: int, end_row: int, completions: Sequence[CompletionRecord]
-) -> Iterator[tuple[int, int, Sequence[CompletionRecord]]]:
+def _by_size(first_row: int, end_row: int, completions: Sequence[CompletionRecord]) -> Iterator[tuple[int, int, slice]]:
     """Consecutive ranges of the rows whose answers have at most a row group's bytes, or are a single one: (first row,
-    end row, completions).
+    end row, where their completions are).
     """
     # by the unpacked size: in the checkpoint a stream may take a thirtieth of that
     start, range_bytes = 0, 0
     for place, completion in enumerate(completions):
         size = packed.size(completion.raw)
         if range_bytes and range_bytes + size > files.ROW_GROUP_BYTES:
-            yield first_row, completion.row, completions[start:place]
+            yield first_row, completion.row, slice(start, place)
             first_row, start, range_bytes = completion.row, place, 0
         range_bytes += size
-    yield first_row, end_row, completions[start:]
+    yield first_row, end_row, slice(start, None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batchrun.durable import disk_errors
-from batchrun.prices import PICO, PICO_DIGITS
+from batchrun.prices import PICO, PICO_PER_USD
 from batchrun.records import PossiblyBilled
 
 _FIELDS = struct.Struct("<qi16sqq?")
@@ -61,7 +61,7 @@ class InFlightFile:
         self, slot: int, row: int, n: int, key: bytes, upper_bound_usd: Decimal | None, upper_bound_tokens: int | None
     ) -> None:
         """Writes the attempt into the slot. Call it before the request goes to the socket."""
-        pico = -1 if upper_bound_usd is None else int(upper_bound_usd.scaleb(PICO_DIGITS))
+        pico = -1 if upper_bound_usd is None else int(upper_bound_usd * PICO_PER_USD)
         if pico > _MAX_PICO:
             pico = _MAX_PICO
         fields = _FIELDS.pack(

@@ -56,8 +56,7 @@ class ParquetFile:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """The batch is in the file, or in the row group that is being gathered."""
-        for piece in _pieces(batch):
-            size = size_of(piece)
+        for piece, size in _pieces(batch):
             full = self._pending_bytes + size > ROW_GROUP_BYTES or self._pending_rows + piece.num_rows > ROW_GROUP_ROWS
             if full and self._pending:
                 self._flush()
@@ -76,10 +75,11 @@ class ParquetFile:
         self._pending, self._pending_bytes, self._pending_rows = [], 0, 0
 
 
-def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """The batch in halves of halves, until each fits into a row group or is a single row."""
-    if batch.num_rows < 2 or size_of(batch) <= ROW_GROUP_BYTES:
-        yield batch
+def _pieces(batch: pa.RecordBatch) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """The batch in halves of halves, until each fits into a row group or is a single row; each with its bytes."""
+    size = size_of(batch)
+    if batch.num_rows < 2 or size <= ROW_GROUP_BYTES:
+        yield batch, size
         return
     half = batch.num_rows // 2
     yield from _pieces(batch.slice(0, half))

@@ -168,9 +168,11 @@ def own_schema(prefix: str, parsed: Column = JSON) -> pa.Schema:
     return pa.schema([field.with_name(prefix + field.name) for field in typed])
 
 
-def own_table(completions: Sequence[CompletionRecord], *, keep_raw: bool) -> pa.Table:
-    """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw` here."""
-    values = own_values(completions, keep_raw=keep_raw)
+def own_table(
+    completions: Sequence[CompletionRecord], *, keep_raw: bool, read: Sequence[Answer] | None = None
+) -> pa.Table:
+    """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw`, unless they were `read` before."""
+    values = own_values(completions, keep_raw=keep_raw, read=read)
     made: dict[str, Any] = {}
     for field in OWN_COLUMNS:
         of_rows = values[field.name]
@@ -184,9 +186,12 @@ def own_table(completions: Sequence[CompletionRecord], *, keep_raw: bool) -> pa.
     return pa.Table.from_arrays(list(made.values()), schema=OWN_COLUMNS)
 
 
-def own_values(completions: Sequence[CompletionRecord], *, keep_raw: bool) -> dict[str, list[Any]]:
+def own_values(
+    completions: Sequence[CompletionRecord], *, keep_raw: bool, read: Sequence[Answer] | None = None
+) -> dict[str, list[Any]]:
     """The same as lists of Python values by the columns' names; times are microseconds."""
-    read = [answers.parse(completion.raw) if completion.raw else Answer() for completion in completions]
+    if read is None:
+        read = [answers.parse(completion.raw) if completion.raw else Answer() for completion in completions]
     pairs = list(zip(completions, read, strict=True))
     usages = [answer.usage or _NO_USAGE for answer in read]
     return {

@@ -7,19 +7,22 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError
-from batchrun.records import PossiblyBilled
+from batchrun.job.job import Job
+from batchrun.records import Answer, CompletionRecord, PossiblyBilled
+from batchrun.response import answer as answers
 from batchrun.response.packed import Packer
 from batchrun.source import START, JsonlSource, TableSource, rows_of
 from batchrun.startup import resume
 from batchrun.startup.run_options import RunOptions
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.open_chunk import OpenChunk
+from batchrun.store.open_chunk import OVERHEAD_BYTES, Kept, OpenChunk
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import StoredWindow, write
 from batchrun.tables.json_columns import ColumnTypes
@@ -316,6 +319,68 @@ def test_a_chunk_missing_rows_is_never_sealed(tmp_path: Path) -> None:
             start.chunks.seal(chunk)
         assert [path.name for path in start.directory.parts.iterdir()] == ["000000.input.arrow"]
         assert start.checkpoint.chunks() == [chunk.chunk]
+
+
+# ── answers that stay in memory until their chunk is sealed ───────────────────────────────────────────────────────────
+
+
+def part_of(path: Path, job: Job, keep: Callable[[Kept, CompletionRecord, Answer], None]) -> str:
+    """The digest of the part of a chunk whose answers were given to `keep`."""
+    with started(path, job) as start:
+        chunk = next_chunk(start)
+        ask(start, chunk)
+        for record in start.checkpoint.completions(0, 100):
+            keep(chunk.kept, record, answers.parse(record.raw))
+        start.chunks.seal(chunk)
+        return str(start.chunks.sealed[0].part_digest)
+
+
+def test_kept_answers_make_the_same_part(tmp_path: Path) -> None:
+    """All of them, some of them or none in memory. What is in memory is not read again."""
+    job = small_chunks(lines_of(tmp_path, 10))
+
+    def but_one(kept: Kept, record: CompletionRecord, answer: Answer) -> None:
+        if record.row != 3:
+            kept.add(record, answer)
+
+    def another(kept: Kept, record: CompletionRecord, answer: Answer) -> None:
+        kept.add(record, msgspec.structs.replace(answer, content="from memory"))
+
+    none = part_of(tmp_path / "none", job, lambda *_: None)
+    assert part_of(tmp_path / "all", job, Kept.add) == part_of(tmp_path / "some", job, but_one) == none
+    assert part_of(tmp_path / "other", job, another) != none
+
+
+def test_kept_answers_never_replace_durable_ones(tmp_path: Path) -> None:
+    """A chunk isn't sealed if a row's answer is in memory but not in the database."""
+    with started(tmp_path / "run", small_chunks(lines_of(tmp_path, 10))) as start:
+        chunk = next_chunk(start)
+        ask(start, chunk, 9)
+        for row in range(10):
+            chunk.kept.add(completion(row), answers.parse(completion(row).raw))
+        with pytest.raises(CheckpointError, match="rows are missing"):
+            start.chunks.seal(chunk)
+        assert start.checkpoint.chunks() == [chunk.chunk]
+        assert len(start.checkpoint.completions(0, 10)) == 9
+
+
+def test_kept_answers_take_bounded_memory(tmp_path: Path) -> None:
+    """Those that do not fit are read from the database; so are those of a fourth chunk that is open."""
+    record, answer = completion(0), answers.parse(completion(0).raw)
+    size = len(record.raw) + len(answer.content or "") + OVERHEAD_BYTES
+    kept = Kept(2 * size)
+    for row in range(3):
+        kept.add(msgspec.structs.replace(record, row=row), answer)
+    assert [kept.all_of(0, end) is not None for end in (1, 2, 3)] == [True, True, False]
+    kept.clear()
+    kept.add(record, answer)
+    assert kept.all_of(0, 1) is None
+    with started(tmp_path / "run", small_chunks(lines_of(tmp_path, 50))) as start:
+        chunks = [next_chunk(start) for _ in range(5)]
+        for chunk in chunks:
+            chunk.kept.add(msgspec.structs.replace(record, row=chunk.chunk.first_row), answer)
+        first = [chunk.kept.all_of(chunk.chunk.first_row, chunk.chunk.first_row + 1) for chunk in chunks]
+        assert [each is not None for each in first] == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("harm", ["flip", "missing"])
