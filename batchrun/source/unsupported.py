@@ -65,6 +65,12 @@ _CONVERTED: dict[bytes, _Conversion] = {
         ".write_parquet(sys.argv[2])' {file} {new}  (needs duckdb)",
         ".parquet",
     ),
+    b"VTXF": (
+        "is a Vortex file",
+        "python -c 'import sys, vortex, pyarrow.parquet as p; p.write_table(vortex.open(sys.argv[1]).to_arrow()"
+        ".read_all(), sys.argv[2])' {file} {new}  (needs vortex-data)",
+        ".parquet",
+    ),
     b"\xd0\xcf\x11\xe0": ("is an old Excel or Office file", _EXCEL % "xlrd", ".csv"),
     b"\x1e{": ("is a JSON text sequence, not JSON lines", "tr -d '\\036' < {file} > {new}", ".jsonl"),
     b"version https://git-lfs": ("is a Git LFS pointer, not the file", "git lfs pull", None),

@@ -159,6 +159,7 @@ def test_the_suggested_command_converts_the_file(tmp_path: Path, monkeypatch: py
     [
         (b"\x80\x04\x95\x10", "Python pickle"),
         (b"\x89HDF\r\n", "HDF5"),
+        (b"VTXF\x00\x00\x00\x00", "a Vortex file"),
         (b"\x89PNG\r\n", "an image"),
         (b"%PDF-1.7", "PDF"),
         (b"\n<!DOCTYPE html>\n<html>", "HTML or XML"),
