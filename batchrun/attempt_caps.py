@@ -28,7 +28,7 @@ row then take at least so long, so that an outage of a minute fails no row."""
 REFUSED_S = 300.0
 """The same after a 429: limits of a minute and of five minutes are lifted by then."""
 
-LEFT_PER_PATIENCE = 8
+LEFT_PER_PATIENCE = 12
 """The patience grows by its own length for every so many rows left."""
 
 MOST_LEFT = 1_000

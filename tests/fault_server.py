@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import random
 import re
 import socket
 import ssl
@@ -22,6 +23,9 @@ from tests.moved_clock import MovedClockLoop
 
 NETWORK_S = 0.05
 """How long each exchange takes at least, on a moved clock: at no time at all, a thousand were refused at once."""
+
+JITTER_SEED = 22
+"""Of the runs on a moved clock. Only the order of rows that were committed at one moment is still the machine's."""
 
 FINE = b'{"choices":[{"message":{"content":"Fine."},"finish_reason":"stop"}]}'
 
@@ -139,7 +143,10 @@ class Gap:
 
 @contextlib.contextmanager
 def serving_moved(script: Script, tls: ssl.SSLContext | None = None, gap: Gap | None = None) -> Iterator[FaultServer]:
-    """The same in each event loop that `new_loop` makes, for a whole run there: both live on its clock."""
+    """The same in each event loop that `new_loop` makes, for a whole run there: both live on its clock.
+
+    The run's jitter is the same each time.
+    """
     with socket.socket() as reserved:
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))  # not listening: without a loop, connections are refused
@@ -148,6 +155,7 @@ def serving_moved(script: Script, tls: ssl.SSLContext | None = None, gap: Gap | 
         tasks = []
 
         def new_loop() -> asyncio.AbstractEventLoop:
+            random.seed(JITTER_SEED)
             loop = MovedClockLoop()
             tasks.append(loop.create_task(_serve(script, tls, gap, served)))
             return loop

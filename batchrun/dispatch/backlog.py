@@ -128,8 +128,12 @@ class Backlog:
     @property
     def alone(self) -> bool:
         """True if one row is busy and no other is left, so that no other row can confirm its failure."""
-        waiting = self.untried or self._retries or self._held
-        return self._exhausted and self._busy == 1 and not waiting
+        return self._exhausted and self._busy == 1 == self.left
+
+    @property
+    def left(self) -> int:
+        """Rows that were read and are not settled. Once the input is exhausted there are no others."""
+        return self._busy + self.untried + len(self._retries) + len(self._held)
 
     @property
     def untried(self) -> int:
@@ -213,8 +217,10 @@ class Backlog:
         """True for a busy row of a kind that fails while another kind is answered: its failure is no evidence about the
         endpoint.
         """
-        kind = self._mixed.get(row)
-        return kind is not None and self._answered not in (None, kind)
+        kind, answered = self._mixed.get(row), self._answered
+        if kind is None or (self.drained and answered is not Kind.RETRY):  # no row of that kind is left
+            return False
+        return answered not in (None, kind)
 
     def ended(self, pending: Pending, verdict: Verdict) -> None:
         """An attempt of the row has ended with this verdict."""

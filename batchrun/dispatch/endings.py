@@ -213,7 +213,7 @@ class Endings:
                 due_s += attempt_caps.backoff_s(history, judgement.retry_after_s, self._job.retry, random.random())
             if retry.waits_long:
                 due_s = max(due_s, now_s + (judgement.retry_after_s or 0.0))
-            if self._last_rows.only_failed_left:
+            if self._last_rows.may_be_at_fault:
                 wait_s = attempt_caps.end_wait_s(history, judgement, self._job.retry, self._backlog.waiting)
                 due_s = max(due_s, now_s + wait_s)
             self.retries.put(row, history.attempts, judgement.error, due_s)

@@ -5,6 +5,7 @@ from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Backlog
 from batchrun.job.settings import Retry
 from batchrun.limits.gates import AnyGate
+from batchrun.limits.outage import MANY_OUTAGE_ROWS
 from batchrun.policy import ANSWERED, Judgement
 
 
@@ -18,7 +19,7 @@ class LastRows:
         self._retry = retry
         self._answered_before = answered_before
         self.untried = 0  # rows in flight or at the gate that are on their first attempt in this process
-        self._recovered = 0  # rows that were answered after a failure
+        self._recovered = self._given_up = 0  # rows that were answered after a failure, and those that never were
         self._failing = 0.0  # the share of first attempts that fail
         self._refusing = 0.0  # the share of first attempts that get a 429
         self._recovering = 0.0  # the share of recent answers that are of rows which had failed
@@ -44,28 +45,32 @@ class LastRows:
         self._refusing = attempt_caps.refused_share(self._refusing, history, judgement)
 
     @property
-    def only_failed_left(self) -> bool:
-        """True if every row left has failed in this process, in a run whose endpoint has answered before. The only row
-        of a run counts from the start.
+    def may_be_at_fault(self) -> bool:
+        """True if a row that fails may be at fault although no other is answered, in a run whose endpoint has answered
+        before. The only row of a run counts from the start.
+
+        Each row left has failed in this process, and they are too few for an outage to show, or more such rows were
+        given up than recovered. Or nothing was answered for so long that the rows left are the likelier cause.
         """
         if not (self._answered_before or self._gate.successes or self._backlog.alone):
             return False
-        if not self.untried and self._backlog.drained:
+        left = self._backlog.left
+        has_tried_all = not self.untried and self._backlog.drained
+        if has_tried_all and (left < MANY_OUTAGE_ROWS or self._given_up > self._recovered):
             return True
-        # A few untried rows may be left too, once nothing was answered for long enough: what was tried of them failed,
-        # and while the circuit probes with one row a minute the others would take hours.
-        left = self.untried + self._backlog.untried
+        # while the circuit probes with one row a minute, the rows left would take hours
         if not self._backlog.exhausted or left > attempt_caps.MOST_LEFT:
             return False
         return self._gate.unanswered_s > attempt_caps.patience_s(attempt_caps.END_S, left, self._retry)
 
     def gives_up(self, history: History) -> bool:
-        """Whether the row has used up its attempts.
+        """Whether the row has used up its attempts and is given up.
 
         The caps are higher where many attempts fail by chance. Only rows that recovered show how many do: other bad
         rows, which never recover, are no evidence for this one.
         """
-        recovering = self._recovered / max(1, self._gate.successes) if self.only_failed_left else self._recovering
-        if attempt_caps.is_refused_for_good(history, self._retry, min(self._refusing, recovering)):
-            return True
-        return attempt_caps.exhausted(history, self._retry, attempt_caps.stretch(min(self._failing, recovering)))
+        recovering = self._recovered / max(1, self._gate.successes) if self.may_be_at_fault else self._recovering
+        given_up = attempt_caps.is_refused_for_good(history, self._retry, min(self._refusing, recovering))
+        given_up |= attempt_caps.exhausted(history, self._retry, attempt_caps.stretch(min(self._failing, recovering)))
+        self._given_up += given_up
+        return given_up

@@ -289,7 +289,7 @@ class Workers:
         row = pending.request.row
         self.refused += judgement.verdict is Verdict.SLOW
         reached = attempt.error is None or attempt.error.sent
-        is_last = reached and self._last_rows.only_failed_left
+        is_last = reached and self._last_rows.may_be_at_fault
         at_end = judgement.is_chargeable and is_last
         refused_again = is_last and judgement.is_refusal and pending.history.refused_alone > 0
         doubted = judgement.is_retried and self.backlog.is_doubted(row)

@@ -510,8 +510,8 @@ BUSY = answer(b'{"error": {"message": "The server is overloaded"}}', status="503
 )
 def test_five_minutes_of_trouble_need_few_requests(tmp_path: Path, trouble: bytes, from_request: int) -> None:
     """Ten refusals in a row are a storm, and three more requests are out by then. Four probes a second apart follow,
-    five that double their wait, and six or fewer at 45 seconds. Each request more in flight may be refused once more,
-    in a second storm.
+    five that double their wait, and six or fewer at 45 seconds. In a second storm three more may be refused: up to 31
+    with the worst jitter, and fewer than thirty with this one.
     """
     served, refused, well_at_s = 0, 0, 0.0
 
@@ -531,7 +531,7 @@ def test_five_minutes_of_trouble_need_few_requests(tmp_path: Path, trouble: byte
         ended = run(tmp_path, server, 300, limits={"max_in_flight": 4})
     assert ended.exit_code == 0
     assert ended.summary.by_status == {"ok": 300}
-    assert 3 <= refused <= 10 + 3 + 4 + 5 + 6 + 3
+    assert 3 <= refused < 30
     assert len(server.exchanges) == 300 + refused
     assert ended.summary.possibly_billed_count == 0
 

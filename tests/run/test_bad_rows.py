@@ -97,11 +97,17 @@ def test_forty_failing_rows_delay_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("bad", [range(0), range(20, 60)], ids=["each fails once", "and forty for ever"])
+@pytest.mark.parametrize(
+    ("bad", "from_request"),
+    [(range(0), 80), (range(0), 150), (range(20, 60), 80)],
+    ids=["each fails once", "each failed once", "and forty for ever"],
+)
 @pytest.mark.parametrize("trouble", [FAILURE, BUSY], ids=["500", "503"])
-def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, trouble: bytes) -> None:
+def test_an_outage_among_retries_gives_up_nothing(
+    tmp_path: Path, bad: range, from_request: int, trouble: bytes
+) -> None:
     """Five minutes of it. Sixteen are in flight when it begins, and as many are sent once more after a first storm. A
-    row that had failed before shows nothing about the endpoint as a probe, so another row follows it at once.
+    few more are of a kind of row that failed while another was answered, and show nothing about the endpoint.
     """
     every, until_s, during = rows(tmp_path, 120), 0.0, 0
     usual = bad_rows(frozenset(bad), sends(FAILURE)) if bad else fails_at_first(sends(FAILURE), every)
@@ -109,7 +115,7 @@ def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, tr
     async def script(exchange: Exchange) -> None:
         nonlocal until_s, during
         now_s = asyncio.get_running_loop().time()
-        if not until_s and len(server.exchanges) > 80:
+        if not until_s and len(server.exchanges) > from_request:
             until_s = now_s + 300
         if now_s < until_s:
             during += 1
@@ -121,6 +127,25 @@ def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, tr
         summary = run(tmp_path, server, limits={"max_in_flight": 16})
     assert summary.by_status == ({"ok": 80, "error": 40} if bad else {"ok": 120})
     assert during < 30 + 2 * 16 + MOST_DOUBTED
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("bad_before", "least_s", "most_s"), [(range(20, 60), 0, 150), (range(0), 200, 600)])
+def test_usual_failures_blame_the_last_rows(tmp_path: Path, bad_before: range, least_s: float, most_s: float) -> None:
+    """Twelve of them always fail. They don't wait for the end of an outage if most rows that failed before were bad."""
+    rows(tmp_path, 400)
+    bad = frozenset([*bad_before, *range(388, 400)])
+    sent_s: list[float] = []
+    usual = bad_rows(bad, sends(FAILURE), good_s=2.0)
+
+    async def script(exchange: Exchange) -> None:
+        sent_s.append(asyncio.get_running_loop().time())
+        await usual(exchange)
+
+    with serving_moved(script) as server:
+        summary = run(tmp_path, server, limits={"max_in_flight": 16})
+    assert (summary.exit_code, summary.by_status) == (3, {"ok": 400 - len(bad), "error": len(bad)})
+    assert least_s <= sent_s[-1] - sent_s[0] <= most_s
 
 
 @pytest.mark.heavy

@@ -833,7 +833,7 @@ def test_an_answer_proves_the_limit_passes_rows() -> None:
     assert attempt_caps.refused(alone, refusal(), corroborated=True, at_end=True).refused_alone == 0
 
 
-@pytest.mark.parametrize(("left", "wait_s"), [(0, 75.0), (8, 150.0), (1_000_000, 900.0)])
+@pytest.mark.parametrize(("left", "wait_s"), [(0, 75.0), (12, 150.0), (1_000_000, 900.0)])
 def test_refusals_at_the_end_are_spread(left: int, wait_s: float) -> None:
     few, many = (after_refusals(count, corroborated=False, at_end=True) for count in (1, 2))
     assert attempt_caps.end_wait_s(few, refusal(), Retry(), left) == 0.0
