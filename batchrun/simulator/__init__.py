@@ -7,7 +7,7 @@ about what was served and billed.
 from batchrun.simulator.config import SimulatorConfig, config_from_json
 from batchrun.simulator.faults import Fault, parse_faults
 from batchrun.simulator.ledger import LedgerLine, question_of, read_ledger
-from batchrun.simulator.limits import LimitChange
+from batchrun.simulator.limits import PlannedChange
 from batchrun.simulator.process import run
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "config_from_json",
     "run",
     "Fault",
-    "LimitChange",
+    "PlannedChange",
     "parse_faults",
     "LedgerLine",
     "read_ledger",

@@ -6,7 +6,7 @@ import msgspec
 
 from batchrun.errors import JobError
 from batchrun.simulator.faults import Fault
-from batchrun.simulator.limits import LimitChange
+from batchrun.simulator.limits import PlannedChange
 
 # Inclusive. The upper ends only catch slips of the unit (milliseconds for seconds, tokens for requests).
 _RANGES: dict[str, tuple[float, float]] = {
@@ -45,7 +45,7 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     headers: bool = True
     """Send `x-ratelimit-*` for the limits that are set, and `retry-after-ms`. `Retry-After` comes with a 429 either
     way."""
-    limit_changes: tuple[LimitChange, ...] = ()
+    limit_changes: tuple[PlannedChange, ...] = ()
     """Other limits from a certain age of the simulator on, in the order of their time."""
     latency_s: float = 0.0
     """The median time to the first byte of an answer."""

@@ -51,7 +51,7 @@ class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
     """The number of the request on that connection, from 1: above 1 it was reused."""
 
 
-class Ledger:
+class RequestLedger:
     """Counts exchanges and appends them to a file, if there is one. Call `close` at the end."""
 
     def __init__(self, path: str | None) -> None:

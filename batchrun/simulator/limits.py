@@ -13,7 +13,7 @@ BURST_S = 2.0  # what a client may send at once after a pause: small, so that th
 _HAIR = 1e-6  # of a token: what floating point may lose, so that waiting for Retry-After is always enough
 
 
-class LimitChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class PlannedChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Other limits from `at_s` on; None leaves a limit as it is.
 
     Raises:
@@ -32,7 +32,7 @@ class LimitChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
             raise JobError(f"limit_changes: the one at {self.at_s:g} s changes nothing")
 
 
-class Bucket:
+class ServerBucket:
     """A level that refills at `per_minute` up to `burst_s` seconds' worth, full at `now_s`."""
 
     def __init__(self, per_minute: int, now_s: float, burst_s: float = BURST_S) -> None:
@@ -77,14 +77,14 @@ class Limits:
         *,
         headers: bool,
         now_s: float,
-        changes: tuple[LimitChange, ...] = (),
+        changes: tuple[PlannedChange, ...] = (),
     ) -> None:
         """`changes` are in the order of their time, counted from `now_s`, and only of limits that are set."""
-        self._buckets: dict[str, Bucket] = {}
+        self._buckets: dict[str, ServerBucket] = {}
         if requests_per_minute is not None:
-            self._buckets["requests"] = Bucket(requests_per_minute, now_s)
+            self._buckets["requests"] = ServerBucket(requests_per_minute, now_s)
         if tokens_per_minute is not None:
-            self._buckets["tokens"] = Bucket(tokens_per_minute, now_s)
+            self._buckets["tokens"] = ServerBucket(tokens_per_minute, now_s)
         self._headers = headers
         self._started_s = now_s
         self._changes = deque(changes)

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from batchrun.errors import JobError
 from batchrun.simulator.config import SimulatorConfig
-from batchrun.simulator.ledger import Ledger
+from batchrun.simulator.ledger import RequestLedger
 from batchrun.simulator.server import Simulator
 
 _PARENT_POLL_S = 1.0  # how long a simulator may outlive its parent: any short time does
@@ -39,7 +39,7 @@ def run(config: SimulatorConfig, announce: Callable[[str], None]) -> None:
 
 async def _serve(config: SimulatorConfig, announce: Callable[[str], None]) -> None:
     try:
-        ledger = Ledger(config.ledger)
+        ledger = RequestLedger(config.ledger)
     except OSError as error:
         raise JobError(f"simulator: the ledger {config.ledger} can't be opened: {error.strerror}") from error
     server = web.Server(Simulator(config, ledger).respond, access_log=None, keepalive_timeout=_KEEP_ALIVE_S)

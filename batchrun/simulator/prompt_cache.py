@@ -13,7 +13,7 @@ from random import Random
 import msgspec
 from msgspec import UNSET
 
-from batchrun.simulator.limits import Bucket
+from batchrun.simulator.limits import ServerBucket
 from batchrun.simulator.tokens import BYTES_PER_TOKEN, CACHE_FROM_TOKENS, CACHE_STEP_TOKENS
 from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat, TextPart
 
@@ -36,14 +36,14 @@ class PromptCache:
         """`life_s`: how long a prefix outlives its last use."""
         self._life_s = life_s
         self._random = Random(seed)
-        self._homes: dict[bytes, tuple[int, Bucket]] = {}
+        self._homes: dict[bytes, tuple[int, ServerBucket]] = {}
         self._kept_until_s: dict[tuple[int, bytes], float] = {}
 
     def machine(self, prompt: Prompt, now_s: float) -> int:
         """The machine that gets this request."""
         home = self._homes.get(prompt.routed_by)
         if home is None:
-            bucket = Bucket(_REQUESTS_PER_MINUTE, now_s, burst_s=60.0)
+            bucket = ServerBucket(_REQUESTS_PER_MINUTE, now_s, burst_s=60.0)
             home = self._homes[prompt.routed_by] = int.from_bytes(prompt.routed_by[:8]) % _MACHINES, bucket
         machine, bucket = home
         if bucket.wait_s(1, now_s) > 0:

@@ -15,7 +15,7 @@ from batchrun.simulator import delivery, responses
 from batchrun.simulator.answers import Answer, Usage, answer_to, latency_s, spoiled
 from batchrun.simulator.config import SimulatorConfig
 from batchrun.simulator.faults import SPOILING, FaultBook
-from batchrun.simulator.ledger import Ledger, LedgerLine, question_of
+from batchrun.simulator.ledger import LedgerLine, RequestLedger, question_of
 from batchrun.simulator.limits import Limits
 from batchrun.simulator.prompt_cache import PromptCache, prompt_of
 from batchrun.simulator.refusal import Refused
@@ -41,7 +41,7 @@ class _Turn(msgspec.Struct, frozen=True):
 class Simulator:
     """Serves `chat/completions` as docs/api.md describes it, within limits and with faults, and keeps the ledger."""
 
-    def __init__(self, config: SimulatorConfig, ledger: Ledger) -> None:
+    def __init__(self, config: SimulatorConfig, ledger: RequestLedger) -> None:
         self._config = config
         self._ledger = ledger
         self._started_s = time.monotonic()

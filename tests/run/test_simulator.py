@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import msgspec
 import pytest
 
-from batchrun.simulator import Fault, LimitChange, SimulatorConfig, parse_faults, question_of, read_ledger
+from batchrun.simulator import Fault, PlannedChange, SimulatorConfig, parse_faults, question_of, read_ledger
 from tests.simulator_process import RunningSimulator, running_simulator, start
 from tests.timing import TIMER_S
 
@@ -217,7 +217,7 @@ def test_answers_take_their_latency_and_pace() -> None:
 
 def test_limits_change_at_their_time() -> None:
     """After 2 s of the simulator's life; the ledger has the time of each request."""
-    change = LimitChange(at_s=2, requests_per_minute=60)
+    change = PlannedChange(at_s=2, requests_per_minute=60)
     config = SimulatorConfig(requests_per_minute=6_000, limit_changes=(change,), latency_s=0.2, latency_sigma=0)
     with running_simulator(config) as running:
         replies = [_ask(running)]

@@ -9,7 +9,7 @@ import pytest
 from batchrun.errors import JobError
 from batchrun.simulator import Fault, SimulatorConfig, config_from_json, parse_faults
 from batchrun.simulator.faults import Kind
-from batchrun.simulator.limits import LimitChange
+from batchrun.simulator.limits import PlannedChange
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "simulator.md").read_text()
 
@@ -24,7 +24,7 @@ def test_every_field_of_a_fault_is_documented(field: str) -> None:
     assert f"`{field}`" in DOCUMENT
 
 
-@pytest.mark.parametrize("field", LimitChange.__struct_fields__)
+@pytest.mark.parametrize("field", PlannedChange.__struct_fields__)
 def test_every_field_of_limit_changes_is_documented(field: str) -> None:
     assert f'"{field}"' in DOCUMENT or f"`{field}`" in DOCUMENT
 

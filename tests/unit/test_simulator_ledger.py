@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from batchrun.simulator import LedgerLine, read_ledger
-from batchrun.simulator.ledger import Ledger
+from batchrun.simulator.ledger import RequestLedger
 
 
 def _line(ordinal: int, *, status: int | None = 200, billed: bool = True) -> LedgerLine:
@@ -31,7 +31,7 @@ def _line(ordinal: int, *, status: int | None = 200, billed: bool = True) -> Led
 
 
 def _written(path: Path, *ordinals: int) -> None:
-    ledger = Ledger(str(path))
+    ledger = RequestLedger(str(path))
     for ordinal in ordinals:
         ledger.write(_line(ordinal))
     ledger.close()
@@ -65,7 +65,7 @@ def test_a_new_simulator_continues_a_torn_ledger(tmp_path: Path) -> None:
 
 
 def test_a_written_line_is_on_disk(tmp_path: Path) -> None:
-    ledger = Ledger(str(tmp_path / "l"))
+    ledger = RequestLedger(str(tmp_path / "l"))
     for ordinal in range(1, 4):
         ledger.write(_line(ordinal))
         assert len(read_ledger(tmp_path / "l")) == ordinal
@@ -79,7 +79,7 @@ def test_the_ledgers_file_is_private(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", [None, "l"])
 def test_totals_count_billed_and_refused(tmp_path: Path, path: str | None) -> None:
-    ledger = Ledger(None if path is None else str(tmp_path / path))
+    ledger = RequestLedger(None if path is None else str(tmp_path / path))
     for line in (_line(1), _line(2), _line(3, status=429, billed=False), _line(4, status=None, billed=False)):
         ledger.write(line)
     assert json.loads(ledger.totals()) == {

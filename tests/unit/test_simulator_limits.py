@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.simulator.limits import BURST_S, LimitChange, Limits, duration_text
+from batchrun.simulator.limits import BURST_S, Limits, PlannedChange, duration_text
 from batchrun.simulator.refusal import Refused
 
 
@@ -86,8 +86,8 @@ def test_refusals_without_headers_state_whole_seconds() -> None:
 
 def test_changed_limits_apply_on_time() -> None:
     changes = (
-        LimitChange(at_s=60, requests_per_minute=300),
-        LimitChange(at_s=120, requests_per_minute=600),
+        PlannedChange(at_s=60, requests_per_minute=300),
+        PlannedChange(at_s=120, requests_per_minute=600),
     )
     limits = Limits(600, None, headers=True, now_s=1_000.0, changes=changes)
     admitted = [0, 0, 0]
@@ -97,7 +97,7 @@ def test_changed_limits_apply_on_time() -> None:
     assert 299 <= admitted[1] <= 301
     assert 599 <= admitted[2] <= 601
 
-    tokens = LimitChange(at_s=1, tokens_per_minute=30_000)
+    tokens = PlannedChange(at_s=1, tokens_per_minute=30_000)
     limits = Limits(None, 60_000, headers=True, now_s=0.0, changes=(tokens,))
     assert dict(limits.headers(0.9))["x-ratelimit-remaining-tokens"] == "2000"
     assert dict(limits.headers(1.0)) == {
@@ -108,7 +108,7 @@ def test_changed_limits_apply_on_time() -> None:
 
 
 def test_an_unseen_change_keeps_its_time() -> None:
-    changes = (LimitChange(at_s=1, requests_per_minute=60), LimitChange(at_s=2, requests_per_minute=6_000))
+    changes = (PlannedChange(at_s=1, requests_per_minute=60), PlannedChange(at_s=2, requests_per_minute=6_000))
     limits = Limits(600, None, headers=True, now_s=0.0, changes=changes)
     while _is_admitted(limits, 1, 0.0):
         pass
