@@ -89,7 +89,8 @@ class OpenRun(msgspec.Struct, frozen=True):
         `answer` is what its last attempt brought.
         """
         if isinstance(ending, CompletionRecord) and ending.error is None and not ending.set_aside:
-            chunk.kept.add(ending, answer)  # without texts of errors, which are stored with some characters replaced
+            # no errors: an earlier answer may have been restored, and their texts are stored with characters replaced
+            chunk.kept.add(ending, answer)
         if self.results is not None and isinstance(ending, CompletionRecord):
             self.results.put(ending, chunk)
         chunk.left -= 1

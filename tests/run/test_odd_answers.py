@@ -16,6 +16,7 @@ from batchrun.job.settings import Endpoint
 from batchrun.report.closing import in_words
 from batchrun.run_summary import Summary
 from batchrun.startup.run_options import RunOptions
+from batchrun.store import chunks
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
 from tests.crash.test_network_faults import requests_by_row, row_of
@@ -340,6 +341,45 @@ def test_a_refusal_is_a_status_with_its_text(
     assert (refusal["status"], refusal["refusal"], refusal["attempts"]) == ("refused", REFUSAL, attempts)
     assert not refusal["content"]
     assert (refusal["parsed"], rows[4]["refusal"]) == (None, None)
+
+
+ODD_USAGE = [
+    {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 99, "cost": 0.000012345678901234567},
+    {"prompt_tokens": 3, "completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 0}},
+    {"input_tokens": 3, "output_tokens": 4},
+    {},
+]
+AGAIN = [
+    *REFUSALS.values(),
+    *map(choice, MEANINGS, MEANINGS),
+    *(answer(answer_body(usage=usage)) for usage in ODD_USAGE),
+    *(events(delta({"content": "\ud800Fi"}), delta({}, "stop", usage=usage)) for usage in ODD_USAGE),
+    choice('{"a": 1}\u0000\ufffd', logprobs=None),
+    choice(None, "tool_calls"),
+    answer(b"\xef\xbb\xbf" + answer_body()),
+    answer(b'{"choices": [{"message": {"content": "caf\xe9"}, "finish_reason": "stop"}]}'),
+    answer(answer_body(choices=[json.loads(choice("two").partition(b"\r\n\r\n")[2])["choices"][0]] * 2)),
+]
+
+
+def test_answers_in_memory_are_those_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part made of answers that stayed in memory equals one made from the database, for answers of any form."""
+
+    own = {"finished_at", "latency_s", "time_to_first_token_s", "request_id", "request_key"}  # of time, run and port
+
+    def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        assert len(rows) == 2 * len(AGAIN)
+        return [{name: value for name, value in row.items() if name not in own} for row in rows]
+
+    results = []
+    for kept_bytes in (chunks.KEPT_BYTES, 0):
+        monkeypatch.setattr(chunks, "KEPT_BYTES", kept_bytes)
+        with serving_moved(says(lambda row, n: AGAIN[row % len(AGAIN)])) as server:
+            folder = tmp_path / str(kept_bytes)
+            folder.mkdir()
+            results.append(run(folder, server, 2 * len(AGAIN), finish={"length": "retry"}, output={"raw": "always"})[1])
+    for one, other in zip(*map(comparable, results), strict=True):
+        assert one == other
 
 
 QUOTA = refused("429 Too Many Requests", {"error": {"message": "Quota exceeded, check quota"}})
