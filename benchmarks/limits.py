@@ -25,7 +25,7 @@ from pathlib import Path
 
 import msgspec
 
-from batchrun.simulator import Fault, LedgerLine, LimitChange, SimulatorConfig, read_ledger
+from batchrun.simulator import Fault, LedgerLine, PlannedChange, SimulatorConfig, read_ledger
 
 HERE = Path(__file__).parent
 
@@ -192,8 +192,8 @@ def moved_limits(name: str, limits: str, **settings: object) -> Scenario:
     """The limits are halved at 40 s and restored at 95 s."""
     down_s, up_s = 40.0, 95.0
     changes = (
-        LimitChange(at_s=down_s, requests_per_minute=RPM // 2, tokens_per_minute=TPM // 2),
-        LimitChange(at_s=up_s, requests_per_minute=RPM, tokens_per_minute=TPM),
+        PlannedChange(at_s=down_s, requests_per_minute=RPM // 2, tokens_per_minute=TPM // 2),
+        PlannedChange(at_s=up_s, requests_per_minute=RPM, tokens_per_minute=TPM),
     )
 
     def paces(served: Served) -> tuple[float, float]:
