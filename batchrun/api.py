@@ -202,10 +202,6 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Job
     if earlier is not None:
         line = f"resuming the unfinished run of {earlier} ({path}); --new starts another"
         note(Notice(line, "resuming", date=earlier, directory=path))
-    if not str(path).isprintable() and "\\x" in (shown := os.fsencode(path).decode("utf-8", "backslashreplace")):
-        raise JobError(
-            f"output.path {shown}: holds bytes that are not UTF-8, as the run's log is; name another directory"
-        )
     if dates := [left for left, _ in rundir.unfinished(pattern, job.name, path)]:
         more = f" and {len(dates) - MOST_DATES:,} more" if dates[MOST_DATES:] else ""
         named = ", ".join(dates[:MOST_DATES]) + more

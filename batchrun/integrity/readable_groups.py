@@ -5,6 +5,7 @@ pages of our columns match their checksums, the types are ours, and its rows are
 Measured: 10,000 flipped bits never led to a wrong value.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchrun import arrow_files
 from batchrun.errors import CheckpointError
 from batchrun.records import Status
 from batchrun.tables.rows import OWN_COLUMNS, as_own, own_schema
@@ -32,11 +34,11 @@ def groups(path: Path, schema: pa.Schema, prefix: str, first_row: int, end_row: 
 
     `first_row` and `end_row` bound the rows that the file may hold.
     """
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
-    except UNREADABLE:
-        return
-    with file:
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(arrow_files.parquet(path))
+        except UNREADABLE:
+            return
         for number in range(file.num_row_groups):
             try:
                 group = _group(file, number, schema, prefix)
@@ -55,7 +57,7 @@ def groups(path: Path, schema: pa.Schema, prefix: str, first_row: int, end_row: 
 def schema_of(path: Path) -> pa.Schema | None:
     """The columns that the file says it has, or None."""
     try:
-        return pq.read_schema(path).remove_metadata()
+        return arrow_files.schema_of(path).remove_metadata()
     except UNREADABLE:
         return None
 
@@ -105,7 +107,7 @@ def columns(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
         CheckpointError: they can't be read.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+        with arrow_files.parquet(path) as file:
             for number in range(file.num_row_groups):
                 yield file.read_row_group(number, columns=list(names)).select(names)
     except UNREADABLE as error:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from batchrun import durable
 from batchrun.durable import disk_errors
-from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
+from batchrun.errors import CheckpointError, ExitCode, InputError, JobError, writable
 from batchrun.integrity.db_records import SALVAGED
 from batchrun.merge.merged_manifest import merged_manifest
 from batchrun.merge.renumbering import Renumbering, renumbered
@@ -143,8 +143,8 @@ class MergedWriter:
             checkpoint.close()
         for path in (self._to.rejects, self._to.images_of(), self._to.log):
             self._join_files(path.name)
-        there = summary_files(self._to).items()  # where they will be
-        places = {name: str(self._target.path / Path(path).relative_to(self._to.path)) for name, path in there}
+        written, target = writable(str(self._to.path)), writable(str(self._target.path))
+        places = {name: target + path.removeprefix(written) for name, path in summary_files(self._to).items()}
         summary = msgspec.structs.replace(summary, files=places)
         durable.replace_bytes(self._to.summary, summary.to_json())
         return summary

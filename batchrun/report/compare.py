@@ -16,8 +16,8 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 
+from batchrun import arrow_files
 from batchrun.errors import InputError
 from batchrun.report import run_rows
 from batchrun.report.run_rows import Result
@@ -177,7 +177,7 @@ def _size(result: Result, key: str) -> tuple[int, int]:
         raise InputError(f"{result.files[0]}: has no column {key} ({', '.join([*result.inputs, 'row'])})")
     names, rows, size = {key, *(result.prefix + name for name in _OWN)}, 0, 0
     for path in result.files:
-        metadata = pq.read_metadata(path)
+        metadata = arrow_files.metadata_of(path)
         rows += metadata.num_rows
         for group in map(metadata.row_group, range(metadata.num_row_groups)):
             columns = map(group.column, range(group.num_columns))

@@ -9,6 +9,7 @@ from importlib.resources import files
 import jinja2
 from markupsafe import Markup
 
+from batchrun.errors import writable
 from batchrun.report import charts, drift, formats, page_data
 from batchrun.report.bill import Bill, counted
 from batchrun.report.figures import figure
@@ -68,5 +69,5 @@ def page(bill: Bill, found: Sequence[FoundRun], columns: Sequence[str], now: dat
 
 def plain(text: object) -> str:
     """The text with invisible characters escaped, so none changes its direction or hides."""
-    characters = (" " if char in "\n\t" else char for char in str(text))
+    characters = (" " if char in "\n\t" else char for char in writable(str(text)))
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in characters)

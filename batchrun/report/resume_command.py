@@ -51,4 +51,4 @@ def in_directory(command: str | None, path: Path) -> str | None:
     """The command with the run's directory, so that it resumes this run on any day. It may name a URL already."""
     if command is not None and " -o " in command:
         return command
-    return None if command is None else f"{command} -o {shlex.quote(str(path))}"
+    return None if command is None else f"{command} -o {_quoted(str(path))}"

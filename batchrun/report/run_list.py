@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from batchrun.errors import CheckpointError, ExitCode, InputError
+from batchrun.errors import CheckpointError, ExitCode, InputError, writable
 from batchrun.report import resume_command
 from batchrun.report.cost_lines import cost_in_words, cost_so_far
 from batchrun.report.run_state import run_state
@@ -120,14 +120,14 @@ def _run(path: Path, now: datetime) -> ListedRun:
         found = run_state(RunDirectory(path))
     except (InputError, CheckpointError) as error:
         return ListedRun(
-            path=str(path), job="", state="unreadable", working=False, complete=False, rows=0, done=0, failed=0,
-            pending=0, by_status={}, cost_usd=None, possibly_billed_usd=Decimal(0), unpriced=0, created_at=None,
-            updated_at=None, age_s=None, exit_code=None, reason=str(error), next=None,
+            path=writable(str(path)), job="", state="unreadable", working=False, complete=False, rows=0, done=0,
+            failed=0, pending=0, by_status={}, cost_usd=None, possibly_billed_usd=Decimal(0), unpriced=0,
+            created_at=None, updated_at=None, age_s=None, exit_code=None, reason=str(error), next=None,
         )  # fmt: skip
 
     summary = found.summary
     return ListedRun(
-        path=str(path),
+        path=writable(str(path)),
         job=summary.job,
         state="died" if found.died else summary.state,
         working=found.working,

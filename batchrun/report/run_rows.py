@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun import arrow_files
 from batchrun import compute as pc
 from batchrun.errors import InputError
 from batchrun.source import hive
@@ -45,7 +46,7 @@ def result_of(place: Path) -> Result | None:
     if not files:
         return None
     try:
-        schema = pq.read_schema(files[0])
+        schema = arrow_files.schema_of(files[0])
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{files[0]}: no readable Parquet file: {error}") from error
     place = place.parent if place.name == MANIFEST else place
@@ -116,7 +117,7 @@ def tables(result: Result, own: Sequence[str], inputs: Sequence[str] = ()) -> It
     names = [*inputs, *(result.prefix + name for name in own)]
     for path in result.files:
         try:
-            with pq.ParquetFile(path) as file:
+            with arrow_files.parquet(path, checked=False) as file:
                 for groups in _together(file, narrow=not inputs and not set(own) & _WIDE):
                     table = file.read_row_groups(groups, columns=names, use_threads=False)
                     for name in set(names).difference(table.column_names):

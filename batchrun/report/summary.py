@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from batchrun.errors import CheckpointError, InputError
+from batchrun.errors import CheckpointError, InputError, writable
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast
 from batchrun.prices import PriceTable
@@ -215,14 +215,15 @@ def _summary(moment: Moment, spent: Totals, directory: RunDirectory, rows: int, 
 
 def files(directory: RunDirectory) -> dict[str, str]:
     """The files of a complete run."""
-    return {"completions": str(result_files.shown(directory)), "usage": str(directory.usage)}
+    return {"completions": writable(str(result_files.shown(directory))), "usage": writable(str(directory.usage))}
 
 
 def files_so_far(directory: RunDirectory, since: datetime) -> dict[str, str]:
     """The files of a run that is not complete, as far as the start at `since` wrote them."""
     written = {"partial": directory.partial, "usage": directory.usage}
     start_s = since.timestamp()
-    return {name: str(path) for name, path in written.items() if path.exists() and path.stat().st_mtime >= start_s}
+    since_then = {name: path for name, path in written.items() if path.exists() and path.stat().st_mtime >= start_s}
+    return {name: writable(str(path)) for name, path in since_then.items()}
 
 
 def failures(summary: Summary, failing: Collection[Status] = FAILURES) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun import arrow_files
 from batchrun.errors import InputError
 from batchrun.source.content import reading
 from batchrun.storage.objects import InputFile, RemoteFile
@@ -147,8 +148,7 @@ def _open(path: InputFile) -> Iterator[pq.ParquetFile]:
 
 def _local(path: Path) -> pa.NativeFile:
     with reading(path):
-        # as bytes: Arrow takes no text that is not UTF-8 (its type hints know neither this nor the default mode)
-        return pa.OSFile(os.fsencode(path))  # type: ignore[call-arg, arg-type]
+        return arrow_files.opened(path)
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from batchrun import compute as pc
 from batchrun import durable
-from batchrun.errors import InputError
+from batchrun.errors import InputError, writable
 from batchrun.job.job import Job
 from batchrun.report.wording import plural
 from batchrun.startup.answer_match import KEYS
@@ -37,7 +37,8 @@ def wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | No
     named = sources(job)
     if not (named or job.input.dedupe):
         return None
-    return Origins(rows, layout, job.input.dedupe, tuple(sorted(job.input.reuse_status)), named, first_row=first_row)
+    statuses = tuple(sorted(job.input.reuse_status))
+    return Origins(rows, layout, job.input.dedupe, statuses, tuple(map(writable, named)), first_row=first_row)
 
 
 def is_current(made: Origins | None, now: Origins | None, path: Path) -> bool:
@@ -139,7 +140,7 @@ def _take_earlier(equal: _EqualRows, earlier: Sequence[EarlierResult], now: Orig
 
 def _matches(file: OldFile, keys: "pa.Array[Any]", now: Origins) -> Iterator[tuple[int, int]]:
     """(place in `keys`, row in the file) of each acceptable answer of the file to one of them."""
-    with contextlib.closing(OldAnswers(Path(file.path))) as answers:
+    with contextlib.closing(OldAnswers(file.path)) as answers:
         for known, rows in answers.keys(now.statuses, copies=now.dedupe):
             places = pc.index_in(known, value_set=keys)
             there = pc.is_valid(places)

@@ -2,13 +2,14 @@
 
 import glob
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
-from batchrun.errors import InputError
+from batchrun.errors import InputError, writable
 from batchrun.job.job import Job
 from batchrun.store import result_files, rundir
 from batchrun.store.origins import OldFile
@@ -100,4 +101,4 @@ def _results(path: Path) -> Iterator[EarlierResult]:
 
 def _old_file(file: Path, named: Path) -> OldFile:
     status = file.stat()
-    return OldFile(str(file), str(named), status.st_size, status.st_mtime_ns)
+    return OldFile(os.fsencode(file), writable(str(named)), status.st_size, status.st_mtime_ns)

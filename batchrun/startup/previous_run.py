@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from batchrun import arrow_files
 from batchrun import compute as pc
 from batchrun.errors import CheckpointError, InputError
 from batchrun.job.job import Job
@@ -81,7 +81,8 @@ def _latency_s(directory: RunDirectory, prefix: str) -> float | None:
     total, rows = 0.0, 0
     try:
         for part in result_files.of(directory.path):
-            column = pq.read_table(part, columns=[name], partitioning=None).column(name)
+            with arrow_files.parquet(part) as file:
+                column = file.read(columns=[name]).column(name)
             total, rows = total + float(pc.sum(column).as_py() or 0.0), rows + len(column)
     except (OSError, KeyError, pa.ArrowException):
         return None

@@ -7,8 +7,8 @@ from typing import Self, cast
 
 import msgspec
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from batchrun import arrow_files
 from batchrun.records import replaces
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.rundir import RunDirectory
@@ -28,7 +28,7 @@ class BasePart:
         require_digest(path, expected_digest)
         names = own_schema(prefix).names
         empty = own_schema(prefix).empty_table()
-        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+        with arrow_files.parquet(path) as file:
             groups = [file.read_row_group(group, columns=names).select(names) for group in range(file.num_row_groups)]
         self._table = pa.concat_tables([as_own(group) for group in groups or [empty]])
         self.rows = cast(list[int], self._table.column("row").to_pylist())

@@ -135,7 +135,7 @@ class CarryOver:
         require_unchanged(file)
         if len(self._open) >= OPEN_FILES:
             self._open.popitem(last=False)[1].close()
-        found = self._open[number] = OldAnswers(Path(file.path))
+        found = self._open[number] = OldAnswers(file.path)
         return found
 
 
@@ -155,7 +155,7 @@ def require_unchanged(file: OldFile) -> None:
 def is_unchanged(file: OldFile) -> bool:
     """Whether the file is there, of the same size and time."""
     try:
-        now = Path(file.path).stat()
+        now = file.path.stat()
     except OSError:
         return False
     return (now.st_size, now.st_mtime_ns) == (file.size, file.mtime_ns)

@@ -5,6 +5,7 @@ The only importer of sqlite3; its errors are raised as ours.
 
 import contextlib
 import functools
+import os
 import sqlite3
 import zlib
 from collections import deque
@@ -156,7 +157,7 @@ class Database:
     def copy_to(self, path: Path) -> None:
         """A copy of the database as of now, without free pages, in a file that must not exist."""
         with _sqlite_errors(path):
-            self._connection.execute("VACUUM INTO ?", (str(path),))
+            self._connection.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(path),))
 
     def close(self) -> None:
         self._connection.close()

@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 import msgspec
 
-from batchrun.errors import CheckpointError
+from batchrun.errors import CheckpointError, writable
 from batchrun.job.settings import Output
 from batchrun.run_summary import Estimate, MergedShard, Shard
 from batchrun.source import FileIdentity, Span
@@ -88,7 +88,8 @@ class Manifest(msgspec.Struct, frozen=True):
 
     def encode(self) -> dict[str, str]:
         """The manifest as a checkpoint entry."""
-        return {self.ENTRY: msgspec.json.encode(self).decode()}
+        output = msgspec.structs.replace(self.output, path=writable(self.output.path))
+        return {self.ENTRY: msgspec.json.encode(msgspec.structs.replace(self, output=output)).decode()}
 
     @property
     def column_types(self) -> ColumnTypes | None:

@@ -58,10 +58,15 @@ def last_copy(origin: int) -> int:
 class OldFile(msgspec.Struct, frozen=True):
     """A file of earlier answers as it was when they were looked up. `name` is its run's directory, else its path."""
 
-    path: str
+    path_bytes: bytes
     name: str
     size: int
     mtime_ns: int
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return Path(os.fsdecode(self.path_bytes))
 
 
 class Origins(msgspec.Struct, frozen=True):

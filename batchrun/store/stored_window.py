@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 
+from batchrun import arrow_files
 from batchrun.durable import digest, disk_errors, replacing
 from batchrun.errors import CheckpointError
 from batchrun.records import Row
@@ -26,7 +27,7 @@ def write(path: Path, table: pa.Table) -> str:
     """Writes the window's rows in batches of 1,000; returns the file's digest."""
     with replacing(path) as temporary:
         temporary.touch(mode=0o600)
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        with arrow_files.opened(temporary, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             for batch in table.combine_chunks().to_batches(max_chunksize=BATCH_ROWS):
                 writer.write_batch(batch)
     return digest(path)
@@ -39,7 +40,7 @@ def schema_of(path: Path) -> pa.Schema:
         CheckpointError: it can't be read.
     """
     try:
-        with pa.memory_map(str(path)) as mapped:
+        with arrow_files.mapped(path) as mapped:
             return pa.ipc.open_file(mapped).schema
     except (OSError, pa.ArrowException) as error:
         raise CheckpointError(f"{path}: the input of an open chunk can't be read: {error}") from error
@@ -47,7 +48,7 @@ def schema_of(path: Path) -> pa.Schema:
 
 def rows_stored(path: Path) -> int:
     """How many rows the stored input has."""
-    with pa.OSFile(str(path), "rb") as file, pa.ipc.open_file(file) as reader:
+    with arrow_files.opened(path) as file, pa.ipc.open_file(file) as reader:
         return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
 
 
@@ -144,7 +145,7 @@ class StoredWindow:
 
     def _reader(self) -> pa.RecordBatchFileReader:
         if self._mapped is None:
-            self._mapped = pa.ipc.open_file(pa.memory_map(str(self._path)))
+            self._mapped = pa.ipc.open_file(arrow_files.mapped(self._path))
         return self._mapped
 
 

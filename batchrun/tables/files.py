@@ -15,6 +15,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun import arrow_files
 from batchrun.durable import digest, disk_errors, link, replacing
 from batchrun.errors import CheckpointError
 from batchrun.job.settings import Output
@@ -42,7 +43,8 @@ class ParquetFile:
         self._pending_bytes = self._pending_rows = 0
         self.rows = 0
         path.touch(mode=0o600)
-        self._writer = pq.ParquetWriter(path, schema, compression=compression, write_page_checksum=True)
+        self._sink = arrow_files.opened(path, "wb")
+        self._writer = pq.ParquetWriter(self._sink, schema, compression=compression, write_page_checksum=True)
 
     def __enter__(self) -> Self:
         return self
@@ -50,9 +52,10 @@ class ParquetFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._flush()
-        self._writer.close()
+        with self._sink:
+            if kind is None:
+                self._flush()
+            self._writer.close()
 
     def write(self, batch: pa.RecordBatch) -> None:
         """The batch is in the file, or in the row group that is being gathered."""
@@ -141,13 +144,13 @@ def copy_part(source: Path, to: Path, expected_digest: str) -> None:
 def rows_in(path: Path) -> int:
     """The rows of a file, by its footer."""
     with _readable(path):
-        return pq.read_metadata(path).num_rows
+        return arrow_files.metadata_of(path).num_rows
 
 
 def schema_of(path: Path) -> pa.Schema:
     """The columns of a completions file."""
     with _readable(path):
-        return pq.read_schema(path)
+        return arrow_files.schema_of(path)
 
 
 def cut(path: Path, expected_digest: str, rows: Sequence[int]) -> Iterator[Iterator[pa.RecordBatch]]:
@@ -180,14 +183,14 @@ def write_usage(path: Path, lines: Sequence[TotalsLine]) -> None:
 
 def batches_of(path: Path) -> Iterator[pa.RecordBatch]:
     """The rows of a part or result in order; pages are compared with their checksums."""
-    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+    with arrow_files.parquet(path) as file:
         yield from _batches(file)
 
 
 def read_footer(path: Path) -> dict[str, object] | None:
     """The totals in the footer of a completions file; None where it holds none of ours."""
     with _readable(path):
-        entry = (pq.read_metadata(path).metadata or {}).get(FOOTER_KEY.encode())
+        entry = (arrow_files.metadata_of(path).metadata or {}).get(FOOTER_KEY.encode())
     try:
         return None if entry is None else msgspec.json.decode(entry, type=dict[str, object])
     except msgspec.DecodeError as error:
@@ -201,7 +204,7 @@ def sealed_batches(path: Path, expected: str, rows: int) -> Iterator[pa.RecordBa
         CheckpointError: it is not what was written.
     """
     require_digest(path, expected)
-    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+    with arrow_files.parquet(path) as file:
         if file.metadata.num_rows != rows:
             raise CheckpointError(f"{path}: holds {file.metadata.num_rows:,} rows, {rows:,} were sealed")
         yield from _batches(file)
@@ -237,6 +240,6 @@ def _readable(path: Path) -> Iterator[None]:
 
 def require_rows(path: Path, rows: int) -> None:
     """Returns if the footer of the file that was just written can be read and counts `rows` rows."""
-    found = pq.read_metadata(path).num_rows  # a failure here is the disk's: it was written just now
+    found = arrow_files.metadata_of(path).num_rows  # a failure here is the disk's: it was written just now
     if found != rows:
         raise CheckpointError(f"{path}: {found:,} rows written where {rows:,} were due")

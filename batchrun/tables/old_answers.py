@@ -13,6 +13,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchrun import arrow_files
 from batchrun import compute as pc
 from batchrun.errors import InputError
 from batchrun.records import Status
@@ -47,11 +48,11 @@ class OldAnswers:
         """
         self._path = path
         with self._readable():
-            self._file = pq.ParquetFile(path, pre_buffer=False)
+            self._file = pq.ParquetFile(arrow_files.opened(path), pre_buffer=False)
         schema = self._file.schema_arrow
         keys = [name for name in schema.names if name.endswith(KEY)]
         if not keys:
-            self._file.close()
+            self._file.close(force=True)
             raise InputError(f"{path}: no answers to reuse: it has no column {KEY}")
         prefix = keys[-1].removesuffix(KEY)
         self._names = {name: prefix + name for name in OWN_COLUMNS.names if prefix + name in schema.names}
@@ -62,7 +63,7 @@ class OldAnswers:
             if prefix + name in keys_of_folders and name not in self._names
         }
         if not self._names.keys() & set(_ANSWERS):
-            self._file.close()
+            self._file.close(force=True)
             raise InputError(f"{path}: no answers to reuse: it has no column {prefix}content")
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._first = self._end = 0  # the rows of the batch at hand
@@ -117,7 +118,7 @@ class OldAnswers:
         return self._as_ours(table.take(pa.array([place[row] for row in rows], pa.int64())))
 
     def close(self) -> None:
-        self._file.close()
+        self._file.close(force=True)
 
     def _at(self, row: int) -> pa.RecordBatch:
         """The batch that holds the row: that at hand, one further on, or from the start of its row group."""

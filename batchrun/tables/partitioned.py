@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import pyarrow as pa
 
+from batchrun import arrow_files
 from batchrun import compute as pc
 from batchrun.durable import digest, disk_errors, fsync
 from batchrun.errors import JobError
@@ -187,7 +188,7 @@ class _Gathered:
     def pop(self, name: str) -> Iterator[pa.RecordBatch]:
         """The partition's rows; its file is deleted."""
         path = self.partitions[name]
-        with pa.OSFile(str(path), "rb") as file:
+        with arrow_files.opened(path) as file:
             while file.tell() < file.size():
                 with pa.ipc.open_stream(file) as stream:
                     yield from stream

@@ -1,11 +1,13 @@
 """Disks that fail at a chosen call, that are full, and processes that are stopped or short of descriptors."""
 
 import ast
+import json
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import pytest
 
 from batchrun.simulator import SimulatorConfig
 from batchrun.store.checkpoint import Checkpoint
-from tests.cli_process import batchrun, finish, kill_when, read_summary, start, write_job, write_rows
+from tests.cli_process import KEY, KEY_ENV, batchrun, finish, kill_when, read_summary, start, write_job, write_rows
 from tests.crash.strace import MISSING, Fault, prefix
 from tests.crash.trial import ROWS, Calm, Trial, calm_run, simulator_config
 from tests.simulator_process import running_simulator
@@ -243,17 +245,38 @@ def test_too_few_file_descriptors_fail_no_row(tmp_path: Path) -> None:
     assert read_summary(tmp_path / "out")["by_status"].keys() == {"ok", "truncated"}
 
 
-def test_any_file_name_works_or_is_refused(tmp_path: Path) -> None:
-    """Names of any bytes; a refusal is one line."""
-    odd = os.fsdecode(b"caf\xe9")
-    source = write_rows(tmp_path / "in.jsonl", 2)
-    job = write_job(tmp_path / f"{odd}.toml", "simulator", source, "")
-    assert batchrun("run", job, "-o", tmp_path / "out").exit_code == 0
-    ended = batchrun("run", job, "-o", tmp_path / odd / "out")
-    assert ended.exit_code == 2
-    assert ended.stderr.count("\n") == 1
-    assert "not UTF-8" in ended.stderr
-    assert not (tmp_path / odd).exists()
+OUTPUTS = {"file": "", "lines": '[output]\nformat = "jsonl"', "folders": '[output]\npartition_by = ["text"]'}
+
+
+@pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS.keys())
+def test_any_bytes_in_names_work(output: str, tmp_path: Path) -> None:
+    """In those of the job, its input and its run directory: each command works."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    source = write_rows(folder / os.fsdecode(b"\xff.jsonl"), 12)
+    job = write_job(folder / os.fsdecode(b"\xfe.toml"), "simulator", "-i", output)
+    out, again = folder / os.fsdecode(b"o\xfft"), folder / "again"
+
+    def works(*arguments: str | Path, exit_code: int = 0) -> str:
+        ended = batchrun(*arguments)
+        assert ended.exit_code == exit_code, ended
+        assert "\\udc" not in ended.stderr
+        return ended.stdout
+
+    works("run", job, "-i", source, "-o", out, "--limit", "5")
+    works("run", job, "-i", source, "-o", out, "--deadline", "0.01s", exit_code=4)
+    works("export", out)
+    (stopped,) = json.loads(works("status", folder, "--json"))
+    assert stopped["path"].endswith("caf\\xe9/o\\xfft")
+    environ = {**os.environ, KEY_ENV: KEY, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", f"{stopped['next']} --limit 6"], env=environ, check=True)
+    works("run", job, "-i", source, "-o", out)
+    works("run", job, "-i", source, "-o", again, "--reuse", out)
+    assert read_summary(again)["reused"] == read_summary(out)["by_status"]["ok"] > 0
+    for command in (("status", out), ("verify", out), ("show", out), ("compare", out, again)):
+        works(*command)
+    for ending in ("csv", "json", "md", "txt", "parquet", "html", "xlsx"):
+        works("report", folder, "-o", folder / f"bill.{ending}")
 
 
 def test_check_names_standard_input_and_not_its_copy(tmp_path: Path) -> None:

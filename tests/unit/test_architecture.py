@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "batchrun"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("signals", "streams", "open_files", "memory", "patterns", "compute", "durable", "job"),
+    ("signals", "streams", "open_files", "memory", "patterns", "compute", "arrow_files", "durable", "job"),
     ("records",),
     ("run_summary",),
     ("prices", "credentials", "storage"),
@@ -68,7 +68,19 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "toktok": frozenset({"response.token_count"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
     "pyarrow": frozenset(
-        {"compute", "storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity", "merge"}
+        {
+            "arrow_files",
+            "compute",
+            "storage",
+            "source",
+            "tables",
+            "store",
+            "report",
+            "startup",
+            "dispatch",
+            "integrity",
+            "merge",
+        }
     ),
 }
 """Library → the packages and modules that import it."""
