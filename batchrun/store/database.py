@@ -263,10 +263,16 @@ def _as_ours(path: Path, error: sqlite3.Error | UnicodeDecodeError | OSError) ->
             return RunLockedError(f"{path}: another program has it open; close that one and run again")
         case sqlite3.SQLITE_IOERR if is_at_size_limit(path, path.with_name(f"{path.name}-wal")):
             return DiskError(f"{path}: the largest file that this process may write; {FILE_SIZE_STEP}")
-        case _ if code in _REFUSALS:
+        case _ if code in _REFUSALS and not (code == sqlite3.SQLITE_READONLY and _says_read_only(path)):
             return DiskError(f"{path}: the disk refused a write ({error}); fix that and run the same command again")
         case _:
             return CheckpointError(f"{path}: damaged ({error}); keep a copy of this directory before anything else")
+
+
+def _says_read_only(path: Path) -> bool:
+    """Whether the file's header names a format that SQLite only reads. We never wrote one."""
+    with path.open("rb") as file:
+        return file.read(19)[18:] > b"\x02"  # the write version: sqlite.org/fileformat2.html
 
 
 def _is_full(error: DiskError) -> bool:

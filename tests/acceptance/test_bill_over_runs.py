@@ -460,7 +460,8 @@ def test_a_run_is_filed_under_its_date(tmp_path: Path) -> None:
 
 
 @pytest.mark.heavy
-def test_a_thousand_runs_report_within_five_seconds(tmp_path: Path) -> None:
+def test_a_thousand_runs_cost_twice_their_reading(tmp_path: Path) -> None:
+    """At most, in CPU: pyarrow reads one column of each file in the other half. However fast the machine is."""
     first = write_result(tmp_path / "0", [row(number) for number in range(400)])
     summary = json.loads((first / "summary.json").read_text())
     for number in range(1, 1000):
@@ -469,5 +470,8 @@ def test_a_thousand_runs_report_within_five_seconds(tmp_path: Path) -> None:
         (folder / "summary.json").write_text(json.dumps(summary | {"run_id": f"r{number}"}))
     began = time.process_time()  # of all threads: other tests share the machine
     reported = bill.collect([tmp_path], ("night", "model"))
-    assert time.process_time() - began < 5
+    collected = time.process_time()
+    for number in range(200):
+        pq.read_table(tmp_path / str(number) / "completions.parquet", columns=["latency_s"], partitioning=None)
+    assert collected - began < 2 * 5 * (time.process_time() - collected)
     assert (reported.runs, reported.total.rows, reported.total.cost_usd) == (1000, 400_000, Decimal(400))

@@ -415,6 +415,20 @@ def test_another_versions_file_is_refused_with_its_number(tmp_path: Path) -> Non
         assert error.value.exit_code == ExitCode.DAMAGED
 
 
+@pytest.mark.parametrize("place", [18, 19])
+def test_a_damaged_format_number_is_damage(place: int, tmp_path: Path) -> None:
+    """SQLite opens a file of a newer format for reading only. That is no disk that refuses a write."""
+    path = tmp_path / "checkpoint.db"
+    with opened(path, finished=True) as checkpoint:
+        put(checkpoint, [completion(0)])
+    content = path.read_bytes()
+    for bit in range(2, 8):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+        with pytest.raises(CheckpointError, match=": damaged") as raised, opened(path):
+            pass
+        assert not isinstance(raised.value, DiskError)
+
+
 def test_a_file_without_database_is_damage(tmp_path: Path) -> None:
     """It is not reported as an error of the disk."""
     path = tmp_path / "checkpoint.db"
