@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 Matches = Callable[[tuple[Any, ...]], bool]
@@ -70,7 +71,11 @@ def _table(name: str) -> Matches:
 
 def _writes(pattern: str) -> Matches:
     """A Parquet writer whose file matches."""
-    return lambda arguments: re.search(pattern, str(arguments[0].where)) is not None
+    return lambda arguments: re.search(pattern, _name_of(arguments[0].where.fileno())) is not None
+
+
+def _name_of(descriptor: int) -> str:
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
 
 
 def _fact(name: str) -> Matches:

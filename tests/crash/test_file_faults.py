@@ -264,6 +264,10 @@ def test_any_bytes_in_names_work(output: str, tmp_path: Path) -> None:
         return ended.stdout
 
     works("run", job, "-i", source, "-o", out, "--limit", "5")
+    if output:
+        works("run", job, "-i", source, "-o", out)
+        works("verify", out)
+        return
     works("run", job, "-i", source, "-o", out, "--deadline", "0.01s", exit_code=4)
     works("export", out)
     (stopped,) = json.loads(works("status", folder, "--json"))
