@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -56,4 +56,4 @@ def schema_of(path: Path) -> pa.Schema:
 
 def _name(path: Path) -> Any:
     """The bytes of the name: Arrow takes them, although its type hints say that it does not."""
-    return cast(Any, os.fsencode(path))
+    return os.fsencode(path)

@@ -1,6 +1,6 @@
 """The figures of a run: `Summary`, which summary.json holds, and the frozen values in it."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from decimal import Decimal
 
@@ -55,6 +55,12 @@ def stated(lines: Iterable[TotalsLine], name: str) -> int | None:
     """The sum of a count over the lines that have it; None where no answer stated it."""
     counts = [count for line in lines if (count := getattr(line, name)) is not None]
     return sum(counts) if counts else None
+
+
+def cached_share(lines: Collection[TotalsLine]) -> float | None:
+    """The share of all prompt tokens that came from a cache; None where no answer stated it, or there was no prompt."""
+    prompt, cached = sum(line.prompt_tokens for line in lines), stated(lines, "cached_tokens")
+    return cached / prompt if cached is not None and prompt else None
 
 
 LineKey = tuple[int, str, str, str, str]

@@ -12,7 +12,7 @@ from batchrun.report.notices import nearly_used, unknown_reason
 from batchrun.report.suggested_fixes import Fix, command_with, fix_for, fix_for_address, fix_for_key
 from batchrun.report.summary import RATE_S, failures
 from batchrun.report.wording import are, plural, rounded
-from batchrun.run_summary import Summary, stated
+from batchrun.run_summary import Summary, cached_share, stated
 
 LABEL_WIDTH = 13  # "completions", the longest label, and two spaces
 
@@ -55,7 +55,8 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     prompt = sum(line.prompt_tokens for line in summary.totals)
     completion = sum(line.completion_tokens for line in summary.totals)
     cached, reasoning = stated(summary.totals, "cached_tokens"), stated(summary.totals, "reasoning_tokens")
-    cached_part = f" ({cached:,} cached, {cached / prompt:.0%})" if cached is not None and prompt else ""
+    share = cached_share(summary.totals)
+    cached_part = f" ({cached:,} cached, {share:.0%})" if share is not None else ""
     reasoning_part = f" ({reasoning:,} reasoning)" if reasoning else ""
     yield "tokens", f"{prompt:,} in{cached_part}, {completion:,} out{reasoning_part}"
     cost, *beyond = cost_lines(summary)

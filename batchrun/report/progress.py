@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from batchrun.limits.deadline import in_words
 from batchrun.report.cost_lines import headline_usd
 from batchrun.report.summary import failures
-from batchrun.run_summary import Summary, stated
+from batchrun.run_summary import Summary, cached_share
 
 LEAST_BAR = 8
 """Columns below which a bar shows nothing."""
@@ -77,9 +77,8 @@ def _figures(summary: Summary, number: Callable[[float], str], *, tight: bool = 
 
 def _cached(summary: Summary) -> Iterator[str]:
     """The share of all prompt tokens that came from a cache."""
-    prompt, cached = sum(line.prompt_tokens for line in summary.totals), stated(summary.totals, "cached_tokens")
-    if prompt and cached is not None:
-        yield f"{cached / prompt:.0%} cached"
+    if (share := cached_share(summary.totals)) is not None:
+        yield f"{share:.0%} cached"
 
 
 def _eta(summary: Summary) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from batchrun.errors import CheckpointError, InputError
+from batchrun.errors import CheckpointError, InputError, writable
 from batchrun.records import PossiblyBilled
 from batchrun.report.run_state import run_state
 from batchrun.report.summary import VERSION
@@ -184,7 +184,7 @@ def _copy(other: Account, newest: FoundRun) -> str:
 
 def _shown(path: Path) -> str:
     """The path as one line of text, for any bytes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
+    return writable(str(path)).replace("\n", "\\n")
 
 
 _Part = tuple[int, str, str]

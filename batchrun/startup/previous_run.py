@@ -16,7 +16,7 @@ from batchrun.limits import capacity
 from batchrun.prices import PriceTable
 from batchrun.report import summary as summaries
 from batchrun.report.cost_lines import prices_in_words
-from batchrun.run_summary import Summary, stated
+from batchrun.run_summary import Summary, cached_share
 from batchrun.store import result_files, rundir
 from batchrun.store.rundir import RunDirectory
 
@@ -59,13 +59,12 @@ def of(summary: Summary, whose: str) -> Means | None:
     size = capacity.size_of(summary.totals)
     if not size.answers:
         return None
-    prompt = sum(line.prompt_tokens for line in summary.totals)
     rows = sum(line.rows - line.reused for line in summary.totals if line.cost_usd)
     return Means(
         basis=f"{'the one answer' if size.answers == 1 else f'the mean of {size.answers:,} answers'} of {whose}",
         prompt_tokens=size.prompt_tokens,
         completion_tokens=size.completion_tokens,
-        cached_share=(stated(summary.totals, "cached_tokens") or 0) / prompt,
+        cached_share=cached_share(summary.totals) or 0.0,
         cost_usd=None if summary.unpriced or summary.without_usage or not rows else summary.cost_usd / rows,
         price=_undated(summary.price or ""),
     )

@@ -271,8 +271,11 @@ def _as_ours(path: Path, error: sqlite3.Error | UnicodeDecodeError | OSError) ->
 
 def _says_read_only(path: Path) -> bool:
     """Whether the file's header names a format that SQLite only reads. We never wrote one."""
-    with path.open("rb") as file:
-        return file.read(19)[18:] > b"\x02"  # the write version: sqlite.org/fileformat2.html
+    try:
+        with path.open("rb") as file:
+            return file.read(19)[18:] > b"\x02"  # the write version: sqlite.org/fileformat2.html
+    except OSError:  # it was moved or deleted, which SQLite reports with the same code
+        return False
 
 
 def _is_full(error: DiskError) -> bool:

@@ -20,6 +20,7 @@ from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled
 from batchrun.store import db_tables
 from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
 from batchrun.store.commits import MAX_GROUP
+from batchrun.store.database import _sqlite_errors
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import Totals, answer_line, fold, possibly_billed, with_possibly_billed
 from tests import checkpoint_writer, level
@@ -427,6 +428,18 @@ def test_a_damaged_format_number_is_damage(place: int, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=": damaged") as raised, opened(path):
             pass
         assert not isinstance(raised.value, DiskError)
+
+
+def test_a_deleted_database_is_the_disks_failure(tmp_path: Path) -> None:
+    """SQLite calls it read-only, as it does a file of a newer format, and there is no header to read."""
+    path = tmp_path / "checkpoint.db"
+    with opened(path) as checkpoint:
+        error = sqlite3.OperationalError("attempt to write a readonly database")
+        error.sqlite_errorcode = sqlite3.SQLITE_READONLY_DBMOVED
+        path.unlink()
+        with pytest.raises(DiskError), _sqlite_errors(path):
+            raise error
+        assert checkpoint.chunks() == []
 
 
 def test_a_file_without_database_is_damage(tmp_path: Path) -> None:
