@@ -189,7 +189,6 @@ ENDPOINT = """
 url = "{url}"
 name = "both"
 api_key_env = "{key}"
-weight = {weight}
 """
 
 
@@ -229,7 +228,7 @@ def test_several_endpoints_work_over_actors(
         ("KEY_B", seen["KEY_B"]),
     ]
     assert seen["KEY_A"] + seen["KEY_B"] == 90
-    assert seen["KEY_A"] > seen["KEY_B"] > 10
+    assert min(seen["KEY_A"], seen["KEY_B"]) > 10
     assert (len(one.exchanges), len(other.exchanges)) == (seen["KEY_A"], seen["KEY_B"] + seen["KEY_C"])
     assert summary["possibly_billed"] == []
 
