@@ -265,11 +265,11 @@ TOKENS = [
     tokens("not configured", lambda: TokenLimited(500), 98, 2.5, None),
 ]
 CROWDS = [
-    crowd("16 of 64", lambda: Crowded(16), 90, ideal_s=38.6),
+    crowd("16 of 64", lambda: Crowded(16), 95, ideal_s=38.6),
     crowd("16 of 64, across a network", lambda: Crowded(16, network_s=0.01), 97, ideal_s=41.5),
     crowd("4 of 64", lambda: Crowded(4, network_s=0.01), 97, rows=1_000, ideal_s=55.0),
     crowd("100 of 256", lambda: Crowded(100, latency_s=1.0), 92, rows=6_000, allowed=256, ideal_s=62.0),
-    crowd("and chance of 1 %", lambda: Crowded(16, network_s=0.01, chance=0.01), 80, ideal_s=41.5),
+    crowd("and chance of 1 %", lambda: Crowded(16, network_s=0.01, chance=0.01), 85, ideal_s=41.5),
 ]
 QUEUES = [
     Scenario(name="queue, 16 at a time", server=lambda: Queueing(16), rows=3_000, allowed=64, ideal_s=37.5, percent=97)

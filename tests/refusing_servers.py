@@ -23,6 +23,9 @@ from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.records import RowError, Verdict
 
 REFUSAL_S = 0.02
+ROUNDING_S = 1e-6
+"""Sums of seconds differ by less. A request that is sent at the moment of an answer comes after it."""
+
 RETRY_S, JITTER_S = 0.3, 0.3
 """How long a row waits after a refusal without Retry-After, and what is added to each wait."""
 
@@ -239,7 +242,7 @@ class Crowded:
 
     def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         arrives_s = now_s + self.network_s * rng.random()
-        while self._ends and self._ends[0] <= arrives_s:
+        while self._ends and self._ends[0] <= arrives_s + ROUNDING_S:
             heapq.heappop(self._ends)
         full = len(self._ends) >= self.most
         if full or rng.random() < self.chance:

@@ -4,6 +4,7 @@ Such a server refuses by concurrency, not by rate: refused requests were sent wi
 ones. A rate limit met during ramp-up looks the same, so the cap is tried first and dropped if refusals continue.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -19,7 +20,7 @@ OVERLAP = 0.35
 later than the server does."""
 
 BELOW_REFUSED = 0.85
-"""The first cap, as a share of the lowest refused number: if 16 others are too many, 15 may be, too."""
+"""The first cap, as a share of the lowest refused number, rounded up: if 16 others are too many, 15 may be, too."""
 
 TRIED = 3
 """The trial of a cap ends after this many times as many attempts as it allows, without too many refusals."""
@@ -27,8 +28,8 @@ TRIED = 3
 TRIALS = 2
 """The first cap may be slightly too high; if the second one does not help either, the number in flight is no cause."""
 
-PROBE_BAR = 4.0
-LEAST_ORDINARY, TOO_MANY = 0.003, 0.3
+PROBE_BAR = 5.0
+LEAST_ORDINARY, TOO_MANY = 0.001, 0.3
 """A higher cap is too high if three in ten of the additional requests are refused: that is one refusal if hardly any is
 by chance, and two or three where a few per cent are."""
 
@@ -179,7 +180,7 @@ class Crowding:
         """Too much is refused below the cap: lowers it (True), or drops it as the wrong explanation (False)."""
         assert self.cap is not None
         if self._tried is not None and self._trials < TRIALS and self.cap > 1:
-            self._try(self.cap, now_s)
+            self._try(self.cap - 1, now_s)
             return True
         if self._tried is None and now_s - self._lowered_s > LOWERED_AGAIN_S and self.cap > 1:
             self._lowered_s, self._probe_s = now_s, now_s + self._wait_s
@@ -190,8 +191,8 @@ class Crowding:
         return False
 
     def _is_test(self, sent_s: float) -> bool:
-        """True for an attempt of a test."""
-        return self._tests_from_s is not None and sent_s > self._tests_from_s
+        """True for an attempt that was sent during the tests."""
+        return self._tests_from_s is not None and 0 < sent_s - self._tests_from_s <= TEST_FOR_S
 
     def _drop(self, now_s: float, why: str) -> None:
         """It was the wrong explanation."""
@@ -205,7 +206,7 @@ class Crowding:
         self._trials += 1
         self._tried, self._probing_from, self._step, self._wait_s = 0, None, 1, PROBE_EVERY_S
         self._lowered_s = now_s
-        self._set(max(1, int(BELOW_REFUSED * low)), f"refused with {low} and more others in flight")
+        self._set(math.ceil(BELOW_REFUSED * low), f"refused with {low} and more others in flight")
 
     def _set(self, cap: int | None, why: str) -> None:
         before, self.cap = self.cap, cap

@@ -64,8 +64,8 @@ def story() -> Story:
 
 
 def test_a_crowd_is_capped_below_its_refusals(story: Story) -> None:
-    assert story.suspect(accepted=10, refused=20)
-    assert story.cap() == int(BELOW_REFUSED * 20) < 20
+    assert story.suspect(accepted=10, refused=22)
+    assert BELOW_REFUSED * 22 < story.cap() == 19 < 22
     assert story.crowding.on_trial
 
 
@@ -171,6 +171,19 @@ def test_a_refused_raise_is_undone_and_waits_longer(story: Story) -> None:
     assert wait_s == MAX_PROBE_EVERY_S
 
 
+@pytest.mark.parametrize(("ordinary", "needed"), [(0.0, 1), (0.004, 2)])
+def test_chance_alone_does_not_undo_a_raise(story: Story, ordinary: float, needed: int) -> None:
+    assert story.suspect()
+    cap = story.keep()
+    story.now_s += PROBE_EVERY_S
+    story.accept(cap - 1)
+    refused = 0
+    while story.cap() > cap and refused < 10:
+        story.crowding.refused(story.now_s, story.now_s, cap, ordinary)
+        refused += 1
+    assert refused == needed
+
+
 def test_refusals_below_a_kept_cap_are_not_explained(story: Story) -> None:
     assert story.suspect()
     cap = story.keep()
@@ -210,11 +223,19 @@ def test_tests_that_are_accepted_disprove_a_small_crowd(story: Story) -> None:
     story.now_s += 0.3
     assert not story.accept(3, 5, sent_s=START_S)
     assert not story.accept(2, 5)
-    assert story.cap() == 1
+    assert story.cap() == 2
     assert not story.accept(3, TESTS - 1)
     assert story.accept(3)
     assert not story.cap()
     assert not story.suspect(accepted=0, refused=2), "it is ruled out for a while"
+
+
+def test_accepted_attempts_after_the_tests_disprove_nothing(story: Story) -> None:
+    """A higher cap lets more through later on."""
+    assert story.suspect()
+    story.now_s += TEST_FOR_S + 0.1
+    assert not story.accept(25, 2 * TESTS)
+    assert story.cap()
 
 
 def test_a_refused_test_ends_the_tests(story: Story) -> None:
@@ -222,7 +243,7 @@ def test_a_refused_test_ends_the_tests(story: Story) -> None:
     story.now_s += 0.3
     assert story.refuse(3) == [True]
     assert story.crowding.next_test_s(story.now_s) is None
-    assert story.cap() == 1
+    assert story.cap() == 2
 
 
 def test_a_refused_test_counts_as_a_trial(story: Story) -> None:
