@@ -3,6 +3,9 @@
 Source: WHATWG HTML, section "Server-sent events", "Parsing an event stream": lines end with LF, CR or CRLF, a BOM may
 come first, a line that starts with a colon is a comment, the `data` lines of an event are joined by LF. Only `data` and
 `event` mean something here.
+
+One thing beside the specification, which would ignore it: a line that begins like a JSON object is an event of its own.
+Servers that fail in mid-stream write their error so.
 """
 
 from collections.abc import Iterable, Iterator
@@ -73,6 +76,8 @@ class Decoder:
                 self._data.append(b"")
             elif line.startswith(b"event:"):
                 self._name = line[6:].removeprefix(b" ")
+            elif line.startswith(b"{") and not self._data:
+                events.append(Event(line))
         return events
 
 
