@@ -218,6 +218,28 @@ def test_a_rotated_key_is_used_without_a_restart(tmp_path: Path, status: int) ->
     assert b"canary" not in whole
 
 
+def test_a_rows_own_refusal_blames_no_old_key(tmp_path: Path) -> None:
+    """A 400 that comes after the key was replaced fails the row, which is sent once."""
+    file = tmp_path / "key"
+    file.write_text("sk-old-canary")
+    file.chmod(0o600)
+    server = Script("sk-old-canary", "sk-new-canary")
+    refused: list[bytes] = []
+
+    class Refusing(Script):
+        async def __call__(self, exchange: Exchange) -> None:
+            if b'"About text 7"' not in exchange.body:
+                await server(exchange)
+                return
+            file.write_text("sk-new-canary")
+            refused.append(exchange.head)
+            await self._answer(exchange, 400, {"error": {"message": "The prompt is too long"}})
+
+    with serving(Refusing()) as (a,):
+        summary = run(job_at({"url": a.url, "api_key_file": str(file)}), tmp_path / "run", 50)
+    assert (summary.by_status, len(refused)) == ({"ok": 49, "error": 1}, 1)
+
+
 def test_a_new_key_restores_its_endpoint(tmp_path: Path) -> None:
     """The old key is refused first, and its file replaced a while later."""
     (tmp_path / "a").write_text("sk-a-canary")
