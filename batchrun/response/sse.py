@@ -4,13 +4,16 @@ Source: WHATWG HTML, section "Server-sent events", "Parsing an event stream": li
 come first, a line that starts with a colon is a comment, the `data` lines of an event are joined by LF. Only `data` and
 `event` mean something here.
 
-One thing beside the specification, which would ignore it: a line that begins like a JSON object is an event of its own.
-Servers that fail in mid-stream write their error so.
+One thing is beside the specification, which would ignore it: `{"error": …}` in a line without a field is an event of
+its own. Servers that fail in mid-stream write their error so. Other lines without a field are ignored.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 
 import msgspec
+
+_BARE_ERROR = re.compile(rb'\{\s*"error"\s*:')
 
 BOM = b"\xef\xbb\xbf"
 
@@ -76,7 +79,7 @@ class Decoder:
                 self._data.append(b"")
             elif line.startswith(b"event:"):
                 self._name = line[6:].removeprefix(b" ")
-            elif line.startswith(b"{") and not self._data:
+            elif not self._data and _BARE_ERROR.match(line):
                 events.append(Event(line))
         return events
 

@@ -32,9 +32,10 @@ def decoded(*pieces: bytes) -> list[Event]:
         pytest.param(
             b'data: a\n\n{"error": 1}\ndata: b\n\n',
             [Event(b"a"), Event(b'{"error": 1}'), Event(b"b")],
-            id="an object without a field",
+            id="a bare error",
         ),
-        pytest.param(b"data: {\n{}\n\n", [Event(b"{")], id="an object within an event"),
+        pytest.param(b'data: {\n{"error": 1}\n\n', [Event(b"{")], id="an error within an event"),
+        pytest.param(b'{"choices": 1}\n\n', [], id="another object"),
         pytest.param(b"\n\n\ndata: a\n\n\n\n", [Event(b"a")], id="blank lines"),
         pytest.param(b"data: a\n", [Event(b"a", whole=False)], id="no blank line at the end"),
         pytest.param(b"data: a\n\ndata: b", [Event(b"a"), Event(b"b", whole=False)], id="half a line at the end"),
@@ -44,7 +45,7 @@ def decoded(*pieces: bytes) -> list[Event]:
     ],
 )
 def test_events_match_the_standards_specification(raw: bytes, expected: list[Event]) -> None:
-    """Byte by byte too. One thing is beside the specification: an object in a line of its own."""
+    """Byte by byte too. One thing is beside the specification: an error in a line without a field."""
     assert decoded(raw) == expected
     assert decoded(*(raw[at : at + 1] for at in range(len(raw)))) == expected
 
@@ -53,7 +54,7 @@ LINES = st.lists(
     st.sampled_from(
         [
             b"data: a",
-            b"{}",
+            b'{"error":1}',
             b"data:",
             b"data",
             b"",
