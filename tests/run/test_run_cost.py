@@ -136,6 +136,13 @@ def test_an_estimate_needs_a_cost_to_compare(usd: str, compared: str) -> None:
     assert estimate_in_words(reported) == f"$0.500000 for 10 rows{compared}"
 
 
+@pytest.mark.parametrize(("cached", "said"), [(None, "900 in, 20 out"), (0, "900 in (0 cached, 0%), 20 out")])
+def test_a_cache_that_no_answer_names_is_not_zero(cached: int | None, said: str) -> None:
+    line = TotalsLine(1, "m", "ok", "2026-11-27", prompt_tokens=900, completion_tokens=20, cached_tokens=cached)
+    closing = in_words(summary(totals=[line], models={}), requests_per_minute=None, max_failures=0)
+    assert f"tokens       {said}" in list(closing)
+
+
 def test_requests_without_known_end_have_unknown_cost() -> None:
     """All attempts timed out at an unknown price, and each may have been billed."""
     unpriced = summary(possibly_billed=[DOUBT], possibly_billed_count=1, cost_usd=Decimal(0))
