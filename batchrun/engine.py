@@ -29,7 +29,7 @@ from batchrun.dispatch.run_status import Checking, Running, RunStatus
 from batchrun.dispatch.start_messages import start_lines
 from batchrun.dispatch.store import CanaryRows, Store
 from batchrun.durable import replace_bytes
-from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
+from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError, quoted
 from batchrun.job.job import Job
 from batchrun.limits.admission import Stop
 from batchrun.records import Notice
@@ -232,7 +232,7 @@ class Invocation(msgspec.Struct, frozen=True):
                 partial.write(directory.partial, batches, plan.schema, compression, self.status.summary())
         except BatchrunError as error:
             self.status.log.write("export failed", why=str(error))
-            line = f"warning: {error}; batchrun export {directory.path} writes the rows so far"
+            line = f"warning: {error}; batchrun export {quoted(directory.path)} writes the rows so far"
             self.hooks.note(Notice(line, "export failed", why=str(error)))
 
 

@@ -15,6 +15,8 @@ A failed row is data, not an exception: an `APIConnectionError` travels as a val
 run raises.
 """
 
+import os
+import shlex
 from enum import IntEnum
 from functools import partial
 
@@ -47,6 +49,17 @@ def writable(text: str) -> str:
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # a half of a surrogate pair that comes from no file name
         return text.encode("utf-8", "replace").decode()
+
+
+def quoted(word: object) -> str:
+    """The word quoted for a shell. A name that is not UTF-8 is written byte by byte, which bash and zsh can read."""
+    text = str(word)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        spelt = "".join(f"\\x{byte:02x}" for byte in os.fsencode(text))
+        return f"$'{spelt}'"
+    return shlex.quote(text)
 
 
 class BatchrunError(Exception):

@@ -94,10 +94,6 @@ CAPACITY_STATUSES = frozenset({429, 498, 503})
 with a 498 (console.groq.com/docs/flex-processing)."""
 
 
-KEY_STATUSES = frozenset({400, 401, 403, 500})
-"""With these a server may reject the key: the row is sent again if its key was replaced in the meantime."""
-
-
 class Rule(NamedTuple):
     """The verdict if the body speaks of all `subjects` and no earlier rule matches."""
 
@@ -221,6 +217,12 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: b
     if tier_may_be_full and (refusal := _by_capacity(status, attempt, answer)) is not None:
         return refusal
     return _judge_status(status, attempt, answer, retry)
+
+
+def with_replaced_key(judgement: Judgement) -> Judgement:
+    """The judgement on a refusal of a key, or of its account, that was replaced since the request was sent."""
+    message = f"HTTP {judgement.http_status}: the key was replaced while the request was in flight"
+    return Judgement(Verdict.FREE, RowError(Fault.KEY_REPLACED, judgement.http_status, None, message))
 
 
 def _is_whole(attempt: Attempt, answer: Answer, fault: str) -> bool:

@@ -243,6 +243,7 @@ class Summary(msgspec.Struct, frozen=True):
     host: str
     command: str | None
     files: dict[str, str]
+    export: str | None = None
     retrying: Retrying | None = None
     tags: dict[str, str] = {}
     endpoints: list[EndpointTotals] = []

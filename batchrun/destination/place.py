@@ -6,7 +6,6 @@ machine without the run's directory finds the same run complete there, and sends
 
 import contextlib
 import secrets
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from batchrun.destination import restore
 from batchrun.destination.replica import Replica, kept_parts
 from batchrun.dispatch.runlog import RunLog
 from batchrun.durable import replace_bytes
-from batchrun.errors import BatchrunError, RunLockedError, StorageError
+from batchrun.errors import BatchrunError, RunLockedError, StorageError, quoted
 from batchrun.job.job import Job
 from batchrun.report import summary as summaries
 from batchrun.run_summary import Summary
@@ -116,8 +115,8 @@ def elsewhere(job: Job) -> tuple[Path, str] | None:
 
 def command(line: str, job: Job, url: Url) -> str:
     """The command line that resumes the run, which names its place on any day."""
-    state = "" if job.output.state_dir is None else f" --state-dir {shlex.quote(job.output.state_dir)}"
-    return f"{line} -o {shlex.quote(str(url))}{state}"
+    state = "" if job.output.state_dir is None else f" --state-dir {quoted(job.output.state_dir)}"
+    return f"{line} -o {quoted(url)}{state}"
 
 
 def _writer(directory: RunDirectory) -> str:

@@ -12,7 +12,7 @@ import msgspec
 
 from batchrun.dispatch.runlog import RunLog
 from batchrun.dispatch.store import CanaryRows, Store
-from batchrun.errors import ExitCode
+from batchrun.errors import ExitCode, quoted
 from batchrun.job.job import Job
 from batchrun.job.settings import Canary
 from batchrun.limits.admission import Stop
@@ -96,7 +96,8 @@ def run(
         return Stop(
             ExitCode.STOPPED,
             f"the canary failed: {'; '.join(problems)}, of {_in_words(seen)}{example}. Look at its answers with "
-            f"batchrun export {store.directory.path}; then change the job, or send the rest with --accept-canary",
+            f"batchrun export {quoted(store.directory.path)}; then change the job, or send the rest with "
+            "--accept-canary",
         )
     if store.pending:
         line = f"canary {'accepted' if problems else 'passed'}: {_in_words(seen)}; the rest is sent"

@@ -4,14 +4,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
 
-import msgspec
-
 from batchrun.credentials import Credentials
 from batchrun.dispatch.runlog import RunLog
-from batchrun.errors import APIConnectionError
 from batchrun.limits.gates import AnyGate, Gates
-from batchrun.policy import Fault
-from batchrun.records import Attempt, Notice
+from batchrun.records import Notice
 from batchrun.transport.transport import Opened, Transport, Wanted
 
 OpenTransports = Callable[[Wanted], AbstractAsyncContextManager[Sequence[Opened]]]
@@ -39,15 +35,10 @@ class Endpoints:
         """The endpoint that the slot belongs to."""
         return self._connected[0 if self._gates is None else self._gates.index_of(slot)]
 
-    def refused(self, slot: int, attempt: Attempt, version: int) -> Attempt:
-        """The attempt, whose key was refused: an error of its own, and no refusal, if the key was replaced since it was
-        sent. `version` is that of the credentials then.
-        """
+    def was_key_replaced(self, slot: int, version: int) -> bool:
+        """Whether the key was replaced since a request was sent. `version` is that of the credentials then."""
         index = 0 if self._gates is None else self._gates.index_of(slot)
-        if not self._refresh(index) and self._connected[index].credentials.version == version:
-            return attempt
-        why = f"HTTP {attempt.http_status}: the key was replaced while the request was in flight"
-        return msgspec.structs.replace(attempt, error=APIConnectionError(why, kind=Fault.KEY_REPLACED, sent=True))
+        return self._refresh(index) or self._connected[index].credentials.version != version
 
     def expire(self) -> int:
         """As `Transport.expire`, for every endpoint."""

@@ -224,11 +224,11 @@ class Workers:
         to = self.endpoints.of(slot)
         version = to.credentials.version
         attempt = await to.transport.send(body, f"{self._attempt_prefix}-{row}-{n}")
-        if attempt.http_status in policy.KEY_STATUSES and attempt.error is None:
-            attempt = self.endpoints.refused(slot, attempt, version)
         answer = answers.parse(attempt.body, request.choices)
 
         judgement = self._judge(pending, attempt, answer, tier, slot)
+        if judgement.verdict is Verdict.PAUSE and self.endpoints.was_key_replaced(slot, version):
+            judgement = policy.with_replaced_key(judgement)
         settlement = None
         if judgement is policy.ANSWERED:  # shows the gate, the backlog and the last rows that the endpoint is well
             decision = gate.answered(slot, row)

@@ -50,7 +50,7 @@ class Expected:
     """The form of a valid answer to a request. All requests with the same expectation share one object.
 
     `in_json`: the content must be JSON. `schema`: the schema that the content must match, if there is one.
-    `offered`: what the answer may call; None for a request without functions or tools, whose calls are not validated.
+    `offered`: what the answer may call; None for a request without functions or tools: anything, with JSON arguments.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Expected:
 
     def call_flaw(self, name: str | None, arguments: str | None) -> Flaw | None:
         """Why a function call is invalid, or None. The request must offer the function, and the arguments must fit."""
-        if (offered := self._offered) is None:
-            return None
+        if (offered := self._offered) is None:  # the server has tools of its own; arguments are JSON there as well
+            return _flaw(arguments, None, "the arguments of a call") if arguments and arguments.strip() else None
         if name is None or name not in offered.functions:
             return (
                 None
@@ -87,14 +87,13 @@ class Expected:
 
     def tool_flaw(self, calls: str) -> Flaw | None:
         """Why the first invalid tool call is invalid, or None; `calls` is the list of tool calls as JSON text."""
-        if self._offered is None:
-            return None
+        texts = self._offered.texts if self._offered is not None else frozenset()
         try:
             called = msgspec.json.decode(calls)
         except RecursionError:
             return Flaw("invalid_json", "the calls are nested too deep")
         for call in called:
-            if (custom := _named(call, "custom")) is not None and custom["name"] in self._offered.texts:
+            if (custom := _named(call, "custom")) is not None and custom["name"] in texts:
                 continue
             function = _named(call, "function") or custom or {}
             arguments = function.get("arguments")

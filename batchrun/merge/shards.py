@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, RunLockedError
+from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, RunLockedError, quoted
 from batchrun.integrity.db_records import DbRecords
 from batchrun.integrity.verify import inspected
 from batchrun.records import FinishedResult
@@ -99,7 +99,7 @@ def _read_one(place: Path) -> tuple[CompleteShard | None, InputShare | None, lis
     if damages:
         first, more = damages[0], len(damages) - 1
         others = f" (and {plural(more, 'other damage')})" if more else ""
-        what = f"{place}: damaged: {first.file}: {first.what}{others}; see batchrun verify {place}"
+        what = f"{place}: damaged: {first.file}: {first.what}{others}; see batchrun verify {quoted(place)}"
         return None, None, [ShardProblem(what, ExitCode.DAMAGED)]
     if Manifest.ENTRY not in known.manifest:
         return None, None, [ShardProblem(f"{place}: no row of it was sent yet; run it to its end", ExitCode.STOPPED)]

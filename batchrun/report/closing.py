@@ -3,8 +3,8 @@
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from decimal import Decimal
-from pathlib import Path
 
+from batchrun.errors import quoted
 from batchrun.job.settings import Endpoint
 from batchrun.records import FAILURES, Status
 from batchrun.report.cost_lines import cost_lines, estimate_in_words
@@ -148,17 +148,21 @@ def _stopped(
         else:
             left = "no row is left, but there is no result yet"
         yield "next", f"{left}; {again}"
-    if summary.by_status and "partial" not in summary.files and "usage" in summary.files:
-        yield "rows so far", f"batchrun export {shlex.quote(str(Path(summary.files['usage']).parent))}"
+    if summary.export is not None:
+        yield "rows so far", summary.export
+
+
+def _joined(words: Sequence[str]) -> str:
+    return " ".join(map(quoted, words))
 
 
 def _fixed(fix: Fix, command: Sequence[str], again: str, *, retry: bool) -> Iterator[tuple[str, str]]:
     """The setting that fixes what the server rejects, and the command that tries it."""
     yield "fix", f"{fix.setting}: {fix.what}"
     if fix.flags and command:
-        yield "next", shlex.join(command_with(command, fix, retry=retry))
+        yield "next", _joined(command_with(command, fix, retry=retry))
     elif fix.flags:
-        yield "next", f"the same with {shlex.join(command_with((), fix, retry=retry))}"
+        yield "next", f"the same with {_joined(command_with((), fix, retry=retry))}"
     elif fix.same_command:
         yield "next", f"then {again}"
     else:

@@ -106,8 +106,8 @@ def estimate_in_words(summary: Summary) -> str | None:
         return f"{estimate.prompt_tokens:,} tokens in and {estimate.completion_tokens:,} out for {rows}"
     whole = f"${estimate.expected_usd:,.6f} for {rows}"
     expected_usd = scaled(estimate, done).expected_usd or Decimal(0)
-    if not done or not expected_usd or summary.unpriced or summary.without_usage:
-        return whole  # a cost that is known only in part can't be compared
+    if not done or not expected_usd or not summary.cost_usd or summary.unpriced or summary.without_usage:
+        return whole  # rows that all failed say nothing about a price, and a cost known in part can't be compared
     so_far = f", ${expected_usd:,.6f} for the {done:,} done" if summary.pending else ""
     off = (summary.cost_usd / expected_usd - 1) * 100
     far_off = f"{abs(off):.0f} % {'above' if off > 0 else 'below'} that"

@@ -1,9 +1,9 @@
 """The command line that resumes a run, made from the one that started it. PURE."""
 
-import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from batchrun.errors import quoted
 
 _OF_ONE_START = frozenset(
     {
@@ -34,21 +34,11 @@ def command(options: Mapping[str, object], flags: Mapping[str, str]) -> str:
                 words += [word for each in value for word in (flag, str(each))]
             case _:
                 words += [flag, f"{value:f}"]  # an amount of money
-    return " ".join(map(_quoted, words))
-
-
-def _quoted(word: str) -> str:
-    """The word quoted for a shell. A name that is not UTF-8 is written byte by byte, which bash and zsh can read."""
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        spelt = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
-        return f"$'{spelt}'"
-    return shlex.quote(word)
+    return " ".join(map(quoted, words))
 
 
 def in_directory(command: str | None, path: Path) -> str | None:
     """The command with the run's directory, so that it resumes this run on any day. It may name a URL already."""
     if command is not None and " -o " in command:
         return command
-    return None if command is None else f"{command} -o {_quoted(str(path))}"
+    return None if command is None else f"{command} -o {quoted(path)}"

@@ -10,7 +10,7 @@ import msgspec
 import pyarrow as pa
 
 from batchrun import compute as pc
-from batchrun.errors import InputError, JobError
+from batchrun.errors import InputError, JobError, quoted
 from batchrun.records import RowError
 from batchrun.report import run_rows
 from batchrun.report.row_filter import RowFilter
@@ -43,7 +43,7 @@ def result_at(place: RunDirectory) -> Result:
     if (found := run_rows.result_of(given)) is not None:
         return found
     if place.checkpoint.exists():
-        raise InputError(f"{given}: no result yet; batchrun export {given} writes the rows so far")
+        raise InputError(f"{given}: no result yet; batchrun export {quoted(given)} writes the rows so far")
     raise InputError(f"{given}: no rows here; name a run directory or a completions file")
 
 

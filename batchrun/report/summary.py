@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from batchrun.errors import CheckpointError, InputError, writable
+from batchrun.errors import CheckpointError, InputError, quoted, writable
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast
 from batchrun.prices import PriceTable
@@ -182,6 +182,8 @@ def _summary(moment: Moment, spent: Totals, directory: RunDirectory, rows: int, 
     of_the_moment: dict[str, Any] = {name: getattr(moment, name) for name in _OF_THE_MOMENT}
     of_the_moment["elapsed_s"] = round(moment.elapsed_s, 3)
     of_the_moment["deadline"] = None if moment.deadline is None else moment.deadline.at.astimezone(UTC)
+    found = files(directory) if moment.complete else files_so_far(directory, moment.started_at)
+    has_more_rows = bool(spent.standing) and not moment.complete and "partial" not in found
     return Summary(
         version=VERSION,
         rows=rows,
@@ -204,7 +206,8 @@ def _summary(moment: Moment, spent: Totals, directory: RunDirectory, rows: int, 
         tokens_per_second=0.0 if moment.forecast is None else round(moment.forecast.tokens_per_s, 1),
         eta=moment.eta,
         by_deadline=moment.by_deadline(settled, rows),
-        files=files(directory) if moment.complete else files_so_far(directory, moment.started_at),
+        files=found,
+        export=f"batchrun export {quoted(directory.path)}" if has_more_rows and "usage" in found else None,
         reused=sum(line.reused for line in lines),
         duplicates=sum(line.duplicates for line in lines),
         saved_usd=sum((line.saved_usd for line in lines), Decimal(0)),

@@ -3,11 +3,17 @@
 Source: WHATWG HTML, section "Server-sent events", "Parsing an event stream": lines end with LF, CR or CRLF, a BOM may
 come first, a line that starts with a colon is a comment, the `data` lines of an event are joined by LF. Only `data` and
 `event` mean something here.
+
+One thing is beside the specification, which would ignore it: `{"error": …}` in a line without a field is an event of
+its own. Servers that fail in mid-stream write their error so. Other lines without a field are ignored.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 
 import msgspec
+
+_BARE_ERROR = re.compile(rb'\{\s*"error"\s*:')
 
 BOM = b"\xef\xbb\xbf"
 
@@ -73,6 +79,8 @@ class Decoder:
                 self._data.append(b"")
             elif line.startswith(b"event:"):
                 self._name = line[6:].removeprefix(b" ")
+            elif not self._data and _BARE_ERROR.match(line):
+                events.append(Event(line))
         return events
 
 

@@ -13,7 +13,7 @@ import zipfile
 from itertools import count
 from pathlib import Path
 
-from batchrun.errors import InputError
+from batchrun.errors import InputError, quoted
 
 HEAD_BYTES = 512  # the header of a tar archive, whose magic is farthest from the start
 
@@ -197,7 +197,7 @@ def _filled(command: str, path: Path, ending: str | None, beside: Path | None = 
     names = (f"{stem}{'.converted' if n else ''}{n if n > 1 else ''}{ending}" for n in count())
     new = next(name for name in names if not os.path.lexists(name))
     # so that a name that starts with a dash is not read as an option
-    file, new = (shlex.quote(f"./{name}" if name.startswith("-") else name) for name in (str(path), new))
+    file, new = (quoted(f"./{name}" if name.startswith("-") else name) for name in (str(path), new))
     return command.format(file=file, new=new, python=shlex.quote(sys.executable))
 
 

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import msgspec
 
-from batchrun.errors import InputError, writable
+from batchrun.errors import InputError, quoted, writable
 from batchrun.job.job import Job
 from batchrun.store import result_files, rundir
 from batchrun.store.origins import OldFile
@@ -64,7 +64,7 @@ def _raise_nothing_there(source: str, own: Path) -> NoReturn:
     if RunDirectory(path).checkpoint.exists():
         raise InputError(
             f"reuse: {source}: the run is not complete, and its answers so far are in no file; write them with "
-            f"batchrun export {source}"
+            f"batchrun export {quoted(source)}"
         )
     raise InputError(f"reuse: {source}: no Parquet file there")
 

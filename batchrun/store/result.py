@@ -8,7 +8,7 @@ import msgspec
 import pyarrow as pa
 
 from batchrun import durable
-from batchrun.errors import ANOTHER, CheckpointError
+from batchrun.errors import ANOTHER, CheckpointError, quoted
 from batchrun.records import FinishedResult, ResultFile
 from batchrun.run_summary import Summary
 from batchrun.store import result_files, result_folder
@@ -130,7 +130,7 @@ def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str
     if found != rows:
         raise CheckpointError(
             f"{directory.path}: the result has {found:,} rows, {rows:,} were written; "
-            f"batchrun verify {directory.path} shows what is damaged"
+            f"batchrun verify {quoted(directory.path)} shows what is damaged"
         )
     for file in every:
         _require_unchanged(directory, written, file)
@@ -151,7 +151,7 @@ def _require_unchanged(directory: RunDirectory, written: FinishedResult, file: R
     if found.st_size == file.size_bytes and found.st_mtime_ns == file.mtime_ns:
         return
     if found.st_size != file.size_bytes or durable.digest(path) != file.digest:
-        restore = _rebuild(directory, written, file) or f"restore it, or run batchrun verify {directory.path}"
+        restore = _rebuild(directory, written, file) or f"restore it, or run batchrun verify {quoted(directory.path)}"
         raise CheckpointError(f"{path} was changed after it was written; {restore}")
 
 
@@ -159,7 +159,7 @@ def _rebuild(directory: RunDirectory, written: FinishedResult, file: ResultFile)
     """How to write the file again from the parts that the run keeps; None: it is one of them, or there are none."""
     if not written.kept or file in written.kept:
         return None
-    return f"batchrun verify {directory.path} --rebuild writes the result again from the run's parts"
+    return f"batchrun verify {quoted(directory.path)} --rebuild writes the result again from the run's parts"
 
 
 def tidy(directory: RunDirectory, written: FinishedResult) -> None:

@@ -342,6 +342,7 @@ def test_the_estimate_is_shown_beside_the_cost(tmp_path: Path) -> None:
         ended = batchrun("run", job, "-o", out)
     expected = Decimal(read_summary(out)["estimate"]["expected_usd"])
     assert f"about ${expected:,.4f}; " in reported
+    assert "the list price of OpenAI for gpt-5.3-codex, not the endpoint's own, by " in reported
     assert f"estimate     ${expected / 4:,.6f} for 10 rows; the cost is " in pilot.stdout
     off = Decimal(read_summary(out)["cost_usd"]) / expected - 1
     words = f"{abs(off) * 100:.0f} % {'above' if off >= 0 else 'below'} that"

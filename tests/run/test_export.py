@@ -1,6 +1,9 @@
 """What a stopped run leaves: its rows so far, those without an outcome as pending, and its bill."""
 
+import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from decimal import Decimal
@@ -331,6 +334,24 @@ def test_every_stop_exports_if_the_job_says(tmp_path: Path, stop: str, rows: str
     assert summary["files"]["partial"] == str(out.partial)
     assert f"partial      {out.partial}" in ended.stdout
     assert (table.num_rows, by_status(table)[PENDING]) == (ROWS, summary["pending"])
+
+
+def test_the_printed_export_command_works(tmp_path: Path) -> None:
+    """In a shell, although the directory's name has a space and a byte that is not UTF-8."""
+    source = write_rows(tmp_path / "in.jsonl", ROWS)
+    out = RunDirectory(tmp_path / os.fsdecode(b"my r\xe9sum\xe9s"))
+    with running_simulator() as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        ended = batchrun("run", job, "-o", out.path, "--set", "budget.max_requests=60")
+    assert ended.exit_code == 4, ended
+    (command,) = (line.split(maxsplit=3)[3] for line in ended.stdout.splitlines() if line.startswith("rows so far"))
+    assert read_summary(out.path)["export"] == command
+    shown = batchrun("show", out.path).stderr
+    assert f"{command} writes the rows so far" in shown
+    assert command.startswith("batchrun export ")
+    typed = f"{sys.executable} -c 'from batchrun.cli import main; main()' {command.removeprefix('batchrun ')}"
+    subprocess.run(["bash", "-c", typed], check=True)
+    assert pq.read_table(pa.BufferReader(out.partial.read_bytes())).num_rows == ROWS
 
 
 def test_a_failed_export_keeps_the_stops_exit_code(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 from batchrun.records import PossiblyBilled
 from batchrun.report import run_list
 from batchrun.report.closing import in_words
-from batchrun.report.cost_lines import cost_lines
+from batchrun.report.cost_lines import cost_lines, estimate_in_words
 from batchrun.report.progress import line
 from batchrun.report.run_list import ListedRun
-from batchrun.run_summary import TotalsLine
+from batchrun.run_summary import Estimate, TotalsLine
 from tests.cli_process import Ended, finish, read_summary, start, write_job, write_rows
 from tests.fault_server import FaultServer, answer, sends, serving
 from tests.run.test_progress import summary
@@ -126,6 +126,21 @@ def test_unpriced_possible_billing_has_no_bound(bounds: tuple[Decimal | None, ..
     doubts = [msgspec.structs.replace(DOUBT, upper_bound_usd=bound) for bound in bounds]
     reported = summary(possibly_billed=doubts, possibly_billed_count=len(doubts), possibly_billed_usd=Decimal(usd))
     assert "; ".join(cost_lines(reported)).endswith(f"without a known end; {said}")
+
+
+@pytest.mark.parametrize(("usd", "compared"), [("0.5", "; the cost is as estimated"), ("0", "")])
+def test_an_estimate_needs_a_cost_to_compare(usd: str, compared: str) -> None:
+    """A run whose rows all failed is not "100 % below" its estimate."""
+    estimate = Estimate(10, 100, 100, None, Decimal("0.5"), None, None, "requests", "upper bounds")
+    reported = summary(rows=10, pending=0, estimate=estimate, cost_usd=Decimal(usd))
+    assert estimate_in_words(reported) == f"$0.500000 for 10 rows{compared}"
+
+
+@pytest.mark.parametrize(("cached", "said"), [(None, "900 in, 20 out"), (0, "900 in (0 cached, 0%), 20 out")])
+def test_a_cache_that_no_answer_names_is_not_zero(cached: int | None, said: str) -> None:
+    line = TotalsLine(1, "m", "ok", "2026-11-27", prompt_tokens=900, completion_tokens=20, cached_tokens=cached)
+    closing = in_words(summary(totals=[line], models={}), requests_per_minute=None, max_failures=0)
+    assert f"tokens       {said}" in list(closing)
 
 
 def test_requests_without_known_end_have_unknown_cost() -> None:

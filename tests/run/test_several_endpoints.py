@@ -184,9 +184,11 @@ def test_one_budget_covers_all_endpoints(tmp_path: Path) -> None:
     assert len(first.served) + len(second.served) == 40
 
 
-@pytest.mark.parametrize("status", [401, 400])
+@pytest.mark.parametrize("status", [401, 400, 402, 200])
 def test_a_rotated_key_is_used_without_a_restart(tmp_path: Path, status: int) -> None:
-    """The file is replaced, then the old key is revoked, while requests are in flight. Some servers say so with 400."""
+    """The file is replaced, then the old key is revoked, while requests are in flight. Some servers say so with 400 or
+    an error in a 200; a 402 says that the old key's account is empty.
+    """
     file = tmp_path / "key"
     file.write_text("sk-old-canary")
     file.chmod(0o600)
@@ -214,6 +216,28 @@ def test_a_rotated_key_is_used_without_a_restart(tmp_path: Path, status: int) ->
     assert any(entry["event"] == "key replaced" for entry in wal_of(tmp_path / "run"))
     whole = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert b"canary" not in whole
+
+
+def test_a_rows_own_refusal_blames_no_old_key(tmp_path: Path) -> None:
+    """A 400 that comes after the key was replaced fails the row, which is sent once."""
+    file = tmp_path / "key"
+    file.write_text("sk-old-canary")
+    file.chmod(0o600)
+    server = Script("sk-old-canary", "sk-new-canary")
+    refused: list[bytes] = []
+
+    class Refusing(Script):
+        async def __call__(self, exchange: Exchange) -> None:
+            if b'"About text 7"' not in exchange.body:
+                await server(exchange)
+                return
+            file.write_text("sk-new-canary")
+            refused.append(exchange.head)
+            await self._answer(exchange, 400, {"error": {"message": "The prompt is too long"}})
+
+    with serving(Refusing()) as (a,):
+        summary = run(job_at({"url": a.url, "api_key_file": str(file)}), tmp_path / "run", 50)
+    assert (summary.by_status, len(refused)) == ({"ok": 49, "error": 1}, 1)
 
 
 def test_a_new_key_restores_its_endpoint(tmp_path: Path) -> None:

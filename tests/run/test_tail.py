@@ -15,8 +15,8 @@ from batchrun import credentials, engine
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.retries import LOG_EVERY_S, Retries
 from batchrun.records import RowError
-from batchrun.report import progress
-from batchrun.report.limit_lines import retrying_in_words
+from batchrun.report import progress, status
+from batchrun.report.run_state import RunState
 from batchrun.run_summary import Summary
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
@@ -128,7 +128,7 @@ def test_an_outage_at_the_end_fails_nothing(tmp_path: Path, left: int) -> None:
 
 
 def test_progress_and_log_name_retried_rows(tmp_path: Path) -> None:
-    """With the reason of the retry."""
+    """With the reason of the retry; `status`, too."""
     seen: list[Summary] = []
     with serving_moved(bad_rows(frozenset({38, 39}), sends(FAILURE))) as server:
         ended = run(tmp_path, server, tell=seen.append, limits={"max_in_flight": 1})
@@ -140,7 +140,8 @@ def test_progress_and_log_name_retried_rows(tmp_path: Path) -> None:
     assert reported.limited_by.startswith("retries (500)")
     assert "2 retried (500 server error), " in progress.line(reported)
     assert "2 retried" in progress.around_bar(reported, 200)[1]
-    assert retrying_in_words(reported.retrying).startswith("2 rows (38, 39), sent up to ")
+    told = list(status.lines(RunDirectory(tmp_path / "out"), RunState(reported, working=True)))
+    assert any(line.startswith("retries 2 rows (38, 39), sent up to ") for line in told), told
     assert ended.retrying is None
     log = [json.loads(line) for line in (tmp_path / "out" / "run.log").read_text().splitlines()]
     lines = [line for line in log if line["event"] == "retrying"]

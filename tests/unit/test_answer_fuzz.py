@@ -150,6 +150,11 @@ def events_of(raw: bytes) -> Iterator[tuple[bool, bool, bytes]]:
     blocks = re.split(rb"(?:^|(?<=\n))\n", re.sub(rb"\r\n|\r", b"\n", raw.removeprefix(b"\xef\xbb\xbf")))
     for place, block in enumerate(blocks):
         data = re.findall(rb"(?:^|(?<=\n))data(?:: ?([^\n]*)|(?=\n|$))(?=\n|$)", block)
+        for line in block.split(b"\n"):
+            if re.match(rb"data(:|$)", line):
+                break
+            if re.match(rb'\{\s*"error"\s*:', line):
+                yield False, True, line
         names = re.findall(rb"(?:^|(?<=\n))event: ?([^\n]*)", block)
         if data:
             yield names[-1:] == [b"error"], place < len(blocks) - 1, b"\n".join(data)

@@ -142,6 +142,14 @@ def test_running_totals_count_every_attempt_once() -> None:
     assert lost == TotalsLine(1, answered.model, LOST, DAY, attempts=1)
 
 
+def test_money_is_booked_on_its_day() -> None:
+    """Of an invocation that spends before and after midnight UTC, each day has its own line."""
+    midnight = 20_000 * DAY_S
+    endings = [completion(0, finished_at=midnight - 0.5), completion(1, finished_at=midnight + 0.5)]
+    lines = fold(Totals(), endings, 1).lines()
+    assert [(line.day, line.rows) for line in lines] == [("2024-10-03", 1), ("2024-10-04", 1)]
+
+
 def test_lost_attempts_have_their_starts_last_day() -> None:
     days = [DAY_S * number for number in (20_000, 20_001, 20_002)]
     spent = Totals()
