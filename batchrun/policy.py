@@ -111,23 +111,27 @@ _CRASHED = _rule(Subject.CRASHED, verdict=Verdict.FREE, kind="server_error")
 _BROKE = _rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="insufficient_quota")
 _TOO_FAST = _rule(Subject.PACE, verdict=Verdict.SLOW, kind="rate_limit")
 _TOO_LARGE = _rule(Subject.TOO_LARGE, verdict=Verdict.ROW, kind="bad_request")
+_DAILY = _rule(Subject.DAY, verdict=Verdict.SLOW, kind=QUOTA)
+_DAILY_PACE = _rule(Subject.PACE, Subject.DAY, verdict=Verdict.SLOW, kind=QUOTA)
 _USED_UP = _rule(Subject.QUOTA, verdict=Verdict.SLOW, kind=QUOTA)
 _WRONG_KEY = _rule(Subject.KEY, verdict=Verdict.PAUSE, kind=WRONG_KEY)
 
 RULES: Mapping[int, tuple[Rule, ...]] = {
     # an error object with a code of the vendor's own: MiniMax, Baidu
-    200: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED, _USED_UP),
+    200: (_BROKE, _TOO_LARGE, _DAILY_PACE, _TOO_FAST, _WRONG_KEY, _BLOCKED, _DAILY, _USED_UP),
     # an empty balance at Anthropic and DashScope, AWS's throttling, a wrong key at Google and xAI, LM Studio's crash
-    400: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _CRASHED, _BLOCKED),
-    403: (_rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="forbidden"), _WRONG_KEY, _BLOCKED, _TOO_FAST),
+    400: (_BROKE, _TOO_LARGE, _DAILY_PACE, _TOO_FAST, _WRONG_KEY, _CRASHED, _BLOCKED),
+    403: (_rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="forbidden"), _WRONG_KEY, _BLOCKED, _DAILY_PACE, _TOO_FAST),
     422: (_BLOCKED,),
     429: (
         _BROKE,
         _TOO_LARGE,
+        _DAILY_PACE,
         _TOO_FAST,
         _rule(Subject.WINDOW, verdict=Verdict.SLOW, kind="rate_limit"),
         _rule(Subject.WAIT, Subject.ACCOUNT, verdict=Verdict.SLOW, kind=QUOTA),
         _rule(Subject.ACCOUNT, verdict=Verdict.PAUSE, kind="insufficient_quota"),
+        _DAILY,
         _USED_UP,
     ),
     451: (_BLOCKED,),

@@ -20,6 +20,8 @@ class Subject(StrEnum):
     """Money or a plan is mentioned; alone it means an empty account, beside a pace it is an offer to buy more."""
     QUOTA = "quota"
     """A quota is used up: a minute's or a month's."""
+    DAY = "day"
+    """A limit of a day or a month. Its other words may be those of a pace, but it may last longer than a run."""
     PACE = "pace"
     """A limit that time alone lifts within minutes."""
     WINDOW = "window"
@@ -65,8 +67,16 @@ _PATTERNS: Mapping[Subject, Pattern] = {
         _I,
     ),
     # MiniMax 2056 ("usage limit exceeded": a plan's five hours)
-    Subject.QUOTA: Pattern(
-        r"quota(?!increase)|allowance|usage[ _-]limit|per[ _-]?(day|month)\b|(daily|monthly)\b.{0,20}\blimit", _I
+    Subject.QUOTA: Pattern(r"quota(?!increase)|allowance|usage[ _-]limit", _I),
+    # OpenAI ("Rate limit reached ... on requests per day (RPD)"), Groq (TPD), OpenRouter ("free-models-per-day"), AWS
+    # ("Too many tokens per day"), Google ("GenerateRequestsPerDayPerProject")
+    Subject.DAY: Pattern(
+        r"(per|/|every|each) ?[ _-]?(day|month)(?!s)|\b(daily|monthly)\b(?! (plan|subscription|billing|fee))"
+        r"|(?<![a-z])[rtq]pd(?![a-z])"
+        r"|\b(requests|calls|tokens|limit|quota|for) today\b|\btomorrow\b|\b(24|twenty-four)[ -]?h(ou)?rs?\b"
+        r"|每(一|1)?(日|天|月)|日あたり|하루|일일"
+        r"|\b(pro|par|por|al|в) (tag|jour|d[ií]a|giorno|день)\b|\btages(limit|kontingent)",
+        _I,
     ),
     # OpenAI, Azure, Groq (TPM, RPM), Cohere ("20 API calls / minute"), Google ("PerMinute", with 400 AWS throttling),
     # Mistral ("Requests rate limit exceeded"), Zhipu 1302 and 1305 (concurrency), DashScope ("Throttling.RateQuota")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -399,6 +400,25 @@ def test_a_lasting_quota_pauses_the_run(tmp_path: Path) -> None:
         assert (summary.exit_code, summary.by_status) == (5, {"ok": 3})
         assert "minutes: Quota exceeded" in (summary.reason or "")
         assert len(server.exchanges) < 40
+
+
+DAILY = [
+    {"error": {"message": "Rate limit reached on requests per day (RPD): Limit 3", "code": "rate_limit_exceeded"}},
+    {"error": {"message": "Rate limit exceeded: free-models-per-day. Add 10 credits to unlock more", "code": 429}},
+    {"message": "Too many tokens per day, please wait before trying again."},
+    {"error": {"message": "RPD limit reached"}},
+]
+
+
+@pytest.mark.parametrize("said", DAILY)
+def test_a_daily_limit_fails_no_row(said: object, tmp_path: Path) -> None:
+    """Although it is worded like a pace and no wait is named: the run probes for `retry.max_wait_s`, then it pauses."""
+    over = refused("429 Too Many Requests", said)
+    with serving_moved(says(lambda row, n: over if row > 2 else choice())) as server:
+        summary, _ = run(tmp_path, server)
+    assert (summary.exit_code, summary.by_status) == (5, {"ok": 3})
+    assert re.search("no answer for 1[56] minutes: ", summary.reason or "")
+    assert len(server.exchanges) < 60
 
 
 @pytest.mark.parametrize(

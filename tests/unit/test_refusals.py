@@ -189,6 +189,7 @@ def test_other_403_concern_key_or_balance(said: object) -> None:
 RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "32s"}
 GEMINI = "You exceeded your current quota, please check your plan and billing details."
 OPENAI = "Rate limit reached for m in organization o on tokens per min (TPM): Limit 30000. Please try again in 7m12.5s."
+OPENAI_DAY = "Rate limit reached for m in organization o on requests per day (RPD): Limit 200, Used 200, Requested 1."
 GROQ_DAY = (
     "Rate limit reached for model `m` on tokens per day (TPD): Limit 100000. Please try again in 59m12.5s. Upgrade"
 )
@@ -419,7 +420,36 @@ LIMITS: dict[str, tuple[int, object, dict[str, str], Verdict, str, float | None]
         "quota",
         None,
     ),
-    "Groq, a day": (429, error(GROQ_DAY, "rate_limit_exceeded", "tokens"), {}, PAUSE, "rate_limit", 3552.5),
+    "Groq, a day": (429, error(GROQ_DAY, "rate_limit_exceeded", "tokens"), {}, PAUSE, "quota", 3552.5),
+    "OpenAI, a day": (429, error(OPENAI_DAY, "rate_limit_exceeded", "requests"), {}, SLOW, "quota", None),
+    "OpenRouter, a day": (
+        429,
+        error(
+            "Rate limit exceeded: free-models-per-day. Add 10 credits to unlock 1000 free model requests per day", 429
+        ),
+        {},
+        SLOW,
+        "quota",
+        None,
+    ),
+    "AWS, a day": (
+        400,
+        {"__type": "ThrottlingException", "message": "Too many tokens per day, please wait before trying again."},
+        {},
+        SLOW,
+        "quota",
+        None,
+    ),
+    "a day's requests, in short": (429, b"RPD limit reached", {}, SLOW, "quota", None),
+    "too many in a day": (429, error("Too many requests today, the daily maximum is 50"), {}, SLOW, "quota", None),
+    "a minute, with an offer": (
+        429,
+        error("Rate limit reached on tokens per minute (TPM). Need more? Move to a monthly plan today.", None),
+        {},
+        SLOW,
+        "rate_limit",
+        None,
+    ),
     "DeepSeek, empty": (
         402,
         error("Insufficient Balance", "invalid_request_error"),
