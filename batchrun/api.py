@@ -132,9 +132,8 @@ def run_start(job: Job | str | Path, rows: Rows | None, options: Options, host: 
         grace_s, progress = options.get("grace_s"), options.get("progress", lambda summary: None)
         hooks = Hooks(progress, note, host, command, GRACE_S if grace_s is None else grace_s, views)
         with (
-            simulated.endpoint_of(wanted) as pointed,
             _stream(wanted, rows, directory) as stream,
-            _runtime(pointed, environ, note) as runtime,
+            _runtime(wanted, environ, note) as runtime,
         ):
             run_options = RunOptions(
                 skip_invalid=options.get("skip_invalid", False),
@@ -142,7 +141,7 @@ def run_start(job: Job | str | Path, rows: Rows | None, options: Options, host: 
                 accept_canary=options.get("accept_canary", False),
                 limit=options.get("limit"),
                 deadline=deadline,
-                retry=_retried(pointed, options.get("retry_failed", False)),
+                retry=_retried(wanted, options.get("retry_failed", False)),
                 shard=shard,
                 stdin=stream,
                 problem=options.get("note", _LOG.warning),  # seen also where a program has configured no logging
@@ -152,10 +151,10 @@ def run_start(job: Job | str | Path, rows: Rows | None, options: Options, host: 
 
             def work(mirror: Mirror | None = None) -> Summary:
                 mirrored = msgspec.structs.replace(hooks, mirror=mirror)
-                return engine.run(pointed, directory, keys, run_options, mirrored, runtime)
+                return engine.run(wanted, directory, keys, run_options, mirrored, runtime)
 
-            url = rundir.published_at(pointed.output, directory.path)
-            summary = work() if url is None else destination.run(pointed, directory, url, work, note)
+            url = rundir.published_at(wanted.output, directory.path)
+            summary = work() if url is None else destination.run(wanted, directory, url, work, note)
     except BaseException as error:
         ended(int(error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR), str(error))
         raise
@@ -244,13 +243,13 @@ def _retried(job: Job, retry_failed: bool | Collection[str]) -> frozenset[str] |
 @contextlib.contextmanager
 def _runtime(job: Job, environ: Mapping[str, str], note: Callable[[str], None]) -> Iterator[Runtime]:
     """The event loop, and the engine that the job wants."""
-    if job.engine.name == "local":
-        yield Runtime(_new_event_loop)
-        return
-    from batchrun.ray_engine.cluster import opened  # only if the job wants it: it loads much
+    with contextlib.ExitStack() as opened:
+        open_transports = None
+        if job.engine.name != "local":
+            from batchrun.ray_engine import cluster  # only if the job wants it: it loads much
 
-    with opened(job, environ, note) as open_transports:
-        yield Runtime(_new_event_loop, open_transports)
+            open_transports = opened.enter_context(cluster.opened(job, environ, note))
+        yield Runtime(_new_event_loop, opened.enter_context(simulated.opened(job, open_transports)))
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
-from functools import lru_cache
 from typing import Any, Final, Self
 
 import msgspec
@@ -73,12 +72,7 @@ def replaces(new: str, old: str) -> bool:
 
 def utc_day(at: float) -> str:
     """The UTC day of a moment in seconds of Unix time: `2026-11-28`."""
-    return _named_day(int(at // DAY_S))
-
-
-@lru_cache(maxsize=8)  # called for every ended row, nearly always with the same day
-def _named_day(day: int) -> str:
-    return datetime.fromtimestamp(day * DAY_S, UTC).date().isoformat()
+    return datetime.fromtimestamp(at // DAY_S * DAY_S, UTC).date().isoformat()
 
 
 DAY_S = 86_400

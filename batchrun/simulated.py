@@ -1,20 +1,24 @@
-"""Starts a simulator process for a job with `url = "simulator"`, for the time of the run."""
+"""Starts a simulator process for a job with `url = "simulator"`, when its first request is to be sent."""
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from batchrun.credentials import Credentials
 from batchrun.errors import JobError
-from batchrun.job.job import SIMULATOR, Job
+from batchrun.job.job import Job
+from batchrun.job.settings import Endpoint
 
 if TYPE_CHECKING:
+    from batchrun.dispatch.endpoints import OpenTransports
     from batchrun.simulator import SimulatorConfig
+    from batchrun.transport.transport import Opened, Wanted
 
 KEY = "simulated-key"  # the simulator accepts any bearer, and treats this one as a secret
 
@@ -22,15 +26,33 @@ START_S = 20.0  # a process that did not start has ended by then; starting takes
 
 
 @contextlib.contextmanager
-def endpoint_of(job: Job) -> Iterator[Job]:
-    """Yields the job with the simulator's real URL; any other job unchanged.
+def opened(job: Job, open_transports: "OpenTransports | None") -> "Iterator[OpenTransports | None]":
+    """Yields what opens transports to the job's simulator, which starts at the first call: a start that sends nothing
+    needs none. For any other job it is `open_transports`. None: this process sends.
+    """
+    if not job.simulated:
+        yield open_transports
+        return
+    with contextlib.ExitStack() as running:
+        endpoint = functools.cache(lambda: running.enter_context(started(job)))
+
+        @contextlib.asynccontextmanager
+        async def to_simulator(wanted: "Wanted") -> "AsyncIterator[Sequence[Opened]]":
+            from batchrun.transport.transport import opened_here  # loads aiohttp
+
+            async with (open_transports or opened_here)(wanted._replace(endpoints=(endpoint(),))) as transports:
+                yield transports
+
+        yield to_simulator
+
+
+@contextlib.contextmanager
+def started(job: Job) -> Iterator[Endpoint]:
+    """Yields the job's endpoint with the URL of a simulator of its own, which ends with the block.
 
     Raises:
         JobError: the simulator did not start; the message includes its output.
     """
-    if not job.simulated:
-        yield job
-        return
     process = subprocess.Popen(  # noqa: S603  (our own interpreter and module)
         [sys.executable, "-m", "batchrun.simulator", msgspec.json.encode(config_of(job)).decode()],
         stdout=subprocess.PIPE,
@@ -46,9 +68,7 @@ def endpoint_of(job: Job) -> Iterator[Job]:
         if not line.startswith("listening on "):
             _, problem = process.communicate(timeout=START_S)
             raise JobError(f"the simulator did not start: {problem.strip() or 'no reason given'}")
-        # the endpoint's name stays: it is the same endpoint on any port
-        endpoint = msgspec.structs.replace(job.endpoint, url=line.removeprefix("listening on ").strip(), name=SIMULATOR)
-        yield msgspec.structs.replace(job, endpoint=endpoint)
+        yield msgspec.structs.replace(job.endpoint, url=line.removeprefix("listening on ").strip())
     finally:
         process.terminate()
         process.communicate()

@@ -47,7 +47,7 @@ def say(row: int, what: str) -> None:
         print(f"row 0: {what}")
 
 
-async def send_all(job: Job, rows: list[Row], checkpoint: Checkpoint) -> None:
+async def send_all(job: Job, endpoint: Endpoint, rows: list[Row], checkpoint: Checkpoint) -> None:
     """Every row is settled in the checkpoint. A fixed number of workers pulls rows: there is no task per row."""
     in_flight, log = InFlight(job.limits.max_in_flight), lambda before, after: print(f"gate: {after}")
     circuit = Circuit(in_flight=in_flight, max_outage_s=60, resumed=False, uniform=random.random, on_change=log)
@@ -82,7 +82,7 @@ async def send_all(job: Job, rows: list[Row], checkpoint: Checkpoint) -> None:
             gate.release(slot, None)  # 10. a run waits for the commit first, so that a crash loses what is in flight
 
     key = simulated.credentials()
-    async with transport.opened(transport.choose(job.endpoint), job.url, job.endpoint, key) as wire:
+    async with transport.opened(transport.choose(endpoint), endpoint.full_url, endpoint, key) as wire:
         sweep = asyncio.create_task(keep_deadlines(wire))
         await asyncio.gather(*(work() for _ in range(job.limits.max_in_flight)))
         sweep.cancel()
@@ -134,11 +134,11 @@ def run(source: str = "sample_inputs/changes.jsonl", url: str = "simulator", out
     place = Path(out or Path(tempfile.mkdtemp()) / "miniature")
     place.mkdir()
     with (
-        simulated.endpoint_of(job) as reachable,
+        simulated.started(job) if job.simulated else contextlib.nullcontext(job.endpoint) as endpoint,
         contextlib.closing(Checkpoint(place / "checkpoint.db", free_reserve=lambda: False)) as checkpoint,
     ):
         try:
-            asyncio.run(send_all(reachable, rows, checkpoint))
+            asyncio.run(send_all(job, endpoint, rows, checkpoint))
         except GateClosed as closed:  # an outage without end, a wrong key
             sys.exit(str(closed))
         table = own_table(checkpoint.completions(0, len(rows)), keep_raw=False)  # 11. sealed: all rows are one chunk

@@ -1,7 +1,7 @@
 """Row + job → body and key. PURE. Three dialects of input, one encode per row.
 
 The body is sent in the API's field order, with a row's own objects as they came. It is hashed into the `request_key`
-with all names sorted, since JSON objects have no order and Parquet gives them another than JSONL (0.7 µs, measured).
+with all names sorted, since JSON objects have no order and Parquet gives them another than JSONL.
 What only decides how an answer travels (`stream`, `stream_options`) is appended to the body and left out of the key;
 so are the other words in which some servers want the same question. `service_tier` and `prompt_cache_key` are left
 out of the key as well.
@@ -22,7 +22,7 @@ from batchrun.job.job import Job
 from batchrun.job.settings import Endpoint, RequestTemplate
 from batchrun.records import Correction, Request, Row
 from batchrun.request import image_parts
-from batchrun.request.frame import Frame
+from batchrun.request.frame import KEY, Frame
 from batchrun.request.image_parts import Image, Picture, Source
 from batchrun.request.messages import message_maker
 from batchrun.request.responses_body import append_message, responses_body
@@ -35,8 +35,6 @@ MAX_EXPECTED = 64
 """Different schemas of a batch file's lines that are kept compiled at a time."""
 
 Body = dict[str, Any]
-
-_KEY = hashlib.blake2b(digest_size=16)
 
 _SERVED_BY = frozenset({"service_tier", "prompt_cache_key"})
 """Fields that change how a request is served, and what it costs, but not the question."""
@@ -101,15 +99,12 @@ class RequestBuilder:
         if (frame := self._frame) is None:
             return self._made(row, None, image_parts.without)[0]
         try:
-            body, question = frame.filled(row.columns)
+            body, key = frame.filled(row.columns)
         except UnicodeEncodeError as error:
             raise _lone_surrogate(error) from error
-        key = _KEY.copy()  # without its parameters read again
-        key.update(question)
-        key.update(self._endpoint_name)
         return Request(
             row.row,
-            key.digest(),
+            key,
             body[:-1] + self._stream if self._stream else body,
             frame.model,
             len(body),
@@ -141,7 +136,8 @@ class RequestBuilder:
         if request.model is None or request.prompt is None or self._in_its_words is not None:
             return None
         system = [] if request.system is None else [("system", request.system)]
-        return Frame(request.model, [*system, ("user", request.prompt)], self._parameters, _SERVED_BY)
+        texts = [*system, ("user", request.prompt)]
+        return Frame(request.model, texts, self._parameters, _SERVED_BY, self._endpoint_name)
 
     def _made(
         self,
@@ -192,7 +188,7 @@ class RequestBuilder:
     def _key(self, body: Body) -> bytes:
         if not _SERVED_BY.isdisjoint(body):
             body = {name: value for name, value in body.items() if name not in _SERVED_BY}
-        key = _KEY.copy()
+        key = KEY.copy()
         key.update(image_parts.canonical(body))
         key.update(self._endpoint_name)
         return key.digest()

@@ -6,13 +6,24 @@ the bill, never changes, and wasted is the cost of what is discarded. Requests t
 answer are counted apart.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 import msgspec
 
-from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled, Restored, Usage, replaces, utc_day
+from batchrun.records import (
+    DAY_S,
+    CompletionRecord,
+    Discarded,
+    Ending,
+    PossiblyBilled,
+    Restored,
+    Usage,
+    replaces,
+    utc_day,
+)
 from batchrun.run_summary import LineKey, TotalsLine
 
 DISCARDED = "discarded"
@@ -164,30 +175,38 @@ def fold(
     `earlier` has, for each row that had a record before, what its earlier answer alone used and cost.
     """
     booked = dict(totals.booked)
-    standing = dict(totals.standing)
-    answered_as = dict(totals.answered_as)
-    changes: list[TotalsLine] = []
-    by_line: dict[LineKey, list[Ending]] = {}
+    by_line: dict[_Line, list[Ending]] = {}
     for ending in endings:
-        by_line.setdefault(_key(ending, invocation), []).append(ending)
-        if not isinstance(ending, CompletionRecord):
-            continue
-        status = str(ending.status)
-        if ending.restored is not None:
-            changes += _restored(ending, ending.restored, invocation)
-        if earlier and (before := earlier.get(ending.row)) is not None:
-            changes += _second_answer(answer_line(ending, invocation), before)
-            status = status if replaces(status, before.status) else before.status
-        standing[status] = standing.get(status, 0) + 1
-        if ending.answered_model is not None:
-            answered_as[ending.answered_model] = answered_as.get(ending.answered_model, 0) + 1
-    for key, of_line in by_line.items():
+        by_line.setdefault(_line(ending), []).append(ending)
+    for (model, status, day, service_tier), of_line in by_line.items():
+        key = invocation, model, str(status), utc_day(day * DAY_S), service_tier
         booked[key] = _with_endings(booked.get(key) or TotalsLine(*key), of_line)
+    completions = [ending for ending in endings if isinstance(ending, CompletionRecord)]
+    statuses: list[str] = [completion.status for completion in completions]
+    changes: list[TotalsLine] = []
+    for place, completion in enumerate(completions):
+        if completion.restored is not None:
+            changes += _restored(completion, completion.restored, invocation)
+        if earlier and (before := earlier.get(completion.row)) is not None:
+            changes += _second_answer(answer_line(completion, invocation), before)
+            if not replaces(completion.status, before.status):
+                statuses[place] = before.status
+    standing = _with_counts(totals.standing, statuses)
+    answered_as = _with_counts(totals.answered_as, [each.answered_model for each in completions])
     unstated = _with_unstated(totals.unstated, endings)
     folded = msgspec.structs.replace(
         totals, booked=booked, standing=standing, answered_as=answered_as, unstated=unstated
     )
     return with_changes(folded, changes) if changes else folded
+
+
+def _with_counts(known: Mapping[str, int], names: Iterable[str | None]) -> dict[str, int]:
+    """The counts with one more for each of these names."""
+    counts = dict(known)
+    for name, count in Counter(names).items():
+        if name is not None:
+            counts[str(name)] = counts.get(name, 0) + count
+    return counts
 
 
 def with_carried(totals: Totals, lines: Mapping[int, TotalsLine], earlier: Mapping[int, TotalsLine]) -> Totals:
@@ -280,13 +299,18 @@ def negative(line: TotalsLine) -> TotalsLine:
     return msgspec.structs.replace(line, **figures)
 
 
-def _key(ending: Ending, invocation: int) -> LineKey:
+_Line = tuple[str, str, int, str]
+"""Model, status, UTC day since 1970, service tier: a line of one invocation. Its texts are made once a commit, because
+`str` of a status and a day's name cost 1,800 instructions each."""
+
+
+def _line(ending: Ending) -> _Line:
     """The line that the attempt is booked in."""
     if isinstance(ending, Discarded):
-        return invocation, ending.model, DISCARDED, utc_day(ending.at), ending.service_tier
+        return ending.model, DISCARDED, int(ending.at // DAY_S), ending.service_tier
     if ending.restored is not None:  # the last attempt, which brought no answer that could name a tier
-        return invocation, ending.model, DISCARDED, utc_day(ending.restored.last_at), ""
-    return invocation, ending.model, str(ending.status), utc_day(ending.finished_at), ending.service_tier
+        return ending.model, DISCARDED, int(ending.restored.last_at // DAY_S), ""
+    return ending.model, ending.status, int(ending.finished_at // DAY_S), ending.service_tier
 
 
 def _restored(c: CompletionRecord, restored: Restored, invocation: int) -> list[TotalsLine]:

@@ -24,7 +24,7 @@ from batchrun.source.window import size_of
 from batchrun.tables.booked import usage_rows
 from batchrun.tables.rows import USAGE_COLUMNS
 
-BATCH_ROWS = 1000
+READ_ROWS = 2048  # at once, of a row group at most: half of them cost a third more a row (docs/benchmarks.md)
 ROW_GROUP_BYTES = 4_000_000  # what one reader must hold, and what we do, about twice, while writing
 ROW_GROUP_ROWS = 65_536  # of rows that are so short that the bytes above would hold more
 
@@ -213,7 +213,7 @@ def sealed_batches(path: Path, expected: str, rows: int) -> Iterator[pa.RecordBa
 def _batches(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
     """The file's rows in order. One thread decodes: with two, 10 MB more are held, and it takes no less time."""
     for group in range(file.num_row_groups):  # one by one: nested dictionaries can't be read across two
-        yield from file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group], use_threads=False)
+        yield from file.iter_batches(batch_size=READ_ROWS, row_groups=[group], use_threads=False)
 
 
 def require_digest(path: Path, expected: str) -> None:

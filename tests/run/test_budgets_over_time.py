@@ -378,7 +378,15 @@ def test_an_idle_run_gives_its_lease_back(tmp_path: Path, monkeypatch: pytest.Mo
     asyncio.run(night())
 
 
-def test_a_rehearsal_has_its_own_budget() -> None:
+def test_a_rehearsal_spends_its_own_budget(tmp_path: Path) -> None:
+    """A run against the built-in simulator, which costs nothing, takes no money of the real runs."""
+    file = job(tmp_path, "simulator", 'per_day_usd = 40\nname = "ours"', rows=2)
+    assert batchrun("run", file, "-o", tmp_path / "out").exit_code == 0
+    with closing(sqlite3.connect(tmp_path / "budget.db")) as database:
+        assert database.execute("SELECT DISTINCT budget FROM windows").fetchall() == [("ours (simulator)",)]
+
+
+def test_a_budgets_name_says_whose_it_is() -> None:
     budget = {"per_day_usd": 1, "name": "ours"}
     assert shared_budget.name_of(job_over(None, budget=budget)) == "ours (simulator)"
     real = {"url": "https://h/v1", "auth": "none"}

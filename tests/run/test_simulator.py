@@ -21,6 +21,7 @@ import msgspec
 import pytest
 
 from batchrun.simulator import Fault, PlannedChange, SimulatorConfig, parse_faults, question_of, read_ledger
+from tests.cli_process import batchrun, write_job, write_rows
 from tests.simulator_process import RunningSimulator, running_simulator, start
 from tests.timing import TIMER_S
 
@@ -439,6 +440,17 @@ def _read_until(raw: socket.socket, end: bytes | None) -> bytes:
             break
         got += piece
     return got
+
+
+def test_a_complete_run_starts_no_simulator(tmp_path: Path) -> None:
+    """With `url = "simulator"` one starts, and opens its ledger, only where a request is to be sent."""
+    ledger, source = tmp_path / "ledger", write_rows(tmp_path / "in.jsonl", 3)
+    job = write_job(tmp_path / "job.toml", "simulator", source, f'[simulator]\nlatency_s = 0.01\nledger = "{ledger}"\n')
+    assert batchrun("run", job, "-o", tmp_path / "out").exit_code == 0
+    assert len(read_ledger(ledger)) == 3
+    ledger.unlink()
+    assert batchrun("run", job, "-o", tmp_path / "out").exit_code == 0
+    assert not ledger.exists()
 
 
 def _only_child(pid: int) -> int:
