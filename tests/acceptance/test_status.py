@@ -155,7 +155,7 @@ def test_status_json_is_complete_for_programs(runs: Runs) -> None:
     ended = batchrun("status", runs.folder / "runs", "--json", "--exit-code")
     killed, done = json.loads(ended.stdout)
     assert tuple(killed) == tuple(done) == run_list.ListedRun.__struct_fields__
-    assert (killed["state"], killed["complete"], killed["working"]) == ("died", False, False)
+    assert (killed["job"], killed["state"], killed["complete"], killed["working"]) == ("labels", "died", False, False)
     assert killed["done"] + killed["pending"] == killed["rows"] == ROWS
     assert Decimal(done["cost_usd"]) > 0
     assert done["next"] is None

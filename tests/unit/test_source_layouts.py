@@ -88,7 +88,7 @@ FOLDERS = (("day=1/lang=de%20AT", 1, "de AT"), ("day=2/lang=__HIVE_DEFAULT_PARTI
 
 def test_keys_of_folders_become_columns(tmp_path: Path) -> None:
     for place, day, language in (
-        ("day=1/lang=de%20AT", 1, "de AT"),
+        ("day=1/l%61ng=de%20AT", 1, "de AT"),
         ("day=2/lang=__HIVE_DEFAULT_PARTITION__", 2, None),
     ):
         write(tmp_path / "j" / place / "a.jsonl", b' {}\n{"a": 1, "day": 9}\n')
