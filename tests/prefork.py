@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -151,6 +152,7 @@ def _begin(order: Mapping[str, Any], standard: Sequence[int]) -> Callable[[], in
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])
+    time.tzset()  # of TZ, which the C library has read already
     if order["env"].get("PYTHONWARNINGS") == "error":
         warnings.simplefilter("error")
     sys.argv = order["argv"]
