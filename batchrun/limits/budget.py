@@ -37,7 +37,7 @@ class Cap(Generic[Amount]):
         self.spent += bound if spent is None else spent
 
 
-class Lease(Protocol):
+class Settleable(Protocol):
     """Money of a budget over time that is reserved for this process."""
 
     def settle(self, bound_usd: Decimal, spent_usd: Decimal | None) -> None:
@@ -50,7 +50,7 @@ class OverTime(Protocol):
     def fits(self, bound_usd: Decimal) -> bool:
         """Whether so much can be reserved now. If not, more is on its way or `is_used_up`."""
 
-    def reserve(self, bound_usd: Decimal) -> Lease:
+    def reserve(self, bound_usd: Decimal) -> Settleable:
         """Sets the upper bound aside until it is settled with the lease."""
 
     def is_used_up(self, bound_usd: Decimal) -> bool:
@@ -125,7 +125,7 @@ class BudgetAccount:
             found.append(spent)
         return found
 
-    def reserve(self, demand: Demand) -> Lease | None:
+    def reserve(self, demand: Demand) -> Settleable | None:
         """Sets the attempt's upper bounds aside until `settle`, which is to be given what this returns."""
         if self.cost_usd is not None:
             self.cost_usd.reserve(_bound_usd(demand))
@@ -138,7 +138,7 @@ class BudgetAccount:
         return None if self.over_time is None else self.over_time.reserve(_bound_usd(demand))
 
     def settle(
-        self, demand: Demand, spent_usd: Decimal | None, spent_tokens: int | None, lease: Lease | None = None
+        self, demand: Demand, spent_usd: Decimal | None, spent_tokens: int | None, lease: Settleable | None = None
     ) -> None:
         """Replaces the attempt's reservation by what it used; None (unknown) uses all of it."""
         if lease is not None:

@@ -17,7 +17,7 @@ from batchrun.errors import ExitCode
 from batchrun.limits.admission import OPEN, Binding, Cooling, Decision, Limit, Outcome, Phase, Probing, Stop, Stopped
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.outage import Unanswered
-from batchrun.limits.refusals import NOTHING, Finding
+from batchrun.limits.refusals import NOTHING, Conclusion
 from batchrun.limits.run_verdicts import RunVerdicts
 from batchrun.records import OK, OTHER_API, RowError, Verdict
 
@@ -189,25 +189,25 @@ class Circuit:
         self.withdraw(order)
         return Decision(own=own) if own else PROCEED
 
-    def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Decision:
+    def observe(self, outcome: Outcome, order: int, now_s: float, conclusion: Conclusion = NOTHING) -> Decision:
         """Takes one admitted attempt's outcome into account; returns what it means for rows.
 
-        `finding` is what `Refusals` concluded from a refusal.
+        `conclusion` is what `Refusals` concluded from a refusal.
         """
         if outcome.verdict is OK:
             return self.answered(outcome.row, order, now_s)
-        decision = PROCEED if outcome.says_nothing else self._failed(outcome, order, now_s, finding)
+        decision = PROCEED if outcome.says_nothing else self._failed(outcome, order, now_s, conclusion)
         self.withdraw(order)
         return decision
 
-    def _failed(self, outcome: Outcome, order: int, now_s: float, finding: Finding) -> Decision:
+    def _failed(self, outcome: Outcome, order: int, now_s: float, conclusion: Conclusion) -> Decision:
         match outcome.verdict:
             case Verdict.ROW:
                 return self._row_failed(outcome, order, now_s)
             case Verdict.FREE | Verdict.MAYBE:
                 return self._got_no_answer(outcome, order, now_s)
             case Verdict.SLOW:
-                return self._refused(outcome, order, now_s, finding)
+                return self._refused(outcome, order, now_s, conclusion)
             case Verdict.PAUSE | Verdict.STOP:
                 return self._run_failed(outcome, order)
             case Verdict.OK:
@@ -237,24 +237,24 @@ class Circuit:
             self._cool(why, _brief_reason(outcome.error), now_s, None)
         return PROCEED
 
-    def _refused(self, outcome: Outcome, order: int, now_s: float, finding: Finding) -> Decision:
+    def _refused(self, outcome: Outcome, order: int, now_s: float, conclusion: Conclusion) -> Decision:
         """A single refusal only delays its row. A storm, or a refused probe, pauses admission."""
         error, floor_s = outcome.error, outcome.retry_after_s
         if order < self._trouble:
             self._extend_once(now_s + (floor_s or 0.0))
         elif not self._outage_is_too_long(outcome, now_s):
             probing = isinstance(self.phase, Probing) and order >= self._episode
-            if finding.storm or (probing and not self._verdicts):
-                if finding.storm and finding.accepted:
+            if conclusion.storm or (probing and not self._verdicts):
+                if conclusion.storm and conclusion.accepted:
                     self._coolings = 0
                 paced = error is not None and error.http_status == 429
                 if not paced:
                     self.in_flight.back_off(IN_FLIGHT_KEPT, _reason(error), first=not self._coolings)
                 # after a storm of 429 the rate is lowered, so all may be sent at once; but not if nothing was accepted
-                probe = not (paced and finding.storm and finding.accepted and self.successes)
+                probe = not (paced and conclusion.storm and conclusion.accepted and self.successes)
                 self._cool(_reason(error), _brief_reason(error), now_s, floor_s, paced=paced, probe=probe)
             else:
-                self._failing_since_s = None if finding.accepted else self._failing_since_s
+                self._failing_since_s = None if conclusion.accepted else self._failing_since_s
         return PROCEED
 
     def _run_failed(self, outcome: Outcome, order: int) -> Decision:

@@ -15,7 +15,7 @@ from batchrun.limits.overruns import Overruns
 from batchrun.limits.probe_turns import InDoubt
 from batchrun.limits.rate_headers import read_limit
 from batchrun.limits.rates import RateLimits, Rates
-from batchrun.limits.refusals import NOTHING, Finding, Refusals
+from batchrun.limits.refusals import NOTHING, Conclusion, Refusals
 from batchrun.limits.shared_admission import Flight, SharedAdmission
 from batchrun.records import OK, Verdict
 from batchrun.run_summary import InForce
@@ -242,8 +242,8 @@ class Gate:
             self._overruns.ended(flight.demand.model, outcome.verdict)
         circuit, now_s = self._circuit, self._loop.time()
         was_open = circuit.phase is OPEN
-        finding = self._adjust_limits(flight, outcome, now_s)
-        decision = circuit.observe(outcome, flight.order, now_s, finding)
+        conclusion = self._adjust_limits(flight, outcome, now_s)
+        decision = circuit.observe(outcome, flight.order, now_s, conclusion)
         if not was_open and circuit.phase is OPEN:
             self._refusals.reopened(now_s)
         if self._queue.blocker is not NO_SLOT or circuit.phase is not OPEN or not was_open:
@@ -298,7 +298,7 @@ class Gate:
         """The first in the queue checks again: a budget that it waits for may have got money."""
         self._shared.wake()
 
-    def _adjust_limits(self, flight: Flight, outcome: Outcome, now_s: float) -> Finding:
+    def _adjust_limits(self, flight: Flight, outcome: Outcome, now_s: float) -> Conclusion:
         """Updates rates and requests in flight after a failure. A refused attempt used nothing, so it is given back to
         the buckets, unless the rate was itself learned from refusals: then it would be sent and refused again at once.
         """

@@ -70,14 +70,14 @@ TRY_AGAIN_TIMES = 20
 """After a minute, doubled each time, and at most a twentieth of the time: a trial costs a fifth of the rate."""
 
 
-class Finding(msgspec.Struct, frozen=True):
+class Conclusion(msgspec.Struct, frozen=True):
     """`storm`: the gate must pause. `accepted`: something was accepted since the last pause."""
 
     storm: bool = False
     accepted: bool = True
 
 
-NOTHING = Finding()
+NOTHING = Conclusion()
 
 
 class _SlowTrial(msgspec.Struct):
@@ -123,7 +123,7 @@ class Refusals:
         self._next_trial_s = 0.0
         self._trial_wait_s = TRY_AGAIN_S
         self._is_storm = False
-        self._finding = NOTHING
+        self._conclusion = NOTHING
         self._may_add_up = False
         self._add_up_from_s = 0.0
 
@@ -154,7 +154,7 @@ class Refusals:
         if not self._may_add_up or now_s >= self._add_up_from_s:
             self._judge(now_s)
 
-    def refused(self, order: int, now_s: float, limit: Limit, *, names_time: bool, empty: bool = False) -> Finding:
+    def refused(self, order: int, now_s: float, limit: Limit, *, names_time: bool, empty: bool = False) -> Conclusion:
         """The attempt was refused by `limit`, as far as the server says; `names_time` if it named a time to come back.
 
         `empty`: its headers show an empty bucket.
@@ -168,8 +168,8 @@ class Refusals:
             self._pause(now_s, now_s, lone=True)
         else:
             self._judge(now_s)
-        finding, self._finding = self._finding, NOTHING
-        return finding
+        conclusion, self._conclusion = self._conclusion, NOTHING
+        return conclusion
 
     def correct(self, tokens: float) -> None:
         """An attempt used this many more tokens than its estimate."""
@@ -305,7 +305,7 @@ class Refusals:
             self._start_again()
 
     def _pause(self, at_s: float, now_s: float, *, lone: bool = False) -> None:
-        self._finding = Finding(storm=True, accepted=self._accepted)
+        self._conclusion = Conclusion(storm=True, accepted=self._accepted)
         search = self.searches[self._limit]
         if not lone and self._rate_is_no_cause(search, at_s, now_s):
             pass

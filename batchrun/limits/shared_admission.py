@@ -6,7 +6,7 @@ import msgspec
 
 from batchrun.limits.admission import Demand
 from batchrun.limits.admission_queue import AdmissionQueue
-from batchrun.limits.budget import BudgetAccount, Lease
+from batchrun.limits.budget import BudgetAccount, Settleable
 from batchrun.limits.probe_turns import Breaker, ProbeTurns
 
 
@@ -19,7 +19,7 @@ class Flight(msgspec.Struct):
     others: int
     requests_before: float
     tokens_before: float
-    lease: Lease | None
+    lease: Settleable | None
     drained: bool = False
     """The response's headers show a bucket without room for this attempt."""
     observed: bool = False

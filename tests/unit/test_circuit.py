@@ -11,7 +11,7 @@ from batchrun.limits.admission import OPEN, Binding, Cooling, Decision, Limit, O
 from batchrun.limits.circuit import ALIKE_ROWS, BACKOFF_CAP_S, FIRST_ANSWER_S, FIRST_REACH_S, JITTER, Circuit
 from batchrun.limits.in_flight import FIRST_IN_FLIGHT, InFlight
 from batchrun.limits.outage import MANY_OUTAGE_ROWS, OUTAGE_ROWS
-from batchrun.limits.refusals import Finding
+from batchrun.limits.refusals import Conclusion
 from batchrun.records import RowError, Verdict
 
 HOLD = Decision(hold=True)
@@ -63,9 +63,9 @@ class Story:
         accepted: bool = False,
     ) -> Decision:
         """A refusal is one of a storm, after which nothing was accepted, unless the test says otherwise."""
-        finding = Finding(storm=storm, accepted=accepted)
+        conclusion = Conclusion(storm=storm, accepted=accepted)
         outcome = Outcome(row, verdict, failure, retry_after_s)
-        return self.state.observe(outcome, self.out.pop(row), self.now_s, finding)
+        return self.state.observe(outcome, self.out.pop(row), self.now_s, conclusion)
 
     def until_s(self) -> float:
         phase = self.phase()

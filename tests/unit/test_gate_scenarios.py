@@ -105,13 +105,13 @@ def live(endpoint: Endpoint, rows: int) -> Night:
         sent_s, row, order = out.popleft()
         now_s = max(now_s, sent_s + LATENCY_S)
         verdict, error = endpoint(row, sent_s)
-        finding = NOTHING
+        conclusion = NOTHING
         if verdict is Verdict.SLOW:
-            finding = refusals.refused(order, now_s, Limit.REQUESTS, names_time=False)
+            conclusion = refusals.refused(order, now_s, Limit.REQUESTS, names_time=False)
         else:
             refusals.ended(order, now_s)
         refusals.rise(now_s)
-        decision = state.observe(Outcome(row, verdict, error), order, now_s, finding)
+        decision = state.observe(Outcome(row, verdict, error), order, now_s, conclusion)
         night.failed |= held.intersection(decision.own)
         held.difference_update(decision.own)
         if decision.hold:
