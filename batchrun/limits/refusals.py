@@ -34,6 +34,10 @@ STORM_SHARE, STORM_ABOVE = 0.6, 0.3
 """A storm is 60 % refused or more, or 30 % above the ordinary share. That share is assumed to be at least 20 %, so that
 ten in a row are a storm and chance hardly ever is; or 10 %, seven in a row, if a limit or crowding is likely."""
 
+MUCH_BY_CHANCE, SURER = 0.1, 1.4
+"""Where such a share is refused in ordinary times, that bar is higher by this factor: the share is chance, because a
+limit refuses little below its rate, and would look like a storm once in 50,000 requests."""
+
 EXCESS_BAR = 4.0
 LEAST_SHARE = 0.003
 EXCESS_ABOVE = 0.04
@@ -251,7 +255,7 @@ class Refusals:
     def _is_too_much(self, at_s: float, *, refused: bool) -> bool:
         share = float(self.share)
         ordinary = min(MOST_ORDINARY, max(self._least_ordinary, share))
-        patience = self._runs.patience
+        patience = self._runs.patience * (SURER if share >= MUCH_BY_CHANCE else 1.0)
         storm = self._storm.step(ordinary, max(STORM_SHARE, ordinary + STORM_ABOVE), refused=refused, times=patience)
         self._is_storm = storm or (refused and not self._accepted and self._storm.refused >= NONE_TAKEN)
         ordinary = min(MAX_ORDINARY, max(LEAST_SHARE, self._runs.ordinary(share)))

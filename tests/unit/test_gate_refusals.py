@@ -57,6 +57,13 @@ def test_the_kind_of_refusals_is_named(server: RefusingServer, allowed: int, kin
     assert re.fullmatch(words, played.refusals or ""), played.refusals
 
 
+@pytest.mark.parametrize("seed", [19, 23, 43])
+def test_much_chance_is_no_storm(seed: int) -> None:
+    """By seeds that once had one in it, which cost up to a third of the rate."""
+    (scenario,) = (each for each in SCENARIOS if each.name == "chance, 20 %, no Retry-After")
+    assert measure(scenario, [seed]).ideal[0] >= 95
+
+
 def test_a_limit_falls_once_chance_keeps_falling() -> None:
     fell, falls = RefusalRuns(), RefusalRuns()
     assert [fell.lowered(at_s, 50.0, measured) for at_s, measured in ((1, 50.0), (4, 25.0), (9, 24.8), (15, 25.1))] == [
