@@ -40,7 +40,8 @@ with the usual waits, and five times as many where half of all attempts are refu
 
 SHORT_WAITS = 6
 """For so many 429s a row waits only as long as Retry-After says, or without one as after its first failure: the rate is
-the gate's to lower. Then its waits double as after any failure."""
+the gate's to lower. Then its waits double, as if half of these 429s had not come: by chance alone a row may get six,
+and all six at once would make it wait for half a minute where the others are answered."""
 
 CHANCE_REFUSED = 2
 """At the end of a run, so many refusals in a row are still chance, and the row waits as long as Retry-After says."""
@@ -223,7 +224,7 @@ def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: fl
     `uniform` is a random number in [0, 1).
     """
     few_refused = history.refused < SHORT_WAITS
-    doublings = history.attempts - 1 - (history.refused if few_refused else 0)
+    doublings = history.attempts - 1 - (history.refused if few_refused else SHORT_WAITS // 2)
     # clamped first, jittered then: else all late delays would be equal
     ceiling_s = min(retry.backoff_cap_s, retry.backoff_base_s * 2.0 ** max(0, min(doublings, 30)))
     if floor_s and few_refused:

@@ -840,7 +840,7 @@ def test_refusals_at_the_end_are_spread(left: int, wait_s: float) -> None:
     assert attempt_caps.end_wait_s(many, refusal(), Retry(), left) == wait_s
 
 
-@pytest.mark.parametrize(("attempts", "refused", "ceiling_s"), [(1, 1, 1), (5, 5, 1), (6, 4, 2), (7, 6, 60)])
+@pytest.mark.parametrize(("attempts", "refused", "ceiling_s"), [(1, 1, 1), (5, 5, 1), (6, 4, 2), (6, 6, 4), (7, 7, 8)])
 def test_few_refusals_without_a_stated_wait_double_nothing(attempts: int, refused: int, ceiling_s: float) -> None:
     """Refused by chance, a row is not kept for half a minute at the end of a run."""
     history = History(attempts=attempts, refused=refused)
@@ -848,6 +848,6 @@ def test_few_refusals_without_a_stated_wait_double_nothing(attempts: int, refuse
 
 
 def test_repeated_refusals_wait_ever_longer() -> None:
-    usual, stubborn = History(attempts=9, refused=5), History(attempts=9, refused=6)
+    usual, stubborn = History(attempts=9, refused=5), History(attempts=10, refused=10)
     assert attempt_caps.backoff_s(usual, 1.0, Retry(), 0.999) < 2.0
     assert attempt_caps.backoff_s(stubborn, 1.0, Retry(), 0.999) > 50.0
