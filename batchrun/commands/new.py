@@ -13,7 +13,7 @@ def new(file: Path) -> None:
     """Write a commented job file to start from."""
     from importlib.resources import files
 
-    from batchrun.errors import JobError
+    from batchrun.errors import JobError, quoted
 
     try:
         with file.open("x", encoding="utf-8") as target:
@@ -22,4 +22,4 @@ def new(file: Path) -> None:
         raise JobError(f"{file} already exists; name another file") from error
     except OSError as error:
         raise JobError(f"{file}: can't be written: {error.strerror}") from error
-    say(f"wrote {file}; set the input and the prompt, then: batchrun check {file}")
+    say(f"wrote {file}; set the input and the prompt, then: batchrun check {quoted(file)}")

@@ -30,8 +30,8 @@ TRIALS = 2
 
 PROBE_BAR = 5.0
 LEAST_ORDINARY, TOO_MANY = 0.001, 0.3
-"""A higher cap is too high if three in ten of the additional requests are refused: that is one refusal if hardly any is
-by chance, and two or three where a few per cent are."""
+"""A higher cap is too high if three in ten of the additional requests are refused: that is one refusal if no more than
+two in a thousand are by chance, and two or three where a few per cent are."""
 
 PROBE_EVERY_S = 1.0
 MAX_PROBE_EVERY_S = 20.0

@@ -1,6 +1,5 @@
 """The lines that a start prints at its end: rows by status, tokens, cost, rate, files, and what to do next. PURE."""
 
-import shlex
 from collections.abc import Collection, Iterator, Sequence
 from decimal import Decimal
 
@@ -32,13 +31,13 @@ def in_words(
     `command` is the command line that ran, from which the next one is made. `settings` are the paths that the job sets
     in `[request]`: no setting changes what the rows bring themselves. `endpoint` says where the API key comes from.
     """
-    again = "run the same command again to resume"
+    line, again = [quoted(word) for word in command], "run the same command again to resume"
     if "--new" in command and summary.command is not None:  # typed again, it would start another run
-        command, again = shlex.split(summary.command), f"resume with {summary.command}"
+        line, again = [summary.command], f"resume with {summary.command}"
     for label, text in (
         *_account(summary, requests_per_minute),
-        *_failed(summary, max_failures, failing, command, settings),
-        *_stopped(summary, command, again, settings, endpoint),
+        *_failed(summary, max_failures, failing, line, settings),
+        *_stopped(summary, line, again, settings, endpoint),
     ):
         yield f"{label:<{LABEL_WIDTH}}{text}"
 
@@ -113,7 +112,7 @@ def _failed(
     summary: Summary,
     max_failures: int,
     failing: Collection[Status],
-    command: Sequence[str],
+    line: Sequence[str],
     settings: Collection[str] | None,
 ) -> Iterator[tuple[str, str]]:
     """The failed rows of a complete run, one of their errors, and how to retry them."""
@@ -126,11 +125,11 @@ def _failed(
     if summary.example_error is not None and summary.by_status.get(Status.ERROR):
         yield "", f"for example: {summary.example_error}"
         if (fix := fix_for(summary.example_error, settings)) is not None:
-            yield from _fixed(fix, command, "", retry=True)
+            yield from _fixed(fix, line, "", retry=True)
 
 
 def _stopped(
-    summary: Summary, command: Sequence[str], again: str, settings: Collection[str] | None, endpoint: Endpoint | None
+    summary: Summary, line: Sequence[str], again: str, settings: Collection[str] | None, endpoint: Endpoint | None
 ) -> Iterator[tuple[str, str]]:
     """Why the run is not complete, and how to resume it."""
     if summary.complete:
@@ -141,7 +140,7 @@ def _stopped(
     if fix is None and summary.example_error is not None and summary.example_error in reason:
         fix = fix_for(summary.example_error, settings)
     if fix is not None:
-        yield from _fixed(fix, command, again, retry=False)
+        yield from _fixed(fix, line, again, retry=False)
     else:
         if summary.pending:
             left = f"{plural(summary.pending, 'row')} {are(summary.pending)} left"
@@ -152,17 +151,11 @@ def _stopped(
         yield "rows so far", summary.export
 
 
-def _joined(words: Sequence[str]) -> str:
-    return " ".join(map(quoted, words))
-
-
-def _fixed(fix: Fix, command: Sequence[str], again: str, *, retry: bool) -> Iterator[tuple[str, str]]:
+def _fixed(fix: Fix, line: Sequence[str], again: str, *, retry: bool) -> Iterator[tuple[str, str]]:
     """The setting that fixes what the server rejects, and the command that tries it."""
     yield "fix", f"{fix.setting}: {fix.what}"
-    if fix.flags and command:
-        yield "next", _joined(command_with(command, fix, retry=retry))
-    elif fix.flags:
-        yield "next", f"the same with {_joined(command_with((), fix, retry=retry))}"
+    if fix.flags:
+        yield "next", command_with(line or ["the same with"], fix, retry=retry)
     elif fix.same_command:
         yield "next", f"then {again}"
     else:

@@ -5,11 +5,11 @@ FastAPI and others. A fix is suggested only if the message names the parameter.
 """
 
 import re
-import shlex
 from collections.abc import Collection, Sequence
 
 import msgspec
 
+from batchrun.errors import quoted
 from batchrun.job.settings import Endpoint
 from batchrun.patterns import Pattern
 from batchrun.response import other_apis
@@ -137,16 +137,17 @@ def fix_for_address(reason: str) -> Fix | None:
     return Fix("endpoint.url", what, same_command=True)
 
 
-def command_with(words: Sequence[str], fix: Fix, *, retry: bool) -> list[str]:
-    """The command line `words` with the flags of the fix. `retry`: the run is complete, and its failed rows are sent.
+def command_with(line: Sequence[str], fix: Fix, *, retry: bool) -> str:
+    """The command line, in words that are quoted for a shell, with the flags of the fix. `retry`: the run is complete,
+    and its failed rows are sent.
 
     In an unfinished run, --accept-changes sends failed rows as another question. If the question stays the same,
     --retry-failed sends them after the pending rows.
     """
     consent = "--accept-changes" if fix.changes_the_question and not retry else "--retry-failed"
-    kept = [word for word in words if word not in ("--new", consent)]
-    flags = [] if shlex.join(fix.flags) in shlex.join(kept) else fix.flags
-    return [*kept, *flags, consent]
+    kept = " ".join(word for word in line if word not in ("--new", consent))
+    flags = " ".join(map(quoted, fix.flags))
+    return f"{kept} {consent}" if flags in kept else f"{kept} {flags} {consent}"
 
 
 def _set(setting: str, value: str) -> tuple[str, ...]:

@@ -183,7 +183,7 @@ def _summary(moment: Moment, spent: Totals, directory: RunDirectory, rows: int, 
     of_the_moment["elapsed_s"] = round(moment.elapsed_s, 3)
     of_the_moment["deadline"] = None if moment.deadline is None else moment.deadline.at.astimezone(UTC)
     found = files(directory) if moment.complete else files_so_far(directory, moment.started_at)
-    has_more_rows = bool(spent.standing) and not moment.complete and "partial" not in found
+    has_unwritten = spent.standing and "usage" in found and not found.keys() & {"completions", "partial"}
     return Summary(
         version=VERSION,
         rows=rows,
@@ -207,7 +207,7 @@ def _summary(moment: Moment, spent: Totals, directory: RunDirectory, rows: int, 
         eta=moment.eta,
         by_deadline=moment.by_deadline(settled, rows),
         files=found,
-        export=f"batchrun export {quoted(directory.path)}" if has_more_rows and "usage" in found else None,
+        export=f"batchrun export {quoted(directory.path)}" if has_unwritten else None,
         reused=sum(line.reused for line in lines),
         duplicates=sum(line.duplicates for line in lines),
         saved_usd=sum((line.saved_usd for line in lines), Decimal(0)),

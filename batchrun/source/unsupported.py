@@ -7,7 +7,6 @@ Every command has been run on such a file (tests/run/test_unsupported_files.py).
 
 import os
 import re
-import shlex
 import sys
 import zipfile
 from itertools import count
@@ -198,7 +197,7 @@ def _filled(command: str, path: Path, ending: str | None, beside: Path | None = 
     new = next(name for name in names if not os.path.lexists(name))
     # so that a name that starts with a dash is not read as an option
     file, new = (quoted(f"./{name}" if name.startswith("-") else name) for name in (str(path), new))
-    return command.format(file=file, new=new, python=shlex.quote(sys.executable))
+    return command.format(file=file, new=new, python=quoted(sys.executable))
 
 
 def _archive(path: Path) -> _Conversion:

@@ -24,7 +24,7 @@ from batchrun.source.window import size_of
 from batchrun.tables.booked import usage_rows
 from batchrun.tables.rows import USAGE_COLUMNS
 
-READ_ROWS = 2048  # at once, of a row group at most: half of them cost a third more a row (docs/benchmarks.md)
+READ_ROWS = 2048  # at once, of a row group at most: half as many cost more a row (docs/benchmarks.md)
 ROW_GROUP_BYTES = 4_000_000  # what one reader must hold, and what we do, about twice, while writing
 ROW_GROUP_ROWS = 65_536  # of rows that are so short that the bytes above would hold more
 

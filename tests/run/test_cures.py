@@ -1,15 +1,17 @@
 """A refusal that names a parameter names the setting that cures it, and the command that is printed works."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from batchrun.report.suggested_fixes import fix_for, fix_for_address
-from batchrun.simulator import SimulatorConfig
+from batchrun.simulator import Fault, SimulatorConfig
 from tests.cli_process import KEY, Ended, batchrun, read_summary, write_job, write_rows
 from tests.endings import answer_body
 from tests.fault_server import Exchange, Script, answer, serving_aside
@@ -266,3 +268,18 @@ def test_the_printed_command_resumes_a_new_run(tmp_path: Path) -> None:
         assert ended.exit_code == 0, ended.stdout + ended.stderr
         assert len(simulator.ledger()) == 12
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+@pytest.mark.parametrize("flags", [(), ("--new",)])
+def test_the_fixed_command_keeps_any_name(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    """A shell reads the printed words as they were, although a name is not UTF-8."""
+    source = write_rows(tmp_path / os.fsdecode(b"it's \xe9.jsonl"), 6)
+    message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    with running_simulator(SimulatorConfig(faults=(Fault(kind="status", status=400, message=message),))) as simulator:
+        output = f'[output]\npath = "{tmp_path}/runs/{{date}}"'
+        job = write_job(tmp_path / "job.toml", simulator.url, "in.jsonl", output)
+        ended = batchrun("run", job, "-i", source, *flags)
+    (printed,) = re.findall(r"^next +(batchrun run .+)$", ended.stdout, re.MULTILINE)
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {printed}"], check=True, capture_output=True).stdout
+    assert os.fsencode(source) in words.split(b"\0")
+    assert "--new" not in printed

@@ -140,8 +140,8 @@ def test_progress_and_log_name_retried_rows(tmp_path: Path) -> None:
     assert reported.limited_by.startswith("retries (500)")
     assert "2 retried (500 server error), " in progress.line(reported)
     assert "2 retried" in progress.around_bar(reported, 200)[1]
-    told = list(status.lines(RunDirectory(tmp_path / "out"), RunState(reported, working=True)))
-    assert any(line.startswith("retries 2 rows (38, 39), sent up to ") for line in told), told
+    shown = list(status.lines(RunDirectory(tmp_path / "out"), RunState(reported, working=True)))
+    assert any(line.startswith("retries 2 rows (38, 39), sent up to ") for line in shown), shown
     assert ended.retrying is None
     log = [json.loads(line) for line in (tmp_path / "out" / "run.log").read_text().splitlines()]
     lines = [line for line in log if line["event"] == "retrying"]
