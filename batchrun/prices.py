@@ -3,21 +3,19 @@
 Money is exact: `Decimal`, per attempt, then added, because tiers apply per request. An unknown price is None, never 0.
 """
 
-import math
 import re
-from decimal import Decimal
+from decimal import ROUND_CEILING, Decimal
 
 import msgspec
 
 from batchrun.job.settings import Price as Override
 from batchrun.job.settings import TierPrice
+from batchrun.money import PICO, to_pico, to_usd
 from batchrun.records import Usage
 
 PER_TOKEN = Decimal(1_000_000)
 MICRO = Decimal("1e-6")
-PICO = Decimal("1e-12")  # the scale of decimal128(20, 12); prices per million with six decimals stay exact
-PICO_PER_USD = Decimal(10**12)
-"""Powers of ten as factors: `scaleb` takes four times as long as a product of two Decimals, a quotient twice."""
+"""A product of two Decimals takes a quarter of the time of `scaleb`, and half that of a quotient."""
 
 DAY_S = 86_400
 
@@ -145,25 +143,21 @@ def upper_bound(
     A request that names no tier, or `auto`, gets the one that the account is set to, which is unknown here.
     None where the price is unknown.
     """
-    return (
-        None if table is None else highest_prices(table, *requested_tiers).bound(max_prompt_tokens, max_output_tokens)
-    )
+    if table is None:
+        return None
+    return to_usd(highest_prices(table, *requested_tiers).bound(max_prompt_tokens, max_output_tokens))
 
 
 class HighestPrices(msgspec.Struct, frozen=True):
-    """The most that tokens of a request can cost, in USD per million, and the fee of a request in USD. `pico` has the
-    same per token and request as whole 10⁻¹² USD, rounded up: every attempt is bounded, and integers are fast.
-    """
+    """The most that a token of the prompt, one of the output, and a request itself can cost: 10⁻¹² USD, rounded up."""
 
-    prompt: Decimal
-    output: Decimal
-    per_request: Decimal
-    pico: tuple[int, int, int]
+    prompt: int
+    output: int
+    per_request: int
 
-    def bound(self, max_prompt_tokens: int, max_output_tokens: int) -> Decimal:
-        """USD: the most that one attempt of this size can cost."""
-        prompt, output, request = self.pico
-        return (max_prompt_tokens * prompt + max_output_tokens * output + request) * PICO
+    def bound(self, max_prompt_tokens: int, max_output_tokens: int) -> int:
+        """10⁻¹² USD: the most that one attempt of this size can cost."""
+        return max_prompt_tokens * self.prompt + max_output_tokens * self.output + self.per_request
 
 
 def highest_prices(table: PriceTable, *requested_tiers: str | None) -> HighestPrices:
@@ -171,8 +165,7 @@ def highest_prices(table: PriceTable, *requested_tiers: str | None) -> HighestPr
     every = [tier for requested in requested_tiers or (None,) for tiers in _allowed(table, requested) for tier in tiers]
     prompt, output = max(tier.highest_input() for tier in every), max(tier.output for tier in every)
     usd_each = prompt / PER_TOKEN, output / PER_TOKEN, table.per_request
-    in_tokens, out_tokens, request = (math.ceil(usd * PICO_PER_USD) for usd in usd_each)
-    return HighestPrices(prompt, output, table.per_request, (in_tokens, out_tokens, request))
+    return HighestPrices(*(to_pico(usd, ROUND_CEILING) for usd in usd_each))
 
 
 def requested_tier(table: PriceTable | None, body: bytes) -> str | None:

@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any
 
 from batchrun.job import settings
@@ -143,7 +142,7 @@ async def send_all(
                 await asyncio.sleep(max(0.0, due_s - _now_s()))
             else:
                 row, tokens = rows.pop()
-            demand = Demand(estimate(row), Decimal(0))
+            demand = Demand(estimate(row), 0)
             slot = await gate.admit(demand)
             run.sent.append(row)
             status, message, headers = await run.server.answer(row, tokens)
@@ -152,7 +151,7 @@ async def send_all(
                 gate.settle(slot, tokens)
             gate.read_headers(slot, headers)
             gate.observe(slot, outcome(row, status, message, headers))
-            gate.release(slot, Decimal(0))
+            gate.release(slot, 0)
             if status == 200:
                 run.done.append(row)
             elif status == 429:

@@ -10,7 +10,6 @@ import math
 import random
 from collections import deque
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import Any, Protocol
 
 from batchrun.job.settings import Limits
@@ -359,7 +358,7 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
         nonlocal in_flight
         while (row := await waiting.next()) is not None:
             estimate, used = server.size(rng) if isinstance(server, TokenLimited) else (100, 100)
-            slot = await gate.admit(Demand(estimate, Decimal(0)))
+            slot = await gate.admit(Demand(estimate, 0))
             sent_s = loop.time()
             if isinstance(server, TokenLimited):
                 server.size_of_next = used
@@ -385,7 +384,7 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
                 played.refused_for_cause += not reply.by_chance
                 wait_s = RETRY_S if reply.retry_after_s is None else reply.retry_after_s
                 waiting.again(row, loop.time() + wait_s + rng.random() * JITTER_S)
-            gate.release(slot, Decimal(0))
+            gate.release(slot, 0)
 
     await asyncio.gather(*(work() for _ in range(max_in_flight)))
     played.took_s = max(played.answered_s)

@@ -9,6 +9,7 @@ from batchrun import prices
 from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.answer_schema import KINDS
+from batchrun.money import to_pico, to_usd
 from batchrun.policy import ANSWERED, CAPACITY, Judgement
 from batchrun.prices import PriceTable
 from batchrun.records import (
@@ -36,7 +37,7 @@ class AttemptResult(msgspec.Struct, frozen=True):
 
     `settlement` is the row's status by a usable answer, None without one. `cost_usd` is this attempt's alone: 0 if no
     answer came, None if an answer can't be priced. `maybe_billed`: it may have cost something that no usage states, at
-    most `bound_usd` for `bound_tokens`.
+    most `bound_pico_usd` for `bound_tokens`.
     """
 
     pending: Pending
@@ -45,7 +46,7 @@ class AttemptResult(msgspec.Struct, frozen=True):
     judgement: Judgement
     settlement: Settlement | None
     history: History
-    bound_usd: Decimal | None
+    bound_pico_usd: int | None
     cost_usd: Decimal | None
     maybe_billed: bool
     reported_cost_usd: Decimal | None = None
@@ -68,13 +69,14 @@ class AttemptResult(msgspec.Struct, frozen=True):
             return msgspec.json.encode(call).decode()
         return self.answer.tool_calls or self.answer.content or ""
 
-    def used(self) -> tuple[Decimal | None, int | None]:
-        """USD and tokens to book against the budget; None books the whole reservation."""
+    def used(self) -> tuple[int | None, int | None]:
+        """10⁻¹² USD and tokens to book against the budget; None books the whole reservation."""
         if self.maybe_billed:
             return None, None
+        cost = None if self.cost_usd is None else to_pico(self.cost_usd)
         if (usage := self.answer.usage) is None:
-            return self.cost_usd, None if self.judgement.verdict is OK else 0
-        return self.cost_usd, usage.prompt_tokens + usage.billed_output_tokens
+            return cost, None if self.judgement.verdict is OK else 0
+        return cost, usage.prompt_tokens + usage.billed_output_tokens
 
     def completion(self, status: Status, invocation: int) -> CompletionRecord:
         """The row's final record."""
@@ -104,7 +106,7 @@ class AttemptResult(msgspec.Struct, frozen=True):
             cost_usd=add_costs(pending.cost_usd, cost_usd),
             last_cost_usd=cost_usd,
             maybe_billed=self.maybe_billed,
-            possibly_billed_usd=self.bound_usd if self.maybe_billed or cost_usd is None else None,
+            possibly_billed_usd=self._bound_usd if self.maybe_billed or cost_usd is None else None,
             raw=attempt.body,
             variant=pending.variant,
             possibly_billed_tokens=self.bound_tokens,
@@ -135,7 +137,7 @@ class AttemptResult(msgspec.Struct, frozen=True):
             usage=self.answer.usage,
             cost_usd=self.cost_usd,
             maybe_billed=self.maybe_billed,
-            possibly_billed_usd=self.bound_usd,
+            possibly_billed_usd=self._bound_usd,
             key=request.key,
             possibly_billed_tokens=self.bound_tokens,
             offline=self._offline(),
@@ -143,6 +145,10 @@ class AttemptResult(msgspec.Struct, frozen=True):
             said=self.answer_text if self.judgement.verdict is OK else None,
             service_tier=self.answer.service_tier or "",
         )
+
+    @property
+    def _bound_usd(self) -> Decimal | None:
+        return None if self.bound_pico_usd is None else to_usd(self.bound_pico_usd)
 
     @property
     def _ended_at(self) -> float:

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import random
 from collections.abc import Callable, Sequence
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import TypeVarTuple
 
 import msgspec
@@ -35,6 +36,7 @@ from batchrun.limits.in_flight import InFlight
 from batchrun.limits.rates import RateLimits
 from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.limits.token_bucket import BURST_S
+from batchrun.money import to_pico
 from batchrun.open_files import OpenFiles
 from batchrun.records import Notice
 from batchrun.report.wording import plural
@@ -289,13 +291,17 @@ def _budget_account(job: Job, store: Store, over_time: SharedBudget | None) -> B
     cost, tokens, requests = budget.max_cost_usd, budget.max_tokens, budget.max_requests
     per_start = budget.per_start_usd
     return BudgetAccount(
-        cost_usd=None if cost is None else Cap(cost, totals.most_usd()),
+        cost=None if cost is None else _cap_on_cost(cost, totals.most_usd()),
         tokens=None if tokens is None else Cap(tokens, totals.tokens()),
         requests=None if requests is None else Cap(requests, totals.requests()),
-        start_usd=None if per_start is None else Cap(per_start, totals.most_usd() - store.before_usd),
+        start=None if per_start is None else _cap_on_cost(per_start, totals.most_usd() - store.before_usd),
         over_time=over_time,
         name=name_of(job),
     )
+
+
+def _cap_on_cost(most_usd: Decimal, spent_usd: Decimal) -> Cap:
+    return Cap(to_pico(most_usd, ROUND_FLOOR), to_pico(spent_usd, ROUND_CEILING))
 
 
 def _on_last_beat(workers: Workers, beat: "asyncio.Task[None]") -> None:

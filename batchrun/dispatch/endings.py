@@ -3,13 +3,12 @@
 import asyncio
 import random
 from collections.abc import Sequence
-from decimal import Decimal
 
 import msgspec
 
 from batchrun import attempt_caps
 from batchrun.dispatch.anomalies import Anomalies
-from batchrun.dispatch.attempt_result import NOTHING, AttemptResult, add_costs
+from batchrun.dispatch.attempt_result import AttemptResult, add_costs
 from batchrun.dispatch.backlog import Backlog, Invalid, Pending
 from batchrun.dispatch.last_rows import LastRows
 from batchrun.dispatch.retries import Retries
@@ -89,7 +88,7 @@ class Endings:
 
     def on_commit(self, endings: Sequence[Ending]) -> None:
         """The endings are durable: their slots are free, rows are settled or wait for their retry."""
-        spent: list[tuple[int, Decimal | None, int | None]] = []
+        spent: list[tuple[int, int | None, int | None]] = []
         settled, is_kept = 0, self._gate.budget.is_kept
         for ending in endings:
             n = ending.attempts if isinstance(ending, CompletionRecord) else ending.n
@@ -98,8 +97,8 @@ class Endings:
                 continue  # the record of a held attempt, whose slot was freed when it was held
             if attempt.slot is not None:
                 self._slots.clear(attempt.slot)
-                usd, tokens = attempt.result.used() if is_kept else (None, None)
-                spent.append((attempt.slot, usd, tokens))
+                pico_usd, tokens = attempt.result.used() if is_kept else (None, None)
+                spent.append((attempt.slot, pico_usd, tokens))
             if attempt.retry is not None:
                 self._backlog.retry(attempt.retry, attempt.due_s)
                 continue
@@ -230,7 +229,7 @@ class Endings:
         """
         self._held[result.pending.request.row] = result
         self._slots.clear(slot)
-        self._gate.release(slot, NOTHING, 0)
+        self._gate.release(slot, 0, 0)
         self._backlog.hold(msgspec.structs.replace(result.pending, history=result.history))
 
 

@@ -109,8 +109,8 @@ class Requests:
                 highest = self._highest[key] = prices.highest_prices(table, *requested_tiers)
         if highest is None:
             return Demand(tokens, None, most_tokens, output, request.model)
-        bound_usd = highest.bound(request.max_prompt_tokens, request.max_output_tokens)
-        return Demand(tokens, bound_usd, most_tokens, output, request.model, highest.prompt, highest.output)
+        bound = highest.bound(request.max_prompt_tokens, request.max_output_tokens)
+        return Demand(tokens, bound, most_tokens, output, request.model, highest.prompt, highest.output)
 
 
 def with_key(pending: Pending, key: bytes) -> Pending:

@@ -8,16 +8,16 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine
 from datetime import datetime, timedelta
-from decimal import Decimal
+from decimal import ROUND_FLOOR, Decimal
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
 from batchrun.errors import BatchrunError
 from batchrun.job.job import Job
-from batchrun.limits.budget import in_usd
+from batchrun.money import in_words, to_pico, to_usd
 from batchrun.run_summary import BudgetUse
 from batchrun.store.budget_file import BudgetFile, Caps, Drawn, Use
-from batchrun.store.budget_lease import Lease, Period, Spending, pico
+from batchrun.store.budget_lease import Lease, Period, Spending
 
 POLL_S = 0.25
 """Time until a refused draw is repeated: other processes may give money back."""
@@ -42,7 +42,7 @@ class SharedBudget:
         self._task: asyncio.Task[None] | None = None
         self._next_s = 0.0
         self._taken_s = 0.0
-        self._used_up_for: Decimal | None = None
+        self._used_up_for: int | None = None
         self._wake: Callable[[], None] = lambda: None
         self._fail: Callable[[BaseException], None] = lambda error: None
 
@@ -56,7 +56,7 @@ class SharedBudget:
         budget = job.budget
         if budget.per_day_usd is None and budget.per_month_usd is None:
             return None
-        name, caps = name_of(job), Caps(budget.per_day_usd, budget.per_month_usd)
+        name, caps = name_of(job), Caps(_cap(budget.per_day_usd), _cap(budget.per_month_usd))
         return cls(BudgetFile(Path(budget.state), name, caps, directory), name, ZoneInfo(budget.time_zone))
 
     def listen(self, wake: Callable[[], None], fail: Callable[[BaseException], None]) -> None:
@@ -65,10 +65,10 @@ class SharedBudget:
 
     # ── for the gate ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def fits(self, bound_usd: Decimal) -> bool:
+    def fits(self, bound_pico_usd: int) -> bool:
         """Whether the lease covers the amount now. If not, draws more and wakes the gate afterwards."""
         lease = self._lease
-        if lease is not None and lease.covers(bound_usd) and self._now_s() < self._ends_s:
+        if lease is not None and lease.covers(bound_pico_usd) and self._now_s() < self._ends_s:
             return True
         loop = asyncio.get_running_loop()
         if self._task is not None:
@@ -76,25 +76,25 @@ class SharedBudget:
         if loop.time() < self._next_s:
             loop.call_at(self._next_s, self._wake)
         else:
-            self._task = loop.create_task(self._work(self._draw(bound_usd)))
+            self._task = loop.create_task(self._work(self._draw(bound_pico_usd)))
         return False
 
-    def reserve(self, bound_usd: Decimal) -> Lease:
+    def reserve(self, bound_pico_usd: int) -> Lease:
         """Reserves the amount in the lease, which is returned: settle the reservation there."""
         assert self._lease is not None, "reserve() without fits()"
-        self._lease.reserve(bound_usd)
+        self._lease.reserve(bound_pico_usd)
         self._used_up_for = None
         self._taken_s = asyncio.get_running_loop().time()
         return self._lease
 
-    def is_used_up(self, bound_usd: Decimal) -> bool:
+    def is_used_up(self, bound_pico_usd: int) -> bool:
         """Whether the amount won't fit even if other processes give back all that they hold."""
-        return self._used_up_for is not None and bound_usd >= self._used_up_for
+        return self._used_up_for is not None and bound_pico_usd >= self._used_up_for
 
-    def refusal(self, bound_usd: Decimal) -> str:
+    def refusal(self, bound_pico_usd: int) -> str:
         """Which cap is reached, how much of it is used, and when it opens again."""
-        short = [use for use in self._uses if use.cap_usd - use.spent_usd - use.in_doubt_usd < bound_usd]
-        return "; ".join(self._in_words(use, bound_usd) for use in short or self._uses)
+        short = [use for use in self._uses if use.left < bound_pico_usd]
+        return "; ".join(self._in_words(use, bound_pico_usd) for use in short or self._uses)
 
     # ── for the heartbeat and the summary ─────────────────────────────────────────────────────────────────────────────
 
@@ -103,21 +103,22 @@ class SharedBudget:
         loop = asyncio.get_running_loop()
         if self._task is None:
             lease = self._lease
-            is_idle = lease is not None and lease.is_idle and loop.time() - self._taken_s > IDLE_S
-            if any(each.is_idle for each in self._earlier) or (is_idle and lease is not None and lease.left_usd > 0):
+            is_unused = lease is not None and lease.is_idle and lease.left_pico_usd > 0
+            if any(each.is_idle for each in self._earlier) or (is_unused and loop.time() - self._taken_s > IDLE_S):
                 self._task = loop.create_task(self._work(self._end_idle()))
 
     def uses(self) -> list[BudgetUse]:
         """How much of each cap is used; other processes' spending is as of the last draw."""
         found = []
         for use in self._uses:
-            spent, doubt = use.spent_usd, use.in_doubt_usd
+            spent, doubt = use.spent, use.in_doubt
             if (lease := self._lease) is not None and use.period in (lease.period.day, lease.period.month):
                 own, own_doubt = lease.since(self._drawn_at)
                 spent, doubt = spent + own, doubt + own_doubt
             setting = "per_day_usd" if _is_day(use.period) else "per_month_usd"
             opens = opens_at(use.period, self._now())
-            found.append(BudgetUse(self._name, setting, use.period, use.cap_usd, spent, doubt, opens))
+            amounts = to_usd(use.cap), to_usd(spent), to_usd(doubt)
+            found.append(BudgetUse(self._name, setting, use.period, *amounts, opens))
         return found
 
     async def close(self) -> None:
@@ -146,22 +147,22 @@ class SharedBudget:
             self._task = None
             self._wake()
 
-    async def _draw(self, bound_usd: Decimal) -> None:
+    async def _draw(self, bound_pico_usd: int) -> None:
         lease = self._lease
         if lease is None or self._now_s() >= self._ends_s:
             lease = await self._begin_period()
         before = lease.spending
-        drawn: Drawn = await asyncio.to_thread(self._file.draw, lease, bound_usd - lease.left_usd)
-        lease.granted += pico(drawn.granted_usd)
+        drawn: Drawn = await asyncio.to_thread(self._file.draw, lease, bound_pico_usd - lease.left_pico_usd)
+        lease.granted += drawn.granted
         self._uses, self._drawn_at = drawn.uses, lease.booked
-        if drawn.granted_usd:
+        if drawn.granted:
             self._used_up_for = None
             return
         self._next_s = asyncio.get_running_loop().time() + POLL_S
         if lease.spending is not before:
             return  # a request ended meanwhile, so the lease may cover the next one, or the next draw need less
         if lease.is_idle:  # two runs that each hold too little for a request would wait for each other
-            self._used_up_for = None if drawn.can_come else bound_usd
+            self._used_up_for = None if drawn.can_come else bound_pico_usd
             await self._give_back(lease)
 
     async def _begin_period(self) -> Lease:
@@ -186,14 +187,18 @@ class SharedBudget:
         lease.shrink()
         await asyncio.to_thread(self._file.give_back, lease)
 
-    def _in_words(self, use: Use, bound_usd: Decimal) -> str:
-        doubt = f", {in_usd(use.in_doubt_usd)} of it possibly billed" if use.in_doubt_usd else ""
+    def _in_words(self, use: Use, bound_pico_usd: int) -> str:
+        doubt = f", {in_words(use.in_doubt)} of it possibly billed" if use.in_doubt else ""
         setting = "per_day_usd" if _is_day(use.period) else "per_month_usd"
         return (
-            f"{in_usd(use.spent_usd + use.in_doubt_usd)} of {in_usd(use.cap_usd)} spent in {use.period} by {self._name}"
-            f"{doubt}, and the next request may cost {in_usd(bound_usd)}; it opens again at "
+            f"{in_words(use.spent + use.in_doubt)} of {in_words(use.cap)} spent in {use.period} by {self._name}"
+            f"{doubt}, and the next request may cost {in_words(bound_pico_usd)}; it opens again at "
             f"{opens_at(use.period, self._now()):%Y-%m-%d %H:%M %Z}, or raise budget.{setting}"
         )
+
+
+def _cap(usd: Decimal | None) -> int | None:
+    return None if usd is None else to_pico(usd, ROUND_FLOOR)
 
 
 def name_of(job: Job) -> str:

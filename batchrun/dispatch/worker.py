@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from batchrun import attempt_caps, policy, prices, row_status
 from batchrun.attempt_caps import History
-from batchrun.dispatch.attempt_result import NOTHING, AttemptResult, cost_of, maybe_billed, reported
+from batchrun.dispatch.attempt_result import AttemptResult, cost_of, maybe_billed, reported
 from batchrun.dispatch.backlog import Backlog, Pending
 from batchrun.dispatch.cache_keys import NO_KEY, Key
 from batchrun.dispatch.endings import Endings
@@ -194,14 +194,14 @@ class Workers:
         try:
             request = await self._image_memory.load(functools.partial(self._requests.with_pictures, pending))
         except InputError as error:
-            self.gate.release(slot, NOTHING)
+            self.gate.release(slot, 0)
             self.fail(error)
             self._unpark(key)
             return
         if self.gate.stop is None:
             await self._attempt(with_key(pending, request.key), request, slot, key)
         else:  # the gate closed while this row waited for memory
-            self.gate.release(slot, NOTHING)
+            self.gate.release(slot, 0)
             self._unpark(key)
         self._image_memory.release(request)
 
@@ -216,10 +216,10 @@ class Workers:
             tier = serving.tier(pending)
             body = serving.body(body, tier, key)
         self._endings.record_if_held(row)
-        usd, tokens = gate.bound(slot)
+        bound, tokens = gate.bound(slot)
         successes = gate.successes
         # before the first byte is sent, so that a crash leaves no request unnamed
-        self._slots.occupy(slot, request.row, n, request.key, usd, tokens)
+        self._slots.occupy(slot, request.row, n, request.key, bound, tokens)
         self.sent += 1
         to = self.endpoints.of(slot)
         version = to.credentials.version
@@ -248,7 +248,7 @@ class Workers:
             self.anomalies.note_unpriced_usage(answer.billed_apart)
         in_doubt = not cost_usd and maybe_billed(answer, judgement, cost_usd, capped=self._capped)
         result = AttemptResult(
-            pending, attempt, answer, judgement, settlement, history, usd, cost_usd, in_doubt, reported_usd, tokens
+            pending, attempt, answer, judgement, settlement, history, bound, cost_usd, in_doubt, reported_usd, tokens
         )
 
         if not serving.shares_no_prefix:

@@ -1,6 +1,5 @@
 """The frozen values that go into the gate and come out of it."""
 
-from decimal import Decimal
 from enum import StrEnum
 
 import msgspec
@@ -13,17 +12,17 @@ class Demand(msgspec.Struct, frozen=True, gc=False):
     """What one attempt needs from the limits.
 
     `tokens` estimates prompt and answer together, `output_tokens` is the answer's part. The upper bounds are the most
-    it may cost and use; `upper_bound_usd` may be None only without `max_cost_usd`. Prices are the highest that may
-    apply. Without a `model`, the bounds are never raised for overruns.
+    it may cost and use; `upper_bound_pico_usd` may be None only without `max_cost_usd`. Prices are the highest that
+    may apply. Without a `model`, the bounds are never raised for overruns.
     """
 
     tokens: int
-    upper_bound_usd: Decimal | None = None
+    upper_bound_pico_usd: int | None = None
     upper_bound_tokens: int = 0
     output_tokens: int = 0
     model: str = ""
-    usd_per_million_in: Decimal = Decimal(0)
-    usd_per_million_out: Decimal = Decimal(0)
+    pico_usd_per_token_in: int = 0
+    pico_usd_per_token_out: int = 0
 
     @property
     def input_tokens(self) -> int:

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from decimal import Decimal
 from typing import Any
 
 from batchrun.errors import ExitCode, RunStoppedError
@@ -17,6 +16,7 @@ from batchrun.limits.rate_headers import read_limit
 from batchrun.limits.rates import RateLimits, Rates
 from batchrun.limits.refusals import NOTHING, Conclusion, Refusals
 from batchrun.limits.shared_admission import Flight, SharedAdmission
+from batchrun.money import to_usd
 from batchrun.records import OK, Verdict
 from batchrun.run_summary import InForce
 
@@ -157,7 +157,7 @@ class Gate:
             requests_per_minute=self._requests.per_minute,
             tokens_per_minute=self._tokens.per_minute,
             max_in_flight=self._circuit.in_flight.most,
-            max_cost_usd=None if caps.cost_usd is None else caps.cost_usd.most,
+            max_cost_usd=None if caps.cost is None else to_usd(caps.cost.most),
             max_tokens=None if caps.tokens is None else caps.tokens.most,
             max_requests=None if caps.requests is None else caps.requests.most,
             requests_per_second=self._rates.requests_per_second,
@@ -177,10 +177,10 @@ class Gate:
         """
         return self._queue.admit(self.try_admit, demand, probes, self._give_back)
 
-    def bound(self, slot: int) -> tuple[Decimal | None, int]:
-        """The attempt's reserved upper bounds: cost in USD (None: unknown) and tokens."""
+    def bound(self, slot: int) -> tuple[int | None, int]:
+        """The attempt's reserved upper bounds: cost in 10⁻¹² USD (None: unknown) and tokens."""
         demand = self._flights[slot].demand
-        return demand.upper_bound_usd, demand.upper_bound_tokens
+        return demand.upper_bound_pico_usd, demand.upper_bound_tokens
 
     def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
         """Corrects the token buckets to the usage: `tokens` in all, `output_tokens` of them for the answer.
@@ -250,24 +250,24 @@ class Gate:
             self._shared.wake()
         return decision
 
-    def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
+    def release(self, slot: int, spent_pico_usd: int | None, spent_tokens: int | None = None) -> None:
         """Frees the slot of a durable outcome and spends its budget; None spends the whole reservation."""
-        self.release_all([(slot, spent_usd, spent_tokens)])
+        self.release_all([(slot, spent_pico_usd, spent_tokens)])
 
-    def release_all(self, spent: Iterable[tuple[int, Decimal | None, int | None]]) -> None:
-        """As `release`, for all outcomes of a commit: (slot, USD, tokens). Those that wait are granted together."""
+    def release_all(self, spent: Iterable[tuple[int, int | None, int | None]]) -> None:
+        """As `release`, for all outcomes of a commit: slot, 10⁻¹² USD, tokens. Those that wait are granted together."""
         for slot, usd, tokens in spent:
             self.put_down(slot, usd, tokens)
         self._shared.wake()
 
-    def put_down(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None) -> None:
+    def put_down(self, slot: int, spent_pico_usd: int | None, spent_tokens: int | None) -> None:
         """As `release`, but nothing that waits is granted yet."""
         flight = self._flights.pop(slot)
         if not flight.observed:
             self._circuit.withdraw(flight.order)
             self._refusals.ended(flight.order, self._loop.time(), reached=False)
         if self.budget.is_kept:
-            self.budget.settle(flight.demand, spent_usd, spent_tokens, flight.lease)
+            self.budget.settle(flight.demand, spent_pico_usd, spent_tokens, flight.lease)
         self._free.append(slot)
 
     @property
@@ -394,7 +394,7 @@ class Gate:
 
     def _give_back(self, slot: int) -> None:
         """The attempt was never sent."""
-        self.release(slot, Decimal(0), 0)
+        self.release(slot, 0, 0)
 
 
 def _names_tokens(message: str) -> bool:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -191,13 +190,13 @@ class Gates:
 
     def _give_back(self, slot: int) -> None:
         self._lane_of[slot].sent -= 1
-        self.release(slot, Decimal(0), 0)
+        self.release(slot, 0, 0)
 
     def index_of(self, slot: int) -> int:
         """Which endpoint the slot belongs to."""
         return self.lanes.index(self._lane_of[slot])
 
-    def bound(self, slot: int) -> tuple[Decimal | None, int]:
+    def bound(self, slot: int) -> tuple[int | None, int]:
         return self._lane_of[slot].gate.bound(slot)
 
     def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
@@ -226,10 +225,10 @@ class Gates:
         elsewhere, lane.held = tuple(lane.held), set()
         return msgspec.structs.replace(decision, hold=False, elsewhere=elsewhere)
 
-    def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
-        self._lane_of[slot].gate.release(slot, spent_usd, spent_tokens)
+    def release(self, slot: int, spent_pico_usd: int | None, spent_tokens: int | None = None) -> None:
+        self._lane_of[slot].gate.release(slot, spent_pico_usd, spent_tokens)
 
-    def release_all(self, spent: Iterable[tuple[int, Decimal | None, int | None]]) -> None:
+    def release_all(self, spent: Iterable[tuple[int, int | None, int | None]]) -> None:
         for slot, usd, tokens in spent:
             self._lane_of[slot].gate.put_down(slot, usd, tokens)
         self._shared.wake()

@@ -7,7 +7,6 @@ of its requests are sent, and later ones reserve more.
 
 from collections import Counter
 from collections.abc import Mapping
-from decimal import ROUND_UP, Decimal
 
 import msgspec
 
@@ -19,8 +18,6 @@ ENTRY = "overruns"
 
 ROOM = 2
 """The factor on the largest overrun that is reserved: the next answer may reason for longer."""
-
-_PICO = Decimal("1e-12")
 
 
 class Overrun(msgspec.Struct, frozen=True):
@@ -62,12 +59,11 @@ class Overruns:
         if largest is None or largest == KEPT:
             return demand
         prompt, output = ROOM * largest.prompt_tokens, ROOM * largest.output_tokens
-        usd = demand.upper_bound_usd
-        if usd is not None:
-            more = (prompt * demand.usd_per_million_in + output * demand.usd_per_million_out) / 1_000_000
-            usd = (usd + more).quantize(_PICO, ROUND_UP)
+        pico_usd = demand.upper_bound_pico_usd
+        if pico_usd is not None:
+            pico_usd += prompt * demand.pico_usd_per_token_in + output * demand.pico_usd_per_token_out
         tokens = demand.upper_bound_tokens + prompt + output
-        return msgspec.structs.replace(demand, upper_bound_usd=usd, upper_bound_tokens=tokens)
+        return msgspec.structs.replace(demand, upper_bound_pico_usd=pico_usd, upper_bound_tokens=tokens)
 
     def most_in_flight(self, model: str) -> int | None:
         """How many requests of the model may be in flight before its first answer; None once it has answered.

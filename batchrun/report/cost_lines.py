@@ -5,7 +5,8 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun.prices import PICO, PriceTable
+from batchrun.money import PICO
+from batchrun.prices import PriceTable
 from batchrun.records import PossiblyBilled
 from batchrun.report.wording import plural, were
 from batchrun.run_summary import Estimate, Summary

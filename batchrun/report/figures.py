@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from batchrun.prices import PICO
+from batchrun.money import PICO
 from batchrun.report.cost_lines import known_cost
 from batchrun.report.latencies import percentile
 

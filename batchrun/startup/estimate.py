@@ -14,6 +14,7 @@ from batchrun.job.settings import Budget
 from batchrun.limits import capacity
 from batchrun.limits.admission import Limit
 from batchrun.limits.capacity import Size
+from batchrun.money import PICO
 from batchrun.price_list import lookup
 from batchrun.prices import PriceTable
 from batchrun.records import Usage
@@ -56,7 +57,7 @@ def estimate(
     minutes, limit = max(times, key=lambda time: time[0], default=(None, Limit.LATENCY))
     tier = job.request.service_tier
     if (each := mean.cost_by(tables)) is not None:  # prices are as they were then
-        expected: Decimal | None = (each * to_send).quantize(prices.PICO)
+        expected: Decimal | None = (each * to_send).quantize(PICO)
     else:
         expected = _cost(found, tables, share, prompt, completion, mean.cached_share, tier)
     basis = [mean.basis]

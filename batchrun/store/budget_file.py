@@ -19,8 +19,8 @@ import msgspec
 
 from batchrun.durable import disk_errors
 from batchrun.errors import DiskError, JobError
-from batchrun.prices import PICO
-from batchrun.store.budget_lease import Lease, Period, Spending, if_dead, last_spending, pico
+from batchrun.money import to_pico, to_usd
+from batchrun.store.budget_lease import Lease, Period, Spending, if_dead, last_spending
 from batchrun.store.database import Database
 from batchrun.store.rundir import NETWORK_FILE_SYSTEMS, file_system
 
@@ -38,33 +38,38 @@ BLOCKS = 50
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Identifies the present boot on Linux (random(4)); other systems have no such file."""
 
-NOTHING = Decimal(0)
-
 
 class Caps(msgspec.Struct, frozen=True):
-    """USD that may be spent in a day and in a month; None: no cap."""
+    """10⁻¹² USD that may be spent in a day and in a month; None: no cap."""
 
-    day: Decimal | None
-    month: Decimal | None
+    day: int | None
+    month: int | None
 
 
 class Use(msgspec.Struct, frozen=True):
-    """What is used of one cap: certainly spent, in doubt (possibly billed), and held by leases of other processes."""
+    """What is used of one cap: certainly spent, in doubt (possibly billed), and held by leases of other processes;
+    in 10⁻¹² USD.
+    """
 
     period: str
-    cap_usd: Decimal
-    spent_usd: Decimal
-    in_doubt_usd: Decimal
-    held_usd: Decimal
+    cap: int
+    spent: int
+    in_doubt: int
+    held: int
+
+    @property
+    def left(self) -> int:
+        """What is not used, whoever holds it."""
+        return self.cap - self.spent - self.in_doubt
 
 
 class Drawn(msgspec.Struct, frozen=True):
-    """What one transaction gave, 0 where too little is left, and what is used of each cap.
+    """What one transaction gave in 10⁻¹² USD, 0 where too little is left, and what is used of each cap.
 
     `can_come`: other processes hold so much that enough may yet come back.
     """
 
-    granted_usd: Decimal
+    granted: int
     uses: tuple[Use, ...]
     can_come: bool
 
@@ -103,8 +108,8 @@ class BudgetFile:
         self._database.transaction(make)
         return leases[-1]
 
-    def draw(self, lease: Lease, need_usd: Decimal) -> Drawn:
-        """Grants `need_usd`, or more if there is plenty, or nothing. Books this lease and those of the dead first.
+    def draw(self, lease: Lease, need: int) -> Drawn:
+        """Grants `need`, or more if there is plenty, or nothing. Books this lease and those of the dead first.
 
         The caller adds what was granted to `lease.granted`, in the thread that reserves.
         """
@@ -115,9 +120,9 @@ class BudgetFile:
             self._require_there()
             dead.extend(self._take_back_from_dead())
             self._book(lease)
-            drawn.append(self._granted(lease, need_usd))
-            if drawn[-1].granted_usd:
-                self._put(lease, more=pico(drawn[-1].granted_usd))
+            drawn.append(self._granted(lease, need))
+            if drawn[-1].granted:
+                self._put(lease, more=drawn[-1].granted)
 
         self._commit(work, lease)
         for path in dead:
@@ -163,25 +168,23 @@ class BudgetFile:
             lease.booked = booked
             raise
 
-    def _granted(self, lease: Lease, need_usd: Decimal) -> Drawn:
+    def _granted(self, lease: Lease, need: int) -> Drawn:
         """How much more the lease gets; the caller records it."""
         others = [held for held in self._leases() if held.lease != lease.name]
-        own = (lease.granted - lease.spending.spent - lease.spending.in_doubt) * PICO
+        own = lease.granted - lease.spending.spent - lease.spending.in_doubt
         uses: list[Use] = []
         for period, cap in ((lease.period.day, self._caps.day), (lease.period.month, self._caps.month)):
             if cap is None:
                 continue
             spent, doubt = self._window(self._budget, period)
-            held = sum((each.open_usd for each in others if period in (each.day, each.month)), NOTHING)
+            held = sum(each.open for each in others if period in (each.day, each.month))
             uses.append(Use(period, cap, spent, doubt, held))
-        free = min((use.cap_usd - use.spent_usd - use.in_doubt_usd - use.held_usd for use in uses), default=NOTHING)
-        free -= own
-        if free < need_usd:
-            can_come = all(use.cap_usd - use.spent_usd - use.in_doubt_usd - own >= need_usd for use in uses)
-            return Drawn(NOTHING, tuple(uses), can_come)
-        block = min(min(use.cap_usd for use in uses) / BLOCKS, free / (2 * (len(others) + 1)))
-        granted = max(need_usd, min(block, free)).quantize(PICO)
-        return Drawn(granted, tuple(uses), can_come=True)
+        free = min((use.left - use.held for use in uses), default=0) - own
+        if free < need:
+            can_come = all(use.left - own >= need for use in uses)
+            return Drawn(0, tuple(uses), can_come)
+        block = min(min(use.cap for use in uses) // BLOCKS, free // (2 * (len(others) + 1)))
+        return Drawn(max(need, min(block, free)), tuple(uses), can_come=True)
 
     def _book(self, lease: Lease) -> None:
         """Adds what the lease spent since the last booking to its windows."""
@@ -202,9 +205,9 @@ class BudgetFile:
                 if not is_dead:
                     continue
                 spending = last_spending(path) if held.boot == self._boot else None
-                booked = pico(Decimal(held.spent_usd)), pico(Decimal(held.in_doubt_usd))
+                booked = to_pico(Decimal(held.spent_usd)), to_pico(Decimal(held.in_doubt_usd))
                 if spending is None:  # after a power loss the file may be an old one: all that was granted is in doubt
-                    spent, doubt = 0, max(0, pico(Decimal(held.granted_usd)) - sum(booked))
+                    spent, doubt = 0, max(0, to_pico(Decimal(held.granted_usd)) - sum(booked))
                 else:
                     spent, doubt = spending.spent - booked[0], spending.in_doubt + spending.reserved - booked[1]
                 self._add(held.budget, Period(held.day, held.month), spent, doubt)
@@ -227,15 +230,15 @@ class BudgetFile:
             return
         for name in (period.day, period.month):
             before, doubted = self._window(budget, name)
-            after = str(before + spent * PICO), str(doubted + doubt * PICO)
+            after = str(to_usd(before + spent)), str(to_usd(doubted + doubt))
             self._database.replace("windows", [(budget, name, *after)])
 
-    def _window(self, budget: str, period: str) -> tuple[Decimal, Decimal]:
-        """USD spent and in doubt in a day or month."""
+    def _window(self, budget: str, period: str) -> tuple[int, int]:
+        """10⁻¹² USD spent and in doubt in a day or month."""
         found = self._database.records("windows", "WHERE budget = ? AND period = ?", (budget, period))
         for _, _, spent, doubt in found:
-            return Decimal(spent), Decimal(doubt)
-        return NOTHING, NOTHING
+            return to_pico(Decimal(spent)), to_pico(Decimal(doubt))
+        return 0, 0
 
     def _leases(self) -> "list[_Held]":
         return [_Held(*record) for record in self._database.records("leases")]
@@ -243,7 +246,7 @@ class BudgetFile:
     def _put(self, lease: Lease, more: int = 0) -> None:
         granted = max(lease.granted, lease.spending.used) + more  # an answer may cost more than its bound
         booked = lease.booked
-        amounts = (str(amount * PICO) for amount in (granted, booked.spent, booked.in_doubt))
+        amounts = (str(to_usd(amount)) for amount in (granted, booked.spent, booked.in_doubt))
         who = self._boot, os.getpid(), socket.gethostname(), self._directory
         self._database.replace(
             "leases", [(lease.name, self._budget, lease.period.day, lease.period.month, *amounts, *who)]
@@ -266,9 +269,9 @@ class _Held(msgspec.Struct, frozen=True):
     directory: str
 
     @property
-    def open_usd(self) -> Decimal:
-        """What is granted and not booked yet."""
-        return Decimal(self.granted_usd) - Decimal(self.spent_usd) - Decimal(self.in_doubt_usd)
+    def open(self) -> int:
+        """What is granted and not booked yet, in 10⁻¹² USD."""
+        return to_pico(Decimal(self.granted_usd) - Decimal(self.spent_usd) - Decimal(self.in_doubt_usd))
 
 
 def require_possible(path: Path) -> None:

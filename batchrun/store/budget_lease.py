@@ -11,12 +11,9 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from decimal import Decimal
 from pathlib import Path
 
 import msgspec
-
-from batchrun.prices import PICO, PICO_PER_USD
 
 _STATE = struct.Struct("<QQQQ")
 """Version of the record; amounts spent, in doubt and reserved, in 10⁻¹² USD: up to 18 million USD."""
@@ -51,7 +48,7 @@ class Lease:
         self.path = path
         self.period = period
         self.spending = Spending()
-        self.granted = 0
+        self.granted = 0  # 10⁻¹² USD
         self.booked = Spending()  # the part of it that `windows` holds
         self._version = 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -69,35 +66,35 @@ class Lease:
         """The lease's key in the table."""
         return self.path.suffix.removeprefix(".")
 
-    def covers(self, bound_usd: Decimal) -> bool:
+    def covers(self, bound_pico_usd: int) -> bool:
         """Whether so much can be reserved."""
-        return self.granted - self.spending.used >= pico(bound_usd)
+        return self.granted - self.spending.used >= bound_pico_usd
 
     @property
-    def left_usd(self) -> Decimal:
+    def left_pico_usd(self) -> int:
         """What can still be reserved. Below 0 where answers cost more than their bounds."""
-        return (self.granted - self.spending.used) * PICO
+        return self.granted - self.spending.used
 
-    def since(self, before: Spending) -> tuple[Decimal, Decimal]:
-        """USD that were spent, and that are in doubt, since then."""
+    def since(self, before: Spending) -> tuple[int, int]:
+        """10⁻¹² USD that were spent, and that are in doubt, since then."""
         now = self.spending
-        return (now.spent - before.spent) * PICO, (now.in_doubt - before.in_doubt) * PICO
+        return now.spent - before.spent, now.in_doubt - before.in_doubt
 
     @property
     def is_idle(self) -> bool:
         """True while nothing is reserved."""
         return not self.spending.reserved
 
-    def reserve(self, bound_usd: Decimal) -> None:
+    def reserve(self, bound_pico_usd: int) -> None:
         """The most that a request may cost is set aside; to be called before it is sent."""
         now = self.spending
-        self._write(Spending(now.spent, now.in_doubt, now.reserved + pico(bound_usd)))
+        self._write(Spending(now.spent, now.in_doubt, now.reserved + bound_pico_usd))
 
-    def settle(self, bound_usd: Decimal, spent_usd: Decimal | None) -> None:
+    def settle(self, bound_pico_usd: int, spent_pico_usd: int | None) -> None:
         """The reservation has become what was spent. None, an unknown cost, leaves all of it in doubt."""
-        now, bound = self.spending, pico(bound_usd)
-        spent, doubt = (0, bound) if spent_usd is None else (pico(spent_usd), 0)
-        self._write(Spending(now.spent + spent, now.in_doubt + doubt, now.reserved - bound))
+        now = self.spending
+        spent, doubt = (0, bound_pico_usd) if spent_pico_usd is None else (spent_pico_usd, 0)
+        self._write(Spending(now.spent + spent, now.in_doubt + doubt, now.reserved - bound_pico_usd))
 
     def shrink(self) -> None:
         """Gives up the unused rest, so that it can be given back."""
@@ -116,13 +113,6 @@ class Lease:
         start = self._version % 2 * SLOT_BYTES
         self._map[start : start + _STATE.size + _CRC.size] = fields + _CRC.pack(zlib.crc32(fields))
         self.spending = spending
-
-
-def pico(usd: Decimal) -> int:
-    """The amount in 10⁻¹² USD, rounded up."""
-    exact = usd * PICO_PER_USD
-    whole = int(exact)
-    return whole + 1 if whole < exact else whole
 
 
 def last_spending(path: Path) -> Spending | None:

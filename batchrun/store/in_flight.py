@@ -9,12 +9,11 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
 from batchrun.durable import disk_errors
-from batchrun.prices import PICO, PICO_PER_USD
+from batchrun.money import to_usd
 from batchrun.records import PossiblyBilled
 
 _FIELDS = struct.Struct("<qi16sqq?")
@@ -23,7 +22,7 @@ _CRC = struct.Struct("<I")
 SLOT_BYTES = 64
 _EMPTY = bytes(SLOT_BYTES)
 _SLOT = struct.Struct(f"<{_FIELDS.size}sI{SLOT_BYTES - _FIELDS.size - _CRC.size}x")
-_MAX_PICO = 2**63 - 1
+_MAX_PICO_USD = 2**63 - 1
 
 
 class NamedRequest(NamedTuple):
@@ -34,7 +33,7 @@ class NamedRequest(NamedTuple):
     row: int
     n: int
     key: bytes
-    upper_bound_usd: Decimal | None
+    upper_bound_pico_usd: int | None
     upper_bound_tokens: int | None
     has_id: bool = False
 
@@ -58,15 +57,20 @@ class InFlightFile:
             self._map = mmap.mmap(self._file, count * SLOT_BYTES)
 
     def occupy(
-        self, slot: int, row: int, n: int, key: bytes, upper_bound_usd: Decimal | None, upper_bound_tokens: int | None
+        self,
+        slot: int,
+        row: int,
+        n: int,
+        key: bytes,
+        upper_bound_pico_usd: int | None,
+        upper_bound_tokens: int | None,
     ) -> None:
         """Writes the attempt into the slot. Call it before the request goes to the socket."""
-        pico = -1 if upper_bound_usd is None else int(upper_bound_usd * PICO_PER_USD)
-        if pico > _MAX_PICO:
-            pico = _MAX_PICO
-        fields = _FIELDS.pack(
-            row, n, key, pico, -1 if upper_bound_tokens is None else upper_bound_tokens, self._with_ids
-        )
+        pico_usd = -1 if upper_bound_pico_usd is None else upper_bound_pico_usd
+        if pico_usd > _MAX_PICO_USD:
+            pico_usd = _MAX_PICO_USD
+        tokens = -1 if upper_bound_tokens is None else upper_bound_tokens
+        fields = _FIELDS.pack(row, n, key, pico_usd, tokens, self._with_ids)
         _SLOT.pack_into(self._map, slot * SLOT_BYTES, fields, zlib.crc32(fields))
 
     def clear(self, slot: int) -> None:
@@ -100,7 +104,7 @@ def possibly_billed(lost: Sequence[NamedRequest], invocation: int, cause: str, p
             row=entry.row,
             n=entry.n,
             key=entry.key.hex(),
-            upper_bound_usd=entry.upper_bound_usd,
+            upper_bound_usd=None if (bound := entry.upper_bound_pico_usd) is None else to_usd(bound),
             upper_bound_tokens=entry.upper_bound_tokens,
             cause=cause,
             invocation=invocation,
@@ -119,5 +123,5 @@ def _occupied(content: bytes) -> Iterator[NamedRequest]:
         if len(slot) < SLOT_BYTES or crc != _CRC.pack(zlib.crc32(fields)):
             yield UNREADABLE
             continue
-        row, n, key, pico, tokens, has_id = _FIELDS.unpack(fields)
-        yield NamedRequest(row, n, key, None if pico < 0 else pico * PICO, None if tokens < 0 else tokens, has_id)
+        row, n, key, pico_usd, tokens, has_id = _FIELDS.unpack(fields)
+        yield NamedRequest(row, n, key, None if pico_usd < 0 else pico_usd, None if tokens < 0 else tokens, has_id)

@@ -81,10 +81,10 @@ _SLOT_TAKEN_LATE = Bug(
     "the slot is written after the send",
     "batchrun.dispatch.worker",
     (
-        ("        self._slots.occupy(slot, request.row, n, request.key, usd, tokens)\n", ""),
+        ("        self._slots.occupy(slot, request.row, n, request.key, bound, tokens)\n", ""),
         (
             "        answer = answers.parse(attempt.body, request.choices)\n",
-            "        self._slots.occupy(slot, request.row, n, request.key, usd, tokens)\n"
+            "        self._slots.occupy(slot, request.row, n, request.key, bound, tokens)\n"
             "        answer = answers.parse(attempt.body, request.choices)\n",
         ),
     ),

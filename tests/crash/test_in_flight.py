@@ -16,8 +16,9 @@ from batchrun.records import PossiblyBilled
 from batchrun.store import in_flight
 from batchrun.store.in_flight import SLOT_BYTES, UNREADABLE, InFlightFile, NamedRequest
 from tests import prefork
+from tests.money import pico
 
-BOUNDS = st.none() | st.decimals(0, 9_000_000, places=12)
+BOUNDS = st.none() | st.integers(0, 2**63 - 1)
 KEYS = st.binary(min_size=16, max_size=16)
 ENTRIES = st.builds(
     NamedRequest,
@@ -74,7 +75,7 @@ def test_clearing_all_leaves_no_request_in_flight(tmp_path: Path) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 8) as flying:
         for slot in range(8):
-            flying.occupy(slot, slot, 1, KEY, Decimal(1), 9)
+            flying.occupy(slot, slot, 1, KEY, pico(1), 9)
         flying.clear_all()
         assert flying.occupied() == []
     assert in_flight.read(path) == []
@@ -82,9 +83,9 @@ def test_clearing_all_leaves_no_request_in_flight(tmp_path: Path) -> None:
 
 def test_a_bound_beyond_64_bits_is_clamped(tmp_path: Path) -> None:
     with opened(tmp_path / "inflight.bin", 1) as flying:
-        flying.occupy(0, 1, 1, KEY, Decimal(10**9), 9)
+        flying.occupy(0, 1, 1, KEY, pico(10**9), 9)
         (entry,) = flying.occupied()
-    assert entry.upper_bound_usd == Decimal("9223372.036854775807")
+    assert entry.upper_bound_pico_usd == 2**63 - 1
 
 
 @SHARED
@@ -107,7 +108,7 @@ def test_a_flipped_bit_is_reported_or_changes_nothing(tmp_path: Path, entries: l
 def test_a_half_written_slot_counts_as_one(tmp_path: Path, written: int) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 1) as flying:
-        flying.occupy(0, 2**63 - 1, 2**31 - 1, b"\xff" * 16, Decimal(1), 9)
+        flying.occupy(0, 2**63 - 1, 2**31 - 1, b"\xff" * 16, pico(1), 9)
     content = path.read_bytes()
     path.write_bytes(content[:written] + bytes(SLOT_BYTES - written))
     (entry,) = in_flight.read(path)
@@ -118,9 +119,9 @@ def test_a_cut_slot_counts_as_one(tmp_path: Path) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 3) as flying:
         for slot in range(3):
-            flying.occupy(slot, slot, 1, KEY, Decimal(1), 9)
+            flying.occupy(slot, slot, 1, KEY, pico(1), 9)
     os.truncate(path, SLOT_BYTES + 10)
-    assert in_flight.read(path) == [NamedRequest(0, 1, KEY, Decimal(1), 9), UNREADABLE]
+    assert in_flight.read(path) == [NamedRequest(0, 1, KEY, pico(1), 9), UNREADABLE]
 
 
 def test_no_file_means_no_request_in_flight(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_no_file_means_no_request_in_flight(tmp_path: Path) -> None:
 
 
 def test_lost_attempts_are_named_with_cause_and_invocation() -> None:
-    known = NamedRequest(7, 2, KEY, Decimal("0.5"), 40)
+    known = NamedRequest(7, 2, KEY, pico("0.5"), 40)
     with_id = known._replace(n=3, has_id=True)
     assert in_flight.possibly_billed([known, with_id, UNREADABLE], 3, "crash", "run.1") == [
         PossiblyBilled(7, 2, KEY.hex(), Decimal("0.5"), 40, "crash", 3),

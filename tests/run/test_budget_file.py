@@ -8,33 +8,29 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from batchrun.errors import CheckpointError, DiskError
-from batchrun.store import budget_file, budget_lease
+from batchrun.store import budget_file
 from batchrun.store.budget_file import BudgetFile, Caps, Drawn
 from batchrun.store.budget_lease import Lease, Period
 from tests import prefork
+from tests.money import pico
 
 TODAY, TOMORROW = Period("2026-11-30", "2026-11"), Period("2026-12-01", "2026-12")
-BOUND = Decimal("0.01")
-
-
-def usd(amount: object) -> Decimal:
-    return Decimal(str(amount))
+BOUND = pico("0.01")
 
 
 def opened(path: Path, day: object = None, month: object = None, name: str = "nightly") -> BudgetFile:
-    caps = Caps(None if day is None else usd(day), None if month is None else usd(month))
+    caps = Caps(None if day is None else pico(day), None if month is None else pico(month))
     return BudgetFile(path, name, caps, Path("runs/a"))
 
 
 def draw(file: BudgetFile, lease: Lease, need: object) -> Drawn:
-    drawn = file.draw(lease, usd(need))
-    lease.granted += budget_lease.pico(drawn.granted_usd)
+    drawn = file.draw(lease, pico(need))
+    lease.granted += drawn.granted
     return drawn
 
 
@@ -44,11 +40,11 @@ def changed(path: Path) -> Iterator[sqlite3.Connection]:
         yield database
 
 
-def windows(path: Path) -> dict[tuple[str, str], tuple[Decimal, Decimal]]:
+def windows(path: Path) -> dict[tuple[str, str], tuple[int, int]]:
     """(spent, in doubt) by budget and period, read from the file without the product."""
     with changed(path) as database:
         return {
-            (budget, period): (Decimal(spent), Decimal(doubt))
+            (budget, period): (pico(spent), pico(doubt))
             for budget, period, spent, doubt, _ in database.execute("SELECT * FROM windows")
         }
 
@@ -70,16 +66,16 @@ def path(tmp_path: Path) -> Path:
 def test_spending_is_booked_by_day_and_month(path: Path) -> None:
     file = opened(path, day=1, month=10)
     lease = file.lease(TODAY)
-    drawn = draw(file, lease, BOUND)
-    assert BOUND < drawn.granted_usd <= usd(1) / budget_file.BLOCKS
-    assert drawn.uses[0].cap_usd == 1
+    drawn = draw(file, lease, "0.01")
+    assert BOUND < drawn.granted <= pico(1) // budget_file.BLOCKS
+    assert drawn.uses[0].cap == pico(1)
     lease.reserve(BOUND)
-    assert lease.left_usd == drawn.granted_usd - BOUND
-    lease.settle(BOUND, usd("0.004"))
+    assert lease.left_pico_usd == drawn.granted - BOUND
+    lease.settle(BOUND, pico("0.004"))
     lease.reserve(BOUND)
     lease.settle(BOUND, None)
     file.end(lease)
-    spent = usd("0.004"), BOUND
+    spent = pico("0.004"), BOUND
     assert windows(path) == {("nightly", "2026-11-30"): spent, ("nightly", "2026-11"): spent}
     assert (leases(path), files(path)) == (0, ["budget.db"])
     file.close()
@@ -89,14 +85,14 @@ def test_other_periods_and_budgets_are_separate(path: Path) -> None:
     file = opened(path, day=1)
     lease = file.lease(TODAY)
     draw(file, lease, 1)
-    lease.reserve(usd(1))
-    lease.settle(usd(1), usd(1))
-    assert draw(file, lease, "0.01").granted_usd == 0
+    lease.reserve(pico(1))
+    lease.settle(pico(1), pico(1))
+    assert draw(file, lease, "0.01").granted == 0
     tomorrow = file.lease(TOMORROW)
-    assert draw(file, tomorrow, "0.5").granted_usd >= usd("0.5")
+    assert draw(file, tomorrow, "0.5").granted >= pico("0.5")
     other = opened(path, day=1, name="other")
     its = other.lease(TODAY)
-    assert draw(other, its, 1).granted_usd == 1
+    assert draw(other, its, 1).granted == pico(1)
     for each, held in ((file, lease), (file, tomorrow), (other, its)):
         each.end(held)
 
@@ -105,18 +101,18 @@ def test_only_unspent_leases_come_back(path: Path) -> None:
     first, second = opened(path, day=1), opened(path, day=1)
     mine, its = first.lease(TODAY), second.lease(TODAY)
     draw(first, mine, "0.7")
-    mine.reserve(usd("0.7"))
+    mine.reserve(pico("0.7"))
     refused = draw(second, its, "0.5")
-    assert refused.granted_usd == 0
+    assert refused.granted == 0
     assert refused.can_come
     assert draw(second, its, "1.1").can_come is False
-    mine.settle(usd("0.7"), usd("0.6"))
+    mine.settle(pico("0.7"), pico("0.6"))
     mine.shrink()
     first.give_back(mine)
     refused = draw(second, its, "0.5")
-    assert refused.granted_usd == 0
+    assert refused.granted == 0
     assert not refused.can_come
-    assert draw(second, its, "0.4").granted_usd == usd("0.4")
+    assert draw(second, its, "0.4").granted == pico("0.4")
     first.end(mine)
     second.end(its)
 
@@ -125,12 +121,12 @@ def test_an_answer_beyond_its_bound_counts_in_full(path: Path) -> None:
     file = opened(path, day=1)
     lease = file.lease(TODAY)
     draw(file, lease, "0.3")
-    lease.reserve(usd("0.3"))
-    lease.settle(usd("0.3"), usd("0.95"))
-    refused = file.draw(lease, usd("0.1") - lease.left_usd)
-    assert refused.granted_usd == 0
-    assert refused.uses[0].spent_usd == usd("0.95")
-    assert file.draw(lease, usd("0.05") - lease.left_usd).granted_usd > 0
+    lease.reserve(pico("0.3"))
+    lease.settle(pico("0.3"), pico("0.95"))
+    refused = file.draw(lease, pico("0.1") - lease.left_pico_usd)
+    assert refused.granted == 0
+    assert refused.uses[0].spent == pico("0.95")
+    assert file.draw(lease, pico("0.05") - lease.left_pico_usd).granted > 0
     file.end(lease)
 
 
@@ -138,7 +134,7 @@ def test_a_damaged_budget_file_is_named(path: Path) -> None:
     file = opened(path, day=1)
     lease = file.lease(TODAY)
     draw(file, lease, "0.5")
-    lease.reserve(usd("0.5"))
+    lease.reserve(pico("0.5"))
     file.end(lease)
     file.close()
     with changed(path) as database:
@@ -169,37 +165,35 @@ def test_a_power_loss_puts_leases_in_doubt(path: Path, monkeypatch: pytest.Monke
     dying.communicate()
     monkeypatch.setattr(budget_file, "boot_id", lambda: "another start of the machine")
     with changed(path) as database:
-        granted = Decimal(database.execute("SELECT granted_usd FROM leases").fetchone()[0])
+        granted = pico(database.execute("SELECT granted_usd FROM leases").fetchone()[0])
     file = opened(path, day=1)
     draw(file, file.lease(TODAY), "0.01")
-    assert windows(path)["nightly", TODAY.day] == (Decimal(0), granted)
+    assert windows(path)["nightly", TODAY.day] == (0, granted)
 
 
 # ── processes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 SPENDER = """
 import json, random, sys, time
-from decimal import Decimal
 from pathlib import Path
-from batchrun.store import budget_lease
 from batchrun.store.budget_file import BudgetFile, Caps
 from batchrun.store.budget_lease import Period
 
-path, cap, requests, then, seed = Path(sys.argv[1]), Decimal(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
+path, cap, requests, then, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 chance = random.Random(seed)
 file = BudgetFile(path, "nightly", Caps(cap, None), Path("runs"))
 lease = file.lease(Period("2026-11-30", "2026-11"))
-bound, spent, sent = Decimal("0.01"), Decimal(0), 0
+bound, spent, sent = 10**10, 0, 0
 in_flight = []
 
 def say(**what):
     print(json.dumps({name: str(value) for name, value in what.items()}), flush=True)
 
 while sent < requests:
-    if lease.left_usd < bound:
-        drawn = file.draw(lease, bound - lease.left_usd)
-        lease.granted += budget_lease.pico(drawn.granted_usd)
-        if not drawn.granted_usd:
+    if lease.left_pico_usd < bound:
+        drawn = file.draw(lease, bound - lease.left_pico_usd)
+        lease.granted += drawn.granted
+        if not drawn.granted:
             if in_flight:
                 cost = in_flight.pop()
                 lease.settle(bound, cost)
@@ -210,7 +204,7 @@ while sent < requests:
                 break
             continue
     lease.reserve(bound)
-    cost = Decimal(chance.randrange(10, 101)) / 10_000
+    cost = chance.randrange(10, 101) * 10**8
     in_flight.append(cost)
     sent += 1
     if len(in_flight) > 4:
@@ -228,9 +222,9 @@ file.end(lease)
 """
 
 
-def spender(path: Path, requests: int, then: str, cap: str = "1", seed: int = 0) -> "subprocess.Popen[str]":
+def spender(path: Path, requests: int, then: str, cap: int = 10**12, seed: int = 0) -> "subprocess.Popen[str]":
     """A process that spends; one that shall `hang` is returned when it has come so far."""
-    process = prefork.script(SPENDER, path, cap, str(requests), then, str(seed))
+    process = prefork.script(SPENDER, path, str(cap), str(requests), then, str(seed))
     if then == "hang":
         assert process.stdout is not None
         for line in process.stdout:
@@ -245,10 +239,10 @@ def test_a_killed_process_leaves_requests_in_flight(path: Path) -> None:
     dying.communicate()
     file = opened(path, day=1)
     lease = file.lease(TODAY)
-    drawn = draw(file, lease, BOUND)
-    assert drawn.uses[0].in_doubt_usd == 4 * BOUND
-    assert 0 < drawn.uses[0].spent_usd <= 3 * BOUND
-    assert drawn.uses[0].held_usd == 0
+    drawn = draw(file, lease, "0.01")
+    assert drawn.uses[0].in_doubt == 4 * BOUND
+    assert 0 < drawn.uses[0].spent <= 3 * BOUND
+    assert drawn.uses[0].held == 0
     assert leases(path) == 1
     file.end(lease)
     assert files(path) == ["budget.db"]
@@ -256,17 +250,17 @@ def test_a_killed_process_leaves_requests_in_flight(path: Path) -> None:
 
 def test_eight_processes_use_and_keep_one_cap(path: Path) -> None:
     """Three of them are killed. The last one starts after that: it gets what they left, if no other does."""
-    cap, chance = Decimal("4"), random.Random(5)
-    processes = [spender(path, 10**6, "end", str(cap), seed) for seed in range(7)]
+    cap, chance = pico(4), random.Random(5)
+    processes = [spender(path, 10**6, "end", cap, seed) for seed in range(7)]
     for process in processes[:3]:
         time.sleep(0.3 + chance.random() / 4)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    processes.append(spender(path, 10**6, "end", str(cap), seed=7))
-    spent = Decimal(0)
+    processes.append(spender(path, 10**6, "end", cap, seed=7))
+    spent = 0
     for process in processes:
         said, _ = process.communicate(timeout=60)
-        spent += sum((Decimal(json.loads(line)["spent"]) for line in said.splitlines()), Decimal(0))
+        spent += sum(int(json.loads(line)["spent"]) for line in said.splitlines())
     assert [process.returncode for process in processes[3:]] == [0] * 5
     booked, doubt = windows(path)["nightly", TODAY.day]
     assert booked + doubt <= cap

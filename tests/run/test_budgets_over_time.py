@@ -24,6 +24,7 @@ from batchrun.store.budget_file import BudgetFile, Caps, Drawn
 from batchrun.store.budget_lease import Lease
 from tests.cli_process import DEADLINE_S, batchrun, read_summary, start, write_job, write_rows
 from tests.jobs import job_over
+from tests.money import pico
 from tests.simulator_process import RunningSimulator, running_simulator
 from tests.timing import zone_before_midnight
 
@@ -182,7 +183,7 @@ def test_a_budget_that_cant_be_kept_is_refused(simulator: RunningSimulator, tmp_
 
 
 def file(path: Path, day: str) -> BudgetFile:
-    return BudgetFile(path / "budget.db", "nightly", Caps(Decimal(day), None), path)
+    return BudgetFile(path / "budget.db", "nightly", Caps(pico(day), None), path)
 
 
 async def until(holds: Callable[[], bool]) -> None:
@@ -198,21 +199,21 @@ def test_a_new_day_has_its_own_money(tmp_path: Path) -> None:
 
     async def night() -> None:
         share = SharedBudget(file(tmp_path, "1"), "nightly", ZoneInfo("UTC"), lambda: now[0])
-        one = Decimal(1)
+        one = pico(1)
         await until(lambda: share.fits(one))
         lease = share.reserve(one)
         await until(lambda: not share.fits(one) and share.uses() != [])
         assert not share.is_used_up(one)  # this process has a request in flight
         now[0] = datetime(2026, 12, 1, tzinfo=UTC)
         await until(lambda: share.fits(one))
-        share.reserve(one).settle(one, Decimal("0.9"))
-        lease.settle(one, Decimal("0.4"))
+        share.reserve(one).settle(one, pico("0.9"))
+        lease.settle(one, pico("0.4"))
         share.tidy()
         await asyncio.sleep(0.1)
         assert windows(tmp_path / "budget.db")["2026-11-30"] == (Decimal("0.4"), Decimal(0))
         assert [(use.period, use.spent_usd) for use in share.uses()] == [("2026-12-01", Decimal("0.9"))]
         await until(lambda: not share.fits(one) and share.is_used_up(one))
-        assert not share.is_used_up(Decimal("0.05"))
+        assert not share.is_used_up(pico("0.05"))
         assert "0.90 of $1.00 spent in 2026-12-01" in share.refusal(one)
         assert "it opens again at 2026-12-02 00:00 UTC" in share.refusal(one)
         await share.close()
@@ -230,9 +231,9 @@ def test_the_refusal_names_only_the_cap_reached(tmp_path: Path) -> None:
     """What is possibly billed counts as spent."""
 
     async def night() -> None:
-        both = BudgetFile(tmp_path / "budget.db", "nightly", Caps(Decimal(1), Decimal(100)), tmp_path)
+        both = BudgetFile(tmp_path / "budget.db", "nightly", Caps(pico(1), pico(100)), tmp_path)
         now = datetime(2026, 11, 30, 12, tzinfo=UTC)
-        share, most, half = SharedBudget(both, "nightly", ZoneInfo("UTC"), lambda: now), Decimal("0.9"), Decimal("0.5")
+        share, most, half = SharedBudget(both, "nightly", ZoneInfo("UTC"), lambda: now), pico("0.9"), pico("0.5")
         await until(lambda: share.fits(most))
         share.reserve(most).settle(most, None)
         await until(lambda: not share.fits(half) and share.is_used_up(half))
@@ -249,14 +250,14 @@ def test_a_lost_budget_file_ends_the_run(tmp_path: Path) -> None:
     async def night() -> None:
         share, one, failed = (
             SharedBudget(file(tmp_path, "100"), "nightly", ZoneInfo("UTC")),
-            Decimal(1),
+            pico(1),
             asyncio.Event(),
         )
         await until(lambda: share.fits(one))
         share.reserve(one)
         share.listen(lambda: None, lambda error: failed.set() if isinstance(error, DiskError) else None)
         (tmp_path / "budget.db").rename(tmp_path / "elsewhere.db")
-        assert not share.fits(Decimal(90))
+        assert not share.fits(pico(90))
         await asyncio.wait_for(failed.wait(), DEADLINE_S)
         (tmp_path / "elsewhere.db").rename(tmp_path / "budget.db")
         await share.close()
@@ -266,12 +267,12 @@ def test_a_lost_budget_file_ends_the_run(tmp_path: Path) -> None:
 
 def test_a_lease_in_use_is_kept(tmp_path: Path) -> None:
     async def night() -> None:
-        share, one = SharedBudget(file(tmp_path, "100"), "nightly", ZoneInfo("UTC")), Decimal(1)
+        share, one = SharedBudget(file(tmp_path, "100"), "nightly", ZoneInfo("UTC")), pico(1)
         await until(lambda: share.fits(one))
-        share.reserve(one).settle(one, Decimal("0.1"))
+        share.reserve(one).settle(one, pico("0.1"))
         share.tidy()
         await asyncio.sleep(0.05)
-        assert share.fits(Decimal("0.5"))
+        assert share.fits(pico("0.5"))
         await share.close()
 
     asyncio.run(night())
@@ -282,9 +283,9 @@ class CountedFile(BudgetFile):
 
     draws = 0
 
-    def draw(self, lease: Lease, need_usd: Decimal) -> Drawn:
+    def draw(self, lease: Lease, need: int) -> Drawn:
         self.draws += 1
-        return super().draw(lease, need_usd)
+        return super().draw(lease, need)
 
 
 def test_a_lease_ends_with_its_day(tmp_path: Path) -> None:
@@ -292,14 +293,14 @@ def test_a_lease_ends_with_its_day(tmp_path: Path) -> None:
 
     async def night() -> None:
         share = SharedBudget(file(tmp_path, "100"), "nightly", ZoneInfo("UTC"), lambda: now[0])
-        one = Decimal(1)
+        one = pico(1)
         await until(lambda: share.fits(one))
-        share.reserve(one).settle(one, Decimal("0.1"))
-        assert share.fits(Decimal("0.5"))
+        share.reserve(one).settle(one, pico("0.1"))
+        assert share.fits(pico("0.5"))
         now[0] = datetime(2026, 12, 1, tzinfo=UTC)
-        assert not share.fits(Decimal("0.5"))
+        assert not share.fits(pico("0.5"))
         await until(lambda: share.fits(one))
-        share.reserve(one).settle(one, Decimal("0.2"))
+        share.reserve(one).settle(one, pico("0.2"))
         await share.close()
 
     asyncio.run(night())
@@ -311,10 +312,10 @@ def test_a_refused_draw_is_repeated_within_a_second(tmp_path: Path) -> None:
     """Each time the gate is woken, so that it asks again."""
 
     async def night() -> None:
-        counted = CountedFile(tmp_path / "budget.db", "nightly", Caps(Decimal(1), None), tmp_path)
+        counted = CountedFile(tmp_path / "budget.db", "nightly", Caps(pico(1), None), tmp_path)
         mine = SharedBudget(counted, "nightly", ZoneInfo("UTC"))
         its = SharedBudget(file(tmp_path, "1"), "nightly", ZoneInfo("UTC"))
-        bound = Decimal("0.6")
+        bound = pico("0.6")
         await until(lambda: its.fits(bound))
         lease = its.reserve(bound)
         is_awake = asyncio.Event()
@@ -325,7 +326,7 @@ def test_a_refused_draw_is_repeated_within_a_second(tmp_path: Path) -> None:
             assert not mine.fits(bound)
             await asyncio.wait_for(is_awake.wait(), DEADLINE_S)
         assert counted.draws <= 1 + (time.monotonic() - started_s) / shared_budget.POLL_S
-        lease.settle(bound, Decimal("0.1"))
+        lease.settle(bound, pico("0.1"))
         await its.close()
         await until(lambda: mine.fits(bound))
         mine.reserve(bound).settle(bound, bound)
@@ -338,14 +339,14 @@ def test_money_that_returns_during_a_draw_is_spent(tmp_path: Path) -> None:
     """A draw that is refused while the last request ends says nothing about what that request gave back."""
 
     async def night() -> None:
-        share, one, half = SharedBudget(file(tmp_path, "1"), "nightly", ZoneInfo("UTC")), Decimal(1), Decimal("0.5")
+        share, one, half = SharedBudget(file(tmp_path, "1"), "nightly", ZoneInfo("UTC")), pico(1), pico("0.5")
         await until(lambda: share.fits(one))
         lease = share.reserve(one)
         has_drawn = asyncio.Event()
         share.listen(has_drawn.set, lambda error: None)
         assert not share.fits(half)
         await asyncio.sleep(0)  # the draw is in its thread now
-        lease.settle(one, Decimal("0.4"))
+        lease.settle(one, pico("0.4"))
         await has_drawn.wait()
         assert not share.is_used_up(half)
         await until(lambda: share.fits(half))
@@ -361,14 +362,14 @@ def test_an_idle_run_gives_its_lease_back(tmp_path: Path, monkeypatch: pytest.Mo
 
     async def night() -> None:
         mine, its = (SharedBudget(file(tmp_path, "1"), "nightly", ZoneInfo("UTC")) for _ in range(2))
-        bound = Decimal("0.6")
+        bound = pico("0.6")
         await until(lambda: its.fits(bound))
         lease = its.reserve(bound)
         await until(lambda: not mine.fits(bound) and mine.uses() != [])
         await asyncio.sleep(0.4)
         assert not mine.fits(bound)
         assert not mine.is_used_up(bound)
-        lease.settle(bound, Decimal("0.1"))
+        lease.settle(bound, pico("0.1"))
         its.tidy()
         await until(lambda: mine.fits(bound))
         mine.reserve(bound).settle(bound, bound)

@@ -19,6 +19,7 @@ from batchrun.records import Request, Usage, Verdict
 from tests import level
 from tests.cli_process import batchrun, finish, read_summary, start, write_job, write_rows
 from tests.fault_server import Exchange, FaultServer, Script, answer, serving
+from tests.money import pico
 from tests.moved_clock import run_on_moved_clock
 from tests.unit.test_gate import new_gate
 
@@ -169,19 +170,19 @@ def test_spending_exceeds_a_cap_by_one_surprise(output: int, cap: int, in_flight
 def test_waiting_rows_reserve_by_the_first_answer() -> None:
     async def main() -> None:
         overruns = Overruns()
-        gate = new_gate(budget=BudgetAccount(cost_usd=Cap(Decimal(1), Decimal(0))), overruns=overruns)
-        ask = Demand(1, Decimal("0.10"), 120, 20, "m", Decimal(100), Decimal(1_000))
+        gate = new_gate(budget=BudgetAccount(cost=Cap(pico(1), 0)), overruns=overruns)
+        ask = Demand(1, pico("0.10"), 120, 20, "m", 100_000_000, 1_000_000_000)
         slot = await gate.admit(ask)
-        assert gate.bound(slot) == (Decimal("0.10"), 120)
+        assert gate.bound(slot) == (pico("0.10"), 120)
         waiting = asyncio.create_task(gate.admit(ask))
         await asyncio.sleep(0)
         assert not waiting.done()
         assert overruns.learn(REQUEST, usage(150, 220))
         gate.settle(slot, 370)
         gate.observe(slot, Outcome(0, Verdict.OK))
-        gate.release(slot, Decimal("0.235"), 370)
-        assert gate.bound(await waiting) == (Decimal("0.51"), 620)  # 2 x 50 in, 2 x 200 out
-        gate.release(waiting.result(), Decimal("0.30"), 370)
+        gate.release(slot, pico("0.235"), 370)
+        assert gate.bound(await waiting) == (pico("0.51"), 620)  # 2 x 50 in, 2 x 200 out
+        gate.release(waiting.result(), pico("0.30"), 370)
         with pytest.raises(GateClosed, match=r"the next request may cost \$0.51"):
             await gate.admit(ask)
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "batchrun"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("signals", "streams", "open_files", "memory", "patterns", "compute", "arrow_files", "durable", "job"),
+    ("signals", "streams", "open_files", "memory", "patterns", "compute", "arrow_files", "durable", "money", "job"),
     ("records",),
     ("run_summary",),
     ("prices", "credentials", "storage"),

@@ -1,6 +1,5 @@
 """No cap of the budget is ever passed, whatever the order of things; what can be spent is."""
 
-from decimal import Decimal
 from typing import NamedTuple
 
 import pytest
@@ -9,17 +8,18 @@ from hypothesis import strategies as st
 
 from batchrun.limits.admission import Demand
 from batchrun.limits.budget import BudgetAccount, Cap
+from tests.money import pico
 
-CENTS = st.integers(0, 500).map(lambda n: Decimal(n) / 100)
+CENTS = st.integers(0, 500).map(lambda n: n * 10**10)
 COUNTS = st.integers(0, 500)
 
 
 class Plan(NamedTuple):
     """An attempt by its bounds, what it takes of them (None: unknown), and how many end after it has been sent."""
 
-    bound_usd: Decimal
+    bound_usd: int
     bound_tokens: int
-    usd: Decimal | None
+    usd: int | None
     tokens: int | None
     ends: int
 
@@ -27,16 +27,14 @@ class Plan(NamedTuple):
 PLANS = st.builds(Plan, CENTS, COUNTS, st.none() | CENTS, st.none() | COUNTS, st.integers(0, 9))
 
 
-def account(usd: object = 1, tokens: int = 100, requests: int = 10, spent: int = 0) -> BudgetAccount:
-    return BudgetAccount(
-        cost_usd=Cap(Decimal(str(usd)), Decimal(spent)), tokens=Cap(tokens, spent), requests=Cap(requests, spent)
-    )
+def account(usd: int = pico(1), tokens: int = 100, requests: int = 10, spent: int = 0) -> BudgetAccount:
+    return BudgetAccount(cost=Cap(usd, pico(spent)), tokens=Cap(tokens, spent), requests=Cap(requests, spent))
 
 
 @given(st.lists(PLANS, max_size=60), CENTS, st.integers(0, 2000), st.integers(0, 40))
-def test_spending_never_exceeds_a_cap(plans: list[Plan], usd: Decimal, tokens: int, requests: int) -> None:
+def test_spending_never_exceeds_a_cap(plans: list[Plan], usd: int, tokens: int, requests: int) -> None:
     budget = account(usd, tokens, requests)
-    cost, used, sent = budget.cost_usd, budget.tokens, budget.requests
+    cost, used, sent = budget.cost, budget.tokens, budget.requests
     assert cost is not None
     assert used is not None
     assert sent is not None
@@ -52,7 +50,7 @@ def test_spending_never_exceeds_a_cap(plans: list[Plan], usd: Decimal, tokens: i
             ended, its = in_flight.pop(plan.ends)
             spent_usd = None if its.usd is None else min(its.usd, its.bound_usd)
             budget.settle(ended, spent_usd, None if its.tokens is None else min(its.tokens, its.bound_tokens))
-        assert cost.reserved == sum((plan.bound_usd for _, plan in in_flight), Decimal(0))
+        assert cost.reserved == sum((plan.bound_usd for _, plan in in_flight), 0)
         assert used.reserved == sum(plan.bound_tokens for _, plan in in_flight)
         assert cost.spent + cost.reserved <= usd
         assert used.spent + used.reserved <= tokens
@@ -60,8 +58,8 @@ def test_spending_never_exceeds_a_cap(plans: list[Plan], usd: Decimal, tokens: i
 
 
 def test_unknown_usage_spends_its_reservation() -> None:
-    budget = account(usd=1, tokens=100, requests=2)
-    demand = Demand(1, Decimal("0.60"), 60)
+    budget = account(usd=pico(1), tokens=100, requests=2)
+    demand = Demand(1, pico("0.60"), 60)
     budget.reserve(demand)
     assert not budget.fits(demand)
     budget.settle(demand, None, None)
@@ -71,20 +69,20 @@ def test_unknown_usage_spends_its_reservation() -> None:
     )
 
 
-@pytest.mark.parametrize("bound", [Demand(1, Decimal("0.10"), 0), Demand(1, Decimal(0), 10), Demand(1, Decimal(0), 0)])
+@pytest.mark.parametrize("bound", [Demand(1, pico("0.10"), 0), Demand(1, 0, 10), Demand(1, 0, 0)])
 def test_the_last_unit_can_be_spent(bound: Demand) -> None:
-    budget = BudgetAccount(cost_usd=Cap(Decimal("0.30"), Decimal("0.20")), tokens=Cap(30, 20), requests=Cap(3, 2))
+    budget = BudgetAccount(cost=Cap(pico("0.30"), pico("0.20")), tokens=Cap(30, 20), requests=Cap(3, 2))
     assert budget.fits(bound)
     budget.reserve(bound)
-    assert not budget.fits(Demand(1, Decimal("0.100000000001"), 11))
+    assert not budget.fits(Demand(1, pico("0.100000000001"), 11))
 
 
 @pytest.mark.parametrize(
     ("demand", "setting"),
     [
-        (Demand(1, Decimal("1.01"), 0), "max_cost_usd"),
-        (Demand(1, Decimal(0), 101), "max_tokens"),
-        (Demand(1, Decimal(0), 0), "max_requests"),
+        (Demand(1, pico("1.01"), 0), "max_cost_usd"),
+        (Demand(1, 0, 101), "max_tokens"),
+        (Demand(1, 0, 0), "max_requests"),
     ],
 )
 def test_each_cap_names_what_to_raise(demand: Demand, setting: str) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine
-from decimal import Decimal
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,6 +24,7 @@ from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.records import RowError, Verdict
 from batchrun.report.limit_lines import limits_in_words
 from tests import level
+from tests.money import pico
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
 SMALL = Demand(tokens=1)
@@ -53,8 +53,8 @@ def new_gate(
     return Gate(state, SharedAdmission(loop, state, budget), rates, overruns=overruns)
 
 
-def money(cap: Decimal, spent: Decimal = Decimal(0)) -> BudgetAccount:
-    return BudgetAccount(cost_usd=Cap(cap, spent))
+def money(cap: int, spent: int = 0) -> BudgetAccount:
+    return BudgetAccount(cost=Cap(cap, spent))
 
 
 def now_s() -> float:
@@ -77,7 +77,7 @@ async def use(gate: Gate, ask: Demand, *, row: int = 0, work_s: float = 0.0) -> 
         await asyncio.sleep(work_s)
     gate.settle(slot, ask.tokens)
     gate.observe(slot, Outcome(row, Verdict.OK))
-    gate.release(slot, Decimal(0))
+    gate.release(slot, 0)
     return admitted_at_s
 
 
@@ -291,7 +291,7 @@ def test_a_tuned_rate_always_applies(before: dict[str, Any], rates: Rates, per_s
             sent_s.append(now_s())
             gate.settle(slot, 100, 40)
             gate.observe(slot, Outcome(row, Verdict.OK))
-            gate.release(slot, Decimal(0))
+            gate.release(slot, 0)
             if not row:
                 gate.tune(rates)
         # the first ten may be what a fresh limiter, or what is left of a bucket, lets through
@@ -329,11 +329,11 @@ async def test_lower_concurrency_applies_as_slots_return() -> None:
     waiting = await turns(gate.admit(SMALL))
     for slot in slots[:2]:
         gate.observe(slot, Outcome(slot, Verdict.OK))
-        gate.release(slot, Decimal(0))
+        gate.release(slot, 0)
     assert not waiting.done()
     gate.observe(slots[2], Outcome(2, Verdict.OK))
-    gate.release(slots[2], Decimal(0))
-    gate.release(await waiting, Decimal(0))
+    gate.release(slots[2], 0)
+    gate.release(await waiting, 0)
     gate.tune(max_in_flight=1_000)
     for row in range(20):
         await use(gate, SMALL, row=row)
@@ -353,7 +353,7 @@ async def test_every_request_in_flight_has_its_slot() -> None:
     assert (gate.in_flight, waiting.done(), gate.binding) == (4, False, Binding(Limit.IN_FLIGHT))
     gate.observe(slots[2], Outcome(2, Verdict.OK))
     assert not (await turns(gate.admit(SMALL))).done()
-    gate.release(slots[2], Decimal(0))
+    gate.release(slots[2], 0)
     assert await waiting == slots[2]
 
 
@@ -391,7 +391,7 @@ class Plan(NamedTuple):
     """What one worker does: what it asks for, how long it works, and when it is cancelled if it still waits."""
 
     tokens: int
-    usd: Decimal
+    usd: int
     work_s: float
     cancelled_after_s: float | None
 
@@ -400,7 +400,7 @@ PLANS = st.lists(
     st.builds(
         Plan,
         st.integers(1, 300),
-        st.integers(0, 60).map(Decimal),
+        st.integers(0, 60).map(pico),
         st.floats(0, 3),
         st.none() | st.floats(0, 3),
     ),
@@ -426,7 +426,7 @@ def test_the_queue_is_strictly_first_in_first_out(
             max_in_flight=max_in_flight,
             requests_per_minute=rpm,
             tokens_per_minute=tpm,
-            budget=money(Decimal(100)),
+            budget=money(pico(100)),
         )
         admitted: list[int] = []
         cancelled: set[int] = set()
@@ -436,7 +436,7 @@ def test_the_queue_is_strictly_first_in_first_out(
             admitted.append(row)
             await asyncio.sleep(plan.work_s)
             gate.observe(slot, Outcome(row, Verdict.OK))
-            gate.release(slot, Decimal(0))
+            gate.release(slot, 0)
 
         def cancel(row: int) -> None:
             if row not in admitted:
@@ -471,20 +471,20 @@ async def test_a_large_prompt_keeps_its_turn() -> None:
 
 @on_moved_clock
 async def test_a_waiter_reserves_nothing_early() -> None:
-    budget = money(Decimal(10))
+    budget = money(pico(10))
     gate = new_gate(max_in_flight=1, requests_per_minute=60, tokens_per_minute=6_000, budget=budget)
-    slot = await gate.admit(Demand(100, Decimal(1)))
-    waiting = await turns(gate.admit(Demand(100, Decimal(2))))
+    slot = await gate.admit(Demand(100, pico(1)))
+    waiting = await turns(gate.admit(Demand(100, pico(2))))
     await asyncio.sleep(10)
-    assert budget.cost_usd is not None
-    assert budget.cost_usd.reserved == Decimal(1)
+    assert budget.cost is not None
+    assert budget.cost.reserved == pico(1)
     waiting.cancel()
     await asyncio.sleep(0)
-    gate.release(slot, Decimal(1))
+    gate.release(slot, pico(1))
     start_s = now_s()
-    await gate.admit(Demand(100, Decimal(3)))
+    await gate.admit(Demand(100, pico(3)))
     assert now_s() == start_s
-    assert budget.cost_usd.reserved == Decimal(3)
+    assert budget.cost.reserved == pico(3)
 
 
 @on_moved_clock
@@ -524,24 +524,24 @@ def test_no_timer_remains_without_waiters() -> None:
 # money
 
 
-CENTS = st.integers(0, 50).map(lambda n: Decimal(n) / 100)
+CENTS = st.integers(0, 50).map(lambda n: n * 10**10)
 
 
 @settings(max_examples=level.amount(16, 100), deadline=None)
 @given(
     st.lists(st.tuples(CENTS, st.none() | CENTS, st.floats(0, 3)), min_size=1, max_size=20),
-    st.integers(0, 300).map(lambda n: Decimal(n) / 100),
+    st.integers(0, 300).map(lambda n: n * 10**10),
     CENTS,
 )
 def test_spending_and_reservations_respect_the_cap(
-    rows: list[tuple[Decimal, Decimal | None, float]], cap: Decimal, spent_before: Decimal
+    rows: list[tuple[int, int | None, float]], cap: int, spent_before: int
 ) -> None:
     async def main() -> None:
         bill = min(cap, spent_before)
         gate = new_gate(budget=money(cap, bill))
-        in_flight: dict[int, Decimal] = {}
+        in_flight: dict[int, int] = {}
 
-        async def worker(row: int, bound: Decimal, cost: Decimal | None, work_s: float) -> None:
+        async def worker(row: int, bound: int, cost: int | None, work_s: float) -> None:
             nonlocal bill
             slot = await gate.admit(Demand(1, bound))
             in_flight[row] = bound
@@ -600,34 +600,34 @@ def test_token_and_request_caps_are_kept(
 
 @on_moved_clock
 async def test_an_unaffordable_row_waits_then_stops() -> None:
-    budget = money(Decimal("1.00"))
+    budget = money(pico("1.00"))
     gate = new_gate(budget=budget)
-    first = await gate.admit(Demand(1, Decimal("0.60")))
-    waiting = await turns(gate.admit(Demand(1, Decimal("0.50"))))
+    first = await gate.admit(Demand(1, pico("0.60")))
+    waiting = await turns(gate.admit(Demand(1, pico("0.50"))))
     assert (waiting.done(), gate.binding) == (False, Binding(Limit.BUDGET))
-    gate.release(first, Decimal("0.10"))
+    gate.release(first, pico("0.10"))
     second = await waiting
-    third = await turns(gate.admit(Demand(1, Decimal("0.50"))))
+    third = await turns(gate.admit(Demand(1, pico("0.50"))))
     gate.release(second, None)
     with pytest.raises(GateClosed, match=r"\$0\.60 of \$1\.00 spent, and the next request may cost \$0\.50") as closed:
         await third
     assert closed.value.exit_code is ExitCode.STOPPED
     with pytest.raises(GateClosed):
-        await gate.admit(Demand(1, Decimal(0)))
+        await gate.admit(Demand(1, 0))
 
 
 @on_moved_clock
 async def test_a_tiny_budget_stops_before_sending() -> None:
-    gate = new_gate(budget=money(Decimal("0.01")))
+    gate = new_gate(budget=money(pico("0.01")))
     with pytest.raises(GateClosed, match="budget"):
-        await gate.admit(Demand(1, Decimal("0.02")))
+        await gate.admit(Demand(1, pico("0.02")))
 
 
 @on_moved_clock
 async def test_without_a_cap_a_known_bound_limits_nothing() -> None:
     gate = new_gate(max_in_flight=1)
     for _ in range(3):
-        gate.release(await gate.admit(Demand(1, Decimal(1_000_000))), None)
+        gate.release(await gate.admit(Demand(1, pico(1_000_000))), None)
     assert gate.stop is None
 
 
@@ -656,7 +656,7 @@ async def storm(gate: Gate, retry_after_s: float | None = None) -> None:
     for row in range(STORM):
         slot = await gate.admit(SMALL)
         gate.observe(slot, Outcome(row, Verdict.SLOW, RATE_LIMIT, retry_after_s))
-        gate.release(slot, Decimal(0))
+        gate.release(slot, 0)
 
 
 @on_moved_clock
@@ -695,7 +695,7 @@ async def test_an_unsent_probe_frees_the_next() -> None:
     await storm(gate)
     probe = await gate.admit(SMALL)
     waiting = await turns(gate.admit(SMALL))
-    gate.release(probe, Decimal(0))
+    gate.release(probe, 0)
     await waiting
 
 
@@ -704,7 +704,7 @@ async def test_a_free_failure_returns_its_tokens() -> None:
     gate = new_gate(tokens_per_minute=6_000)
     slot = await gate.admit(Demand(tokens=100))
     gate.observe(slot, Outcome(0, Verdict.FREE, SERVER_ERROR))
-    gate.release(slot, Decimal(0))
+    gate.release(slot, 0)
     start_s = now_s()
     await gate.admit(Demand(tokens=100))
     assert now_s() == start_s
@@ -715,7 +715,7 @@ async def test_one_refusal_delays_no_other_row() -> None:
     gate = new_gate(tokens_per_minute=6_000)
     slot = await gate.admit(Demand(tokens=100))
     gate.observe(slot, Outcome(0, Verdict.SLOW, RATE_LIMIT, retry_after_s=60.0))
-    gate.release(slot, Decimal(0))
+    gate.release(slot, 0)
     start_s = now_s()
     await gate.admit(Demand(tokens=100))
     assert now_s() == start_s
@@ -742,7 +742,7 @@ def test_five_minutes_of_trouble_need_few_requests(verdict: Verdict, error: RowE
                 await asyncio.sleep(0.05)
                 well = now_s() > well_at_s
                 gate.observe(slot, Outcome(row, Verdict.OK) if well else Outcome(row, verdict, error))
-                gate.release(slot, Decimal(0))
+                gate.release(slot, 0)
                 (done if well else rows).append(row)
 
         await asyncio.gather(*(worker() for _ in range(64)))
@@ -759,7 +759,7 @@ async def test_the_next_success_judges_a_suspect_row() -> None:
     suspect = await gate.admit(SMALL)
     forbidden = RowError("forbidden", 403, None, "HTTP 403")
     assert gate.observe(suspect, Outcome(7, Verdict.PAUSE, forbidden)) == Decision(hold=True)
-    gate.release(suspect, Decimal(0))
+    gate.release(suspect, 0)
     probe = await gate.admit(SMALL)
     assert gate.observe(probe, Outcome(8, Verdict.OK)) == Decision(own=(7,))
     assert gate.successes == 1
@@ -790,13 +790,13 @@ def test_the_moved_clock_passes_hours_without_waiting() -> None:
 @on_moved_clock
 async def test_a_slot_granted_to_a_cancelled_row_returns() -> None:
     """The row is cancelled between its grant and its next step; the slot and the money serve the next row."""
-    gate = new_gate(max_in_flight=1, budget=money(Decimal(1)))
-    row = Demand(1, Decimal(1))
+    gate = new_gate(max_in_flight=1, budget=money(pico(1)))
+    row = Demand(1, pico(1))
     slot = await gate.admit(row)
     waiting = asyncio.create_task(gate.admit(row))
     await asyncio.sleep(0)
     gate.observe(slot, Outcome(0, Verdict.OK))
-    gate.release(slot, Decimal(0))
+    gate.release(slot, 0)
     asyncio.get_running_loop().call_soon(waiting.cancel)  # after the queue has granted, in the same turn of the loop
     with pytest.raises(asyncio.CancelledError):
         await waiting

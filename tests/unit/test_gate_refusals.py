@@ -7,7 +7,6 @@ by the worst of some of its seeds.
 import math
 import operator
 import re
-from decimal import Decimal
 
 import pytest
 
@@ -190,7 +189,7 @@ def test_a_stated_limit_replaces_the_learned_one() -> None:
             slot = await gate.admit(Demand(tokens=1))
             verdict = Verdict.OK if row < 4 else Verdict.SLOW
             gate.observe(slot, Outcome(row, verdict, None if row < 4 else refused, 1.0))
-            gate.release(slot, Decimal(0))
+            gate.release(slot, 0)
         slot = await gate.admit(Demand(tokens=1))
         learned = gate.in_force.requests_per_minute
         assert learned is not None
@@ -198,7 +197,7 @@ def test_a_stated_limit_replaces_the_learned_one() -> None:
         gate.tune(Rates(requests_per_minute=9_000))
         assert gate.in_force.requests_per_minute == 9_000
         before_s = now_s()
-        gate.release(slot, Decimal(0))
+        gate.release(slot, 0)
         await gate.admit(Demand(tokens=1))
         assert now_s() - before_s < 0.5
 
@@ -233,7 +232,7 @@ def test_a_lone_refusal_lowers_no_rate() -> None:
             else:
                 gate.settle(slot, 9_000)
                 gate.observe(slot, Outcome(row, Verdict.OK))
-            gate.release(slot, Decimal(0))
+            gate.release(slot, 0)
         assert now_s() - START_S <= 60 * 9_000 / 10_000 * 1.08
 
     run_on_moved_clock(main())

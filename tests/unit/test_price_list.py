@@ -13,10 +13,11 @@ import genai_prices.types as theirs
 import pytest
 from genai_prices.data import providers
 
+from batchrun.money import PICO
 from batchrun.price_list import convert, newest
 from batchrun.price_list.lookup import find, table_of
 from batchrun.price_list.tables import Model, Vendor
-from batchrun.prices import ORDINARY, PICO, cost
+from batchrun.prices import ORDINARY, cost
 from batchrun.records import Usage
 from tests import level
 

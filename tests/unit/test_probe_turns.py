@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from decimal import Decimal
 
 import pytest
 
@@ -26,7 +25,7 @@ def on_moved_clock(test: Callable[[], Coroutine[None, None, None]]) -> Callable[
 async def ends(gate: Gate, row: int, verdict: Verdict, *, probes: bool = True) -> None:
     slot = await gate.admit(SMALL, probes=probes)
     gate.observe(slot, Outcome(row, verdict, None if verdict is Verdict.OK else SERVER_ERROR))
-    gate.release(slot, Decimal(0))
+    gate.release(slot, 0)
 
 
 async def trouble(gate: Gate) -> None:

@@ -1,0 +1,24 @@
+"""Money is an integer of 10⁻¹² USD inside, exact and fast; a Decimal at the edges: text, JSON, Parquet. PURE.
+
+Names say which it is: `_pico_usd` and `_usd`.
+"""
+
+from decimal import ROUND_HALF_EVEN, Decimal
+
+PICO = Decimal("1e-12")  # the scale of decimal128(20, 12)
+
+
+def to_pico(usd: Decimal, rounding: str = ROUND_HALF_EVEN) -> int:
+    """The amount as a whole number of 10⁻¹² USD."""
+    return int((usd * 10**12).to_integral_value(rounding))
+
+
+def to_usd(pico_usd: int) -> Decimal:
+    """The same amount with 12 decimals."""
+    return pico_usd * PICO
+
+
+def in_words(pico_usd: int) -> str:
+    """ "$0.20", "$0.194642": all significant digits, at least two decimals."""
+    whole, _, part = f"{to_usd(pico_usd):,f}".partition(".")
+    return f"${whole}.{part.rstrip('0').ljust(2, '0')}"
