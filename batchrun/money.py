@@ -7,15 +7,18 @@ from decimal import ROUND_HALF_EVEN, Decimal
 
 PICO = Decimal("1e-12")  # the scale of decimal128(20, 12)
 
+MAX_USD = 1_000_000
+"""No attempt costs this much; a larger figure is an error, or not in US dollars, and no bill should be made of it."""
+
 
 def to_pico(usd: Decimal, rounding: str = ROUND_HALF_EVEN) -> int:
     """The amount as a whole number of 10⁻¹² USD."""
-    return int((usd * 10**12).to_integral_value(rounding))
+    return int(usd.quantize(PICO, rounding) * 10**12)
 
 
 def to_usd(pico_usd: int) -> Decimal:
-    """The same amount with 12 decimals."""
-    return pico_usd * PICO
+    """The same amount with 12 decimals; 0 without any, so that no text has `0E-12`."""
+    return pico_usd * PICO if pico_usd else Decimal(0)
 
 
 def in_words(pico_usd: int) -> str:

@@ -1,21 +1,21 @@
-"""Usage × price → Decimal. PURE. A price belongs to an endpoint, a model, a service tier and an hour.
+"""Usage × price → money. PURE. A price belongs to an endpoint, a model, a service tier and an hour.
 
-Money is exact: `Decimal`, per attempt, then added, because tiers apply per request. An unknown price is None, never 0.
+Money is exact: integers, per attempt, then added, because tiers apply per request. An unknown price is None, never 0.
 """
 
 import re
 from decimal import ROUND_CEILING, Decimal
+from functools import cached_property
+from typing import NamedTuple
 
 import msgspec
 
 from batchrun.job.settings import Price as Override
 from batchrun.job.settings import TierPrice
-from batchrun.money import PICO, to_pico, to_usd
+from batchrun.money import to_pico, to_usd
 from batchrun.records import Usage
 
 PER_TOKEN = Decimal(1_000_000)
-MICRO = Decimal("1e-6")
-"""A product of two Decimals takes a quarter of the time of `scaleb`, and half that of a quotient."""
 
 DAY_S = 86_400
 
@@ -26,7 +26,7 @@ _REQUESTED_TIER = re.compile(rb'"service_tier"\s*:\s*("(?:[^"\\]|\\.)*"|[^",}\s]
 """In a body as this project encodes it: inside a text the quotes are escaped, and don't match."""
 
 
-class Tier(msgspec.Struct, frozen=True):
+class Tier(msgspec.Struct, frozen=True, dict=True):
     """USD per million tokens, for requests of more than `above_prompt_tokens`.
 
     Tokens written to a cache cost `cache_write`, those kept there for an hour `cache_write_1h`; None: what input costs.
@@ -39,12 +39,34 @@ class Tier(msgspec.Struct, frozen=True):
     cache_write: Decimal | None = None
     cache_write_1h: Decimal | None = None
 
+    @cached_property
+    def per_token(self) -> "PerToken":
+        """The prices as integers."""
+        write = self.input if self.cache_write is None else self.cache_write
+        write_1h = write if self.cache_write_1h is None else self.cache_write_1h
+        each = self.input, self.cached_input, self.output, write, write_1h
+        return PerToken(*(int((usd * 10**18).to_integral_value()) for usd in each))
+
     def highest_input(self) -> Decimal:
         """The most that a token of the prompt can cost."""
         return max(self.input, self.cached_input, self.cache_write or self.input, self.cache_write_1h or self.input)
 
 
 Tiers = tuple[Tier, ...]
+
+
+class PerToken(NamedTuple):
+    """Prices of a tier in 10⁻²⁴ USD per token: exact to 18 decimals of a price per million."""
+
+    input: int
+    cached_input: int
+    output: int
+    cache_write: int
+    cache_write_1h: int
+
+
+PER_PICO = 10**12
+"""So many of these make 10⁻¹² USD."""
 
 
 class Hours(msgspec.Struct, frozen=True):
@@ -106,8 +128,8 @@ class PriceTable(msgspec.Struct, frozen=True):
 
 def cost(
     usage: Usage | None, table: PriceTable | None, service_tier: str | None = None, at_s: float = 0.0
-) -> Decimal | None:
-    """USD of one attempt; None where the usage, the price or the tier's price is unknown. `at_s`: when it ended.
+) -> int | None:
+    """10⁻¹² USD of one attempt; None where the usage, the price or the tier's price is unknown. `at_s`: when it ended.
 
     (prompt − cached − written) · in + cached · cached_in + written · write + output · out, and the fee of a request.
     The output is what was billed as such (`Usage.billed_output_tokens`), reasoning outside the completion included.
@@ -116,22 +138,26 @@ def cost(
         return None
     tier = tiers[0] if len(tiers) == 1 else _tier(tiers, usage.prompt_tokens)
     cached = min(usage.cached_tokens, usage.prompt_tokens) if usage.cached_tokens else 0
-    micro = (usage.prompt_tokens - cached) * tier.input + usage.billed_output_tokens * tier.output
+    each = tier.per_token
+    exact = (usage.prompt_tokens - cached) * each.input + usage.billed_output_tokens * each.output
     if cached:
-        micro += cached * tier.cached_input
+        exact += cached * each.cached_input
     if usage.cache_write_tokens:
-        micro += _surcharge(tier, usage, usage.prompt_tokens - cached)
-    usd = micro * MICRO
-    return (usd + table.per_request if table.per_request else usd).quantize(PICO)
+        exact += _surcharge(each, usage, usage.prompt_tokens - cached)
+    if table.per_request:
+        exact += int(table.per_request * 10**24)
+    pico_usd, rest = divmod(exact, PER_PICO)
+    if rest and (2 * rest > PER_PICO or (2 * rest == PER_PICO and pico_usd % 2)):  # half to even
+        pico_usd += 1
+    return pico_usd
 
 
-def _surcharge(tier: Tier, usage: Usage, uncached: int) -> Decimal:
+def _surcharge(each: PerToken, usage: Usage, uncached: int) -> int:
     """The extra cost of tokens written to a cache, over other tokens of the prompt."""
     written = min(usage.cache_write_tokens or 0, uncached)
     for_an_hour = min(usage.cache_write_1h_tokens or 0, written)
-    write = tier.input if tier.cache_write is None else tier.cache_write
-    write_1h = write if tier.cache_write_1h is None else tier.cache_write_1h
-    return (written - for_an_hour) * (write - tier.input) + for_an_hour * (write_1h - tier.input)
+    beyond = (written - for_an_hour) * each.cache_write + for_an_hour * each.cache_write_1h
+    return beyond - written * each.input
 
 
 def upper_bound(

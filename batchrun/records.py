@@ -191,7 +191,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     `error_*` is what the body, or the first choice, says went wrong (`answer.error_body`): `error_words` is what it
     says besides message and code, `error_status` the HTTP status it names, `error_wait_s` the seconds it asks to wait.
 
-    `service_tier` is the one that served it, `reported_cost_usd` the cost that the server states,
+    `service_tier` is the one that served it, `reported_cost_pico_usd` the cost that the server states,
     `billed_apart` what it used that no price of text covers (`response.billed_apart`).
     """
 
@@ -213,7 +213,7 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     error_wait_s: float | None = None
     refusal: str | None = None
     service_tier: str | None = None
-    reported_cost_usd: Decimal | None = None
+    reported_cost_pico_usd: int | None = None
     billed_apart: str | None = None
 
 
@@ -256,7 +256,7 @@ class Discarded(msgspec.Struct, frozen=True, gc=False):
     """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps.
 
     `at` is when it ended (Unix time, seconds): its cost is booked on that day. `maybe_billed`: no answer came, but it
-    may have been billed, at most `possibly_billed_usd` (None: price unknown) for at most `possibly_billed_tokens`.
+    may have been billed, at most `possibly_billed_pico_usd` (None: price unknown) for at most `possibly_billed_tokens`.
     `said` is the text of an answer that was set aside, None where there was no answer.
     """
 
@@ -271,13 +271,13 @@ class Discarded(msgspec.Struct, frozen=True, gc=False):
     at: float
     model: str
     usage: Usage | None
-    cost_usd: Decimal | None
+    cost_pico_usd: int | None
     maybe_billed: bool
-    possibly_billed_usd: Decimal | None
+    possibly_billed_pico_usd: int | None
     key: bytes
     possibly_billed_tokens: int = 0
     offline: OfflineCount | None = None
-    reported_cost_usd: Decimal | None = None
+    reported_cost_pico_usd: int | None = None
     said: str | None = None
     service_tier: str = ""
 
@@ -294,18 +294,18 @@ class Restored(msgspec.Struct, frozen=True, gc=False):
     """
 
     usage: Usage | None
-    cost_usd: Decimal | None
+    cost_pico_usd: int | None
     last_at: float
 
 
 class CompletionRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
+    """The final record of a row. `cost_pico_usd` is of all its attempts; None where one could not be priced.
 
-    `usage` and `last_cost_usd` are the last attempt's alone: what the totals still lack. The record is that attempt's,
-    unless an earlier one was `restored`. `possibly_billed_usd` is the bound of an attempt whose cost is unknown or in
-    doubt. `in_json`: the content is the JSON that the request wants, and belongs into
-    `parsed`. `invocation` is the start of the run that settled the row. `reported_cost_usd` is what the
-    server states for its answer. `set_aside` are the row's earlier answers, oldest first.
+    `usage` and `last_cost_pico_usd` are the last attempt's alone: what the totals still lack. The record is that
+    attempt's, unless an earlier one was `restored`. `possibly_billed_pico_usd` is the bound of an attempt whose cost is
+    unknown or in doubt. `in_json`: the content is the JSON that the request wants, and belongs into `parsed`.
+    `invocation` is the start of the run that settled the row. `reported_cost_pico_usd` is what the server states for
+    its answer. `set_aside` are the row's earlier answers, oldest first.
     """
 
     row: int
@@ -321,16 +321,16 @@ class CompletionRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
     model: str
     answered_model: str | None
     usage: Usage | None
-    cost_usd: Decimal | None
-    last_cost_usd: Decimal | None
+    cost_pico_usd: int | None
+    last_cost_pico_usd: int | None
     maybe_billed: bool
-    possibly_billed_usd: Decimal | None
+    possibly_billed_pico_usd: int | None
     raw: bytes
     variant: int = 0
     possibly_billed_tokens: int = 0
     in_json: bool = False
     offline: OfflineCount | None = None
-    reported_cost_usd: Decimal | None = None
+    reported_cost_pico_usd: int | None = None
     invocation: int = 0
     restored: Restored | None = None
     set_aside: tuple[SetAside, ...] = ()
@@ -338,9 +338,9 @@ class CompletionRecord(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """The tier that the row's answer names; "": none."""
 
     @property
-    def answer_cost_usd(self) -> Decimal | None:
+    def answer_cost_pico_usd(self) -> int | None:
         """The cost of the row's answer alone."""
-        return self.last_cost_usd if self.restored is None else self.restored.cost_usd
+        return self.last_cost_pico_usd if self.restored is None else self.restored.cost_pico_usd
 
 
 Ending = CompletionRecord | Discarded

@@ -68,11 +68,12 @@ def best_us(work: Callable[[], object], rows: int) -> float:
 
 def completion(row: int) -> CompletionRecord:
     """A settled row."""
-    usage, usd = Usage(1000, 100, 1100), Decimal("0.000450000000")
+    usage, cost = Usage(1000, 100, 1100), 450_000_000
     return CompletionRecord(
         row=row, key=b"k" * 16, status=Status.OK, attempts=1, http_status=200, error=None, request_id=f"run-{row}-1",
         finished_at=1.7e9, latency_s=0.1, time_to_first_token_s=None, model="m", answered_model="m", usage=usage,
-        cost_usd=usd, last_cost_usd=usd, maybe_billed=False, possibly_billed_usd=usd, raw=ANSWER, invocation=1,
+        cost_pico_usd=cost, last_cost_pico_usd=cost, maybe_billed=False, possibly_billed_pico_usd=cost, raw=ANSWER,
+        invocation=1,
     )  # fmt: skip
 
 

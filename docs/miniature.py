@@ -113,10 +113,10 @@ def completion(
         model=request.model,
         answered_model=answer.model,
         usage=answer.usage,
-        cost_usd=None,
-        last_cost_usd=None,
+        cost_pico_usd=None,
+        last_cost_pico_usd=None,
         maybe_billed=False,
-        possibly_billed_usd=None,
+        possibly_billed_pico_usd=None,
         raw=attempt.body,
     )
 

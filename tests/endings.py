@@ -1,7 +1,5 @@
 """Endings of attempts as the pipeline makes them."""
 
-from decimal import Decimal
-
 import msgspec
 
 from batchrun.records import CompletionRecord, Discarded, Status, Usage, Verdict
@@ -38,10 +36,10 @@ def completion(row: int, **changes: object) -> CompletionRecord:
         model=MODEL,
         answered_model=MODEL,
         usage=Usage(10, 2, 12, 4, 1),
-        cost_usd=Decimal("0.000045500000"),
-        last_cost_usd=Decimal("0.000045500000"),
+        cost_pico_usd=45_500_000,
+        last_cost_pico_usd=45_500_000,
         maybe_billed=False,
-        possibly_billed_usd=None,
+        possibly_billed_pico_usd=None,
         raw=answer_body(),
     )
     return msgspec.structs.replace(whole, **changes)
@@ -61,9 +59,9 @@ def discarded(row: int, n: int = 1, **changes: object) -> Discarded:
         at=1_795_000_000.0,
         model=MODEL,
         usage=None,
-        cost_usd=Decimal(0),
+        cost_pico_usd=0,
         maybe_billed=False,
-        possibly_billed_usd=None,
+        possibly_billed_pico_usd=None,
         key=row.to_bytes(16, "big"),
     )
     return msgspec.structs.replace(whole, **changes)
@@ -72,5 +70,5 @@ def discarded(row: int, n: int = 1, **changes: object) -> Discarded:
 def stored_attempt(ending: Discarded) -> Discarded:
     """What the checkpoint keeps of a discarded attempt."""
     return msgspec.structs.replace(
-        ending, maybe_billed=False, possibly_billed_usd=None, possibly_billed_tokens=0, key=b"", offline=None
+        ending, maybe_billed=False, possibly_billed_pico_usd=None, possibly_billed_tokens=0, key=b"", offline=None
     )

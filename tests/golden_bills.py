@@ -13,6 +13,7 @@ import msgspec
 
 from batchrun.dispatch.attempt_result import cost_of, reported
 from batchrun.job.settings import Retry
+from batchrun.money import to_usd
 from batchrun.policy import judge
 from batchrun.price_list.lookup import resolve
 from batchrun.records import Attempt
@@ -58,7 +59,8 @@ def billed(bill: Bill) -> Decimal | None:
     attempt = answered(bill)
     answer = parse(attempt.body)
     judgement = judge(attempt, answer, Retry())
-    return cost_of(attempt, answer, judgement, resolve(bill.model, {}, TODAY, bill.url), reported(attempt, answer))
+    cost = cost_of(attempt, answer, judgement, resolve(bill.model, {}, TODAY, bill.url), reported(attempt, answer))
+    return None if cost is None else to_usd(cost)
 
 
 def table() -> Iterator[str]:

@@ -19,7 +19,7 @@ from tests.endings import MODEL
 COUNTS = st.integers(0, 10**9)
 SECONDS = st.floats(0, 1e10)
 TEXTS = st.text(max_size=20)
-USD = st.decimals(0, 10**6, places=12)
+PICO_USD = st.integers(0, 10**18)
 OFFLINE = st.none() | st.builds(OfflineCount, COUNTS, COUNTS)
 USAGES = st.builds(Usage, COUNTS, COUNTS, COUNTS, st.none() | COUNTS, st.none() | COUNTS)
 MODELS = st.sampled_from([MODEL, "another", "модель"])
@@ -43,10 +43,10 @@ COMPLETIONS = st.builds(
     model=MODELS,
     answered_model=st.none() | MODELS,
     usage=st.none() | USAGES,
-    cost_usd=st.none() | USD,
-    last_cost_usd=st.none() | USD,
+    cost_pico_usd=st.none() | PICO_USD,
+    last_cost_pico_usd=st.none() | PICO_USD,
     maybe_billed=st.booleans(),
-    possibly_billed_usd=st.none() | USD,
+    possibly_billed_pico_usd=st.none() | PICO_USD,
     possibly_billed_tokens=COUNTS,
     raw=st.binary(max_size=50),
     offline=OFFLINE,
@@ -66,9 +66,9 @@ DISCARDED = st.builds(
     at=SECONDS,
     model=MODELS,
     usage=st.none() | USAGES,
-    cost_usd=st.none() | USD,
+    cost_pico_usd=st.none() | PICO_USD,
     maybe_billed=st.booleans(),
-    possibly_billed_usd=st.none() | USD,
+    possibly_billed_pico_usd=st.none() | PICO_USD,
     possibly_billed_tokens=COUNTS,
     key=KEYS,
     offline=OFFLINE,

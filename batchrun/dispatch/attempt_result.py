@@ -1,7 +1,6 @@
 """The result of one attempt, and the records made from it. PURE."""
 
 from collections.abc import Sequence
-from decimal import Decimal
 
 import msgspec
 
@@ -9,7 +8,7 @@ from batchrun import prices
 from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.answer_schema import KINDS
-from batchrun.money import to_pico, to_usd
+from batchrun.money import MAX_USD
 from batchrun.policy import ANSWERED, CAPACITY, Judgement
 from batchrun.prices import PriceTable
 from batchrun.records import (
@@ -29,15 +28,15 @@ from batchrun.response import token_count
 from batchrun.response.usage import LITELLM_COST, cost_in_headers
 from batchrun.row_status import PLAIN, Settlement
 
-NOTHING = Decimal(0)
+_MAX_PICO_USD = MAX_USD * 10**12
 
 
 class AttemptResult(msgspec.Struct, frozen=True):
     """One attempt with everything that settling or retrying its row needs.
 
-    `settlement` is the row's status by a usable answer, None without one. `cost_usd` is this attempt's alone: 0 if no
-    answer came, None if an answer can't be priced. `maybe_billed`: it may have cost something that no usage states, at
-    most `bound_pico_usd` for `bound_tokens`.
+    `settlement` is the row's status by a usable answer, None without one. `cost_pico_usd` is this attempt's alone: 0 if
+    no answer came, None if an answer can't be priced. `maybe_billed`: it may have cost something that no usage states,
+    at most `bound_pico_usd` for `bound_tokens`.
     """
 
     pending: Pending
@@ -47,9 +46,9 @@ class AttemptResult(msgspec.Struct, frozen=True):
     settlement: Settlement | None
     history: History
     bound_pico_usd: int | None
-    cost_usd: Decimal | None
+    cost_pico_usd: int | None
     maybe_billed: bool
-    reported_cost_usd: Decimal | None = None
+    reported_cost_pico_usd: int | None = None
     bound_tokens: int = 0
 
     @property
@@ -73,21 +72,20 @@ class AttemptResult(msgspec.Struct, frozen=True):
         """10⁻¹² USD and tokens to book against the budget; None books the whole reservation."""
         if self.maybe_billed:
             return None, None
-        cost = None if self.cost_usd is None else to_pico(self.cost_usd)
         if (usage := self.answer.usage) is None:
-            return cost, None if self.judgement.verdict is OK else 0
-        return cost, usage.prompt_tokens + usage.billed_output_tokens
+            return self.cost_pico_usd, None if self.judgement.verdict is OK else 0
+        return self.cost_pico_usd, usage.prompt_tokens + usage.billed_output_tokens
 
     def completion(self, status: Status, invocation: int) -> CompletionRecord:
         """The row's final record."""
         pending, attempt, answer, settlement = self.pending, self.attempt, self.answer, self.settlement
-        request, restored, cost_usd, service_tier = pending.request, None, self.cost_usd, answer.service_tier
+        request, restored, cost, service_tier = pending.request, None, self.cost_pico_usd, answer.service_tier
         error = None if settlement is PLAIN and not answer.flagged else self.error
         if settlement is None and (invalid := pending.invalid) is not None:
             # a correction failed: the invalid answer before it is better than none
             attempt, error, status = invalid.attempt, invalid.error, Status.INVALID
             service_tier = invalid.service_tier
-            restored = Restored(invalid.usage, invalid.cost_usd, self._ended_at)
+            restored = Restored(invalid.usage, invalid.cost_pico_usd, self._ended_at)
         # by place where the names are the same: msgspec looks for each name among all fields
         return CompletionRecord(
             request.row,
@@ -103,16 +101,17 @@ class AttemptResult(msgspec.Struct, frozen=True):
             request.model,
             answer.model if self.judgement is ANSWERED else None,
             answer.usage,
-            cost_usd=add_costs(pending.cost_usd, cost_usd),
-            last_cost_usd=cost_usd,
+            cost_pico_usd=add_costs(pending.cost_pico_usd, cost),
+            last_cost_pico_usd=cost,
             maybe_billed=self.maybe_billed,
-            possibly_billed_usd=self._bound_usd if self.maybe_billed or cost_usd is None else None,
+            possibly_billed_pico_usd=self.bound_pico_usd if self.maybe_billed or cost is None else None,
             raw=attempt.body,
             variant=pending.variant,
             possibly_billed_tokens=self.bound_tokens,
             in_json=settlement is not None and settlement.in_json,
             offline=None if answer.usage is not None else self._offline(),
-            reported_cost_usd=self.reported_cost_usd if restored is None else None,  # then it is another answer's
+            # not of a restored answer: it is that of the last one
+            reported_cost_pico_usd=self.reported_cost_pico_usd if restored is None else None,
             invocation=invocation,
             restored=restored,
             service_tier=service_tier or "",
@@ -135,20 +134,16 @@ class AttemptResult(msgspec.Struct, frozen=True):
             at=self._ended_at,
             model=request.model,
             usage=self.answer.usage,
-            cost_usd=self.cost_usd,
+            cost_pico_usd=self.cost_pico_usd,
             maybe_billed=self.maybe_billed,
-            possibly_billed_usd=self._bound_usd,
+            possibly_billed_pico_usd=self.bound_pico_usd,
             key=request.key,
             possibly_billed_tokens=self.bound_tokens,
             offline=self._offline(),
-            reported_cost_usd=self.reported_cost_usd,
+            reported_cost_pico_usd=self.reported_cost_pico_usd,
             said=self.answer_text if self.judgement.verdict is OK else None,
             service_tier=self.answer.service_tier or "",
         )
-
-    @property
-    def _bound_usd(self) -> Decimal | None:
-        return None if self.bound_pico_usd is None else to_usd(self.bound_pico_usd)
 
     @property
     def _ended_at(self) -> float:
@@ -185,43 +180,43 @@ def history_of(earlier: Sequence[Discarded], last_sent: int) -> History:
 
 
 def cost_of(
-    attempt: Attempt, answer: Answer, judgement: Judgement, table: PriceTable | None, reported_usd: Decimal | None
-) -> Decimal | None:
+    attempt: Attempt, answer: Answer, judgement: Judgement, table: PriceTable | None, reported_pico_usd: int | None
+) -> int | None:
     """The attempt's certain cost: 0 if no answer came, None if an answer can't be priced.
 
     Without a known price, the cost that the server reports counts. A price of the list is one of text; the job's own is
     for all that the model does.
     """
     if answer.usage is None and judgement.verdict is not OK:
-        return NOTHING if reported_usd is None else reported_usd
+        return 0 if reported_pico_usd is None else reported_pico_usd
     known = prices.cost(answer.usage, table, answer.service_tier, attempt.started_at + attempt.latency_s)
     covers_all = answer.billed_apart is None or (table is not None and table.every_tier)
-    if known is None or not covers_all:
-        return reported_usd or None  # gateways report 0 for models whose price they don't know
+    if known is None or known > _MAX_PICO_USD or not covers_all:
+        return reported_pico_usd or None  # gateways report 0 for models whose price they don't know
     return known
 
 
-def reported(attempt: Attempt, answer: Answer) -> Decimal | None:
+def reported(attempt: Attempt, answer: Answer) -> int | None:
     """The cost in USD that the server reports, in the answer or in a header."""
-    if answer.reported_cost_usd is not None:
-        return answer.reported_cost_usd
+    if answer.reported_cost_pico_usd is not None:
+        return answer.reported_cost_pico_usd
     return cost_in_headers(attempt.headers) if LITELLM_COST in attempt.headers else None
 
 
-def maybe_billed(answer: Answer, judgement: Judgement, cost_usd: Decimal | None, *, capped: bool) -> bool:
+def maybe_billed(answer: Answer, judgement: Judgement, cost_pico_usd: int | None, *, capped: bool) -> bool:
     """True if the attempt may have cost something that is stated nowhere.
 
     An answer of unknown cost is listed as possibly billed only under a budget cap (`capped`), which must hold across
     starts. Otherwise it is counted as `without_usage` or `unpriced`.
     """
-    if cost_usd:
+    if cost_pico_usd:
         return False
     if answer.usage is not None:
-        return cost_usd is None and capped
+        return cost_pico_usd is None and capped
     return judgement.in_doubt or (judgement.verdict is OK and capped)
 
 
-def add_costs(first: Decimal | None, *others: Decimal | None) -> Decimal | None:
+def add_costs(first: int | None, *others: int | None) -> int | None:
     """The sum, or None if one of them is unknown."""
     total = first
     if len(others) == 1 and total is not None and not total:

@@ -10,7 +10,6 @@ import asyncio
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
-from decimal import Decimal
 from enum import Enum
 
 import msgspec
@@ -48,12 +47,12 @@ class Invalid(msgspec.Struct, frozen=True):
     attempt: Attempt
     error: RowError
     usage: Usage | None
-    cost_usd: Decimal | None
+    cost_pico_usd: int | None
     service_tier: str | None = None
 
 
 class Pending(msgspec.Struct, frozen=True):
-    """A row to send, with its history. `cost_usd` None: an earlier attempt has no price.
+    """A row to send, with its history. `cost_pico_usd` None: an earlier attempt has no price.
 
     `successes` is the gate's count of good answers when the row was last sent, None before the first attempt.
     `refused`: an earlier start got a 403 that no other row confirmed, or a 429 with a long wait. `waits_long`: a
@@ -65,7 +64,7 @@ class Pending(msgspec.Struct, frozen=True):
     request: Request
     chunk: OpenChunk
     history: History = NEW
-    cost_usd: Decimal | None = Decimal(0)
+    cost_pico_usd: int | None = 0
     successes: int | None = None
     refused: bool = False
     waits_long: bool = False

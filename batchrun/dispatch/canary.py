@@ -16,6 +16,7 @@ from batchrun.errors import ExitCode, quoted
 from batchrun.job.job import Job
 from batchrun.job.settings import Canary
 from batchrun.limits.admission import Stop
+from batchrun.money import to_usd
 from batchrun.records import CompletionRecord, Notice, Status
 from batchrun.report.wording import are, plural
 from batchrun.store.checkpoint import Checkpoint
@@ -113,9 +114,9 @@ def _look(checkpoint: Checkpoint, rows: Sequence[int]) -> CanaryOutcome:
     """The outcome of these rows, from their records in open chunks."""
     found = [each for row in rows for each in checkpoint.completions(row, row + 1)]
     by_status = {str(status): n for status in Status if (n := sum(each.status is status for each in found))}
-    known = [cost for each in found if (cost := _cost_usd(each)) is not None]
+    known = [cost for each in found if (cost := _cost(each)) is not None]
     errors = (each.error.text for each in found if each.status is not Status.OK and each.error is not None)
-    return CanaryOutcome(by_status, sum(known, Decimal(0)), len(found) - len(known), next(errors, None))
+    return CanaryOutcome(by_status, to_usd(sum(known)), len(found) - len(known), next(errors, None))
 
 
 def judge(seen: CanaryOutcome, wanted: Canary) -> Iterator[str]:
@@ -166,7 +167,7 @@ def spread(rows: Iterable[int], count: int, chance: random.Random) -> list[int]:
     return [kept[int((number + 0.5) * len(kept) / count)] for number in range(count)]
 
 
-def _cost_usd(completion: CompletionRecord) -> Decimal | None:
-    """The cost of all the row's attempts, including what may have been billed."""
-    doubt = completion.possibly_billed_usd if completion.maybe_billed else Decimal(0)
-    return None if completion.cost_usd is None or doubt is None else completion.cost_usd + doubt
+def _cost(completion: CompletionRecord) -> int | None:
+    """10⁻¹² USD: the cost of all the row's attempts, including what may have been billed."""
+    doubt = completion.possibly_billed_pico_usd if completion.maybe_billed else 0
+    return None if completion.cost_pico_usd is None or doubt is None else completion.cost_pico_usd + doubt

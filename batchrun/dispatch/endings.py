@@ -149,7 +149,7 @@ class Endings:
                 history = None  # a model that repeats its answer will repeat it a third time
             corrections = (*pending.corrections, new)
             answer = result.answer
-            invalid = Invalid(result.attempt, settlement.error, answer.usage, result.cost_usd, answer.service_tier)
+            invalid = Invalid(result.attempt, settlement.error, answer.usage, result.cost_pico_usd, answer.service_tier)
             request = corrected(pending.request, [new])
             pending = msgspec.structs.replace(pending, request=request, corrections=corrections, invalid=invalid)
         if history is None:
@@ -198,7 +198,7 @@ class Endings:
         retry = msgspec.structs.replace(
             result.pending,
             history=history,
-            cost_usd=add_costs(result.pending.cost_usd, result.cost_usd),
+            cost_pico_usd=add_costs(result.pending.cost_pico_usd, result.cost_pico_usd),
             successes=successes,
             waits_long=judgement.verdict is Verdict.PAUSE,
         )

@@ -1,7 +1,6 @@
 """Makes the request of each row, and what one attempt of it reserves at the gate."""
 
 import time
-from decimal import Decimal
 
 import msgspec
 
@@ -19,7 +18,7 @@ from batchrun.request.image_digests import ImageDigests
 from batchrun.request.images import Images
 from batchrun.startup.resume import Plan
 from batchrun.store import variants
-from batchrun.store.db_tables import Reopened, usd
+from batchrun.store.db_tables import Reopened, pico_usd
 from batchrun.store.open_chunk import OpenChunk
 
 
@@ -58,7 +57,7 @@ class Requests:
         """The row with what earlier starts sent for it."""
         row = request.row
         before = 0 if reopened is None else reopened.attempts
-        cost_usd = Decimal(0) if reopened is None else usd(reopened.cost_usd)
+        cost = 0 if reopened is None else pico_usd(reopened.cost_usd)
         earlier = [attempt for attempt in chunk.earlier.discarded.get(row, ()) if attempt.n > before]
         last_sent = max(before, chunk.earlier.lost.get(row, 0))
         refused = any(attempt.verdict is Verdict.PAUSE and self._is_evidence(attempt) for attempt in earlier)
@@ -66,7 +65,7 @@ class Requests:
             request,
             chunk,
             history_of(earlier, last_sent),
-            add_costs(cost_usd, *(attempt.cost_usd for attempt in earlier)),
+            add_costs(cost, *(attempt.cost_pico_usd for attempt in earlier)),
             refused=refused,
             variant=variant,
             set_aside=tuple(each for attempt in earlier if (each := attempt.set_aside) is not None),

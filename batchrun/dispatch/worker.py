@@ -239,16 +239,16 @@ class Workers:
         else:
             decision, history = self._observe_failure(pending, slot, successes, attempt, judgement)
 
-        reported_usd = reported(attempt, answer)
+        reported_cost = reported(attempt, answer)
         table = self._requests.prices.get(request.model)
-        cost_usd = cost_of(attempt, answer, judgement, table, reported_usd)
-        if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
+        cost = cost_of(attempt, answer, judgement, table, reported_cost)
+        if cost is None and table is not None and prices.lacks_tier(table, answer.service_tier):
             self.anomalies.note_unpriced_tier(answer.service_tier)
         if answer.billed_apart is not None and (table is None or not table.every_tier):
             self.anomalies.note_unpriced_usage(answer.billed_apart)
-        in_doubt = not cost_usd and maybe_billed(answer, judgement, cost_usd, capped=self._capped)
+        in_doubt = not cost and maybe_billed(answer, judgement, cost, capped=self._capped)
         result = AttemptResult(
-            pending, attempt, answer, judgement, settlement, history, bound, cost_usd, in_doubt, reported_usd, tokens
+            pending, attempt, answer, judgement, settlement, history, bound, cost, in_doubt, reported_cost, tokens
         )
 
         if not serving.shares_no_prefix:

@@ -12,6 +12,7 @@ import msgspec
 from batchrun.errors import CheckpointError
 from batchrun.integrity import readable_groups
 from batchrun.integrity.db_records import SALVAGED, DbRecords
+from batchrun.money import to_usd
 from batchrun.records import Status
 from batchrun.report.summary import Moment, summarise
 from batchrun.run_summary import Summary, TotalsLine
@@ -48,13 +49,13 @@ def unaccounted_usd(known: DbRecords, sums: RowSums) -> tuple[Decimal, bool]:
     """
     pending = [chunk for chunk in known.chunks if chunk.open and not chunk.generation]
     waiting = [
-        attempt.cost_usd or Decimal(0)
+        attempt.cost_pico_usd or 0
         for attempt in map(db_tables.discarded, (record for record in known.attempts if record[-1] >= known.since))
         if attempt.row not in known.rows and any(chunk.first_row <= attempt.row < chunk.end_row for chunk in pending)
     ]
     replaced = bool(known.reopened) or any(chunk.generation > 1 for chunk in known.chunks)
     replaced |= SALVAGED in known.manifest or SINCE in known.manifest
-    beyond = known.totals.cost_usd() - sums.cost_usd - sum(waiting, Decimal(0))
+    beyond = known.totals.cost_usd() - sums.cost_usd - to_usd(sum(waiting))
     return beyond, not (replaced or sums.unpriced)
 
 

@@ -24,6 +24,9 @@ BUDGET = Binding(Limit.BUDGET)
 NO_SLOT = Binding(Limit.IN_FLIGHT)
 """All slots are taken: only a commit helps, as no other block does."""
 
+_MAX_PICO_USD = 2**63 - 1
+"""Nine million USD: what slots and records have room for."""
+
 SEARCHING_S = 0.05
 """While a limit is searched from far below, an accepted attempt may raise the rate before the next one is due."""
 
@@ -178,9 +181,12 @@ class Gate:
         return self._queue.admit(self.try_admit, demand, probes, self._give_back)
 
     def bound(self, slot: int) -> tuple[int | None, int]:
-        """The attempt's reserved upper bounds: cost in 10⁻¹² USD (None: unknown) and tokens."""
+        """The attempt's reserved upper bounds, as they are recorded: cost in 10⁻¹² USD (None: unknown) and tokens."""
         demand = self._flights[slot].demand
-        return demand.upper_bound_pico_usd, demand.upper_bound_tokens
+        bound = demand.upper_bound_pico_usd
+        if bound is not None and bound > _MAX_PICO_USD:
+            bound = _MAX_PICO_USD
+        return bound, demand.upper_bound_tokens
 
     def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
         """Corrects the token buckets to the usage: `tokens` in all, `output_tokens` of them for the answer.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from batchrun.errors import CheckpointError, InputError
+from batchrun.money import to_usd
 from batchrun.report import run_rows
 from batchrun.report.runs import FoundRun
 from batchrun.store import at_rest
@@ -190,7 +191,8 @@ def _requests(found: Sequence[FoundRun]) -> Iterator[Line]:
                 for chunk in checkpoint.chunks():
                     for attempt in checkpoint.discarded(chunk):
                         if attempt.request_id is not None and attempt.usage is not None:
-                            yield Line(attempt.request_id, attempt.cost_usd)
+                            cost = attempt.cost_pico_usd
+                            yield Line(attempt.request_id, None if cost is None else to_usd(cost))
         except CheckpointError as error:
             raise InputError(f"{each.place}: its attempts can't be read: {error}") from error
 

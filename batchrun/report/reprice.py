@@ -12,6 +12,7 @@ import msgspec
 from batchrun import prices
 from batchrun.errors import JobError
 from batchrun.job.settings import Price
+from batchrun.money import to_usd
 from batchrun.records import Usage
 from batchrun.report.runs import FoundRun
 from batchrun.report.wording import plural
@@ -83,7 +84,7 @@ def _line(line: TotalsLine, price: Price) -> TotalsLine:
         line.cache_write_tokens,
     )
     table = prices.stated(line.model, msgspec.structs.replace(price, per_request=None), "")
-    cost = prices.cost(usage, table, line.service_tier or None) or Decimal(0)
+    cost = to_usd(prices.cost(usage, table, line.service_tier or None) or 0)
     # a fee is paid for each answer; a line without tokens has none
     answered = line.attempts - line.without_usage if line.total_tokens else 0
     fee = price.per_request or Decimal(0)

@@ -123,7 +123,7 @@ def parse_object(body: dict[str, Any], flagged: bool) -> Answer:
     choice: dict[str, Any] = choices[min(numbered)[1]] if numbered else {}
     finish_reason = messages.finish_reason(choice)
     message = messages.of(choice)
-    usage, service_tier, reported_cost_usd = usages.stated_in(body)
+    usage, service_tier, reported_cost_pico_usd = usages.stated_in(body)
     apart = billed_apart.of(body, usages.of_answer(body))
 
     failure = error_body.failure_in(body)
@@ -138,7 +138,7 @@ def parse_object(body: dict[str, Any], flagged: bool) -> Answer:
             usage=usage,
             model=messages.text(body.get("model")),
             service_tier=service_tier,
-            reported_cost_usd=reported_cost_usd,
+            reported_cost_pico_usd=reported_cost_pico_usd,
             billed_apart=apart,
         )
         return with_failure(read, failure or blocked.failure_in(body, finish_reason))
@@ -163,7 +163,7 @@ def parse_object(body: dict[str, Any], flagged: bool) -> Answer:
         finish_reason=finish_reason,
         usage=usage,
         service_tier=service_tier,
-        reported_cost_usd=reported_cost_usd,
+        reported_cost_pico_usd=reported_cost_pico_usd,
         billed_apart=apart,
     )
     return with_failure(read, failure)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from batchrun.money import MAX_USD, to_pico
 from batchrun.records import Usage
 
 MAX_COUNT = 10**9
@@ -18,10 +19,6 @@ MAX_UNSTATED = 65_536
 hides its thinking there, and answers with no more (ai.google.dev, "Models": output token limit). A larger total adds up
 several requests, and is ignored."""
 
-MAX_USD = 1_000_000
-"""No answer costs this much; a larger figure is not in US dollars."""
-
-PICO = Decimal("1e-12")
 TICKS_PER_USD = 10**10
 """docs.x.ai, "Cost Tracking": the unit of `cost_in_usd_ticks`."""
 
@@ -114,7 +111,7 @@ _PROMPT_BESIDE_PROMPT: tuple[Path, ...] = (("toolUsePromptTokenCount",), ("tool_
 _DOLLARS = frozenset({"USD", "US$", "$"})
 
 
-def stated_in(body: Mapping[str, Any]) -> tuple[Usage | None, str | None, Decimal | None]:
+def stated_in(body: Mapping[str, Any]) -> tuple[Usage | None, str | None, int | None]:
     """Usage, service tier and cost of a whole answer: all that it says of its bill."""
     usage = body.get("usage")
     if isinstance(usage, dict) and usage.keys() <= _COMMON and "provider_metadata" not in body:
@@ -189,9 +186,9 @@ def of_choices(stated: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     return usages[0] | counts
 
 
-def cost_in_headers(headers: Mapping[str, str]) -> Decimal | None:
-    """USD that a gateway states in a header."""
-    return _usd(headers.get(LITELLM_COST)) or None
+def cost_in_headers(headers: Mapping[str, str]) -> int | None:
+    """10⁻¹² USD that a gateway states in a header."""
+    return _pico_usd(headers.get(LITELLM_COST)) or None
 
 
 def count(value: Any) -> int | None:
@@ -212,8 +209,8 @@ def _service_tier(body: Mapping[str, Any]) -> str | None:
     return tier[:100].lower().removeprefix("on_demand_") if isinstance(tier, str) else None
 
 
-def _reported_cost(body: Mapping[str, Any]) -> Decimal | None:
-    """USD that the server itself states for the answer; None where it states none, or no sum of money in USD."""
+def _reported_cost(body: Mapping[str, Any]) -> int | None:
+    """10⁻¹² USD that the server itself states for the answer; None where it states no sum of money in USD."""
     usage = body.get("usage")
     if isinstance(usage, dict) and not usage.keys() <= _COMMON:
         named = [
@@ -223,22 +220,22 @@ def _reported_cost(body: Mapping[str, Any]) -> Decimal | None:
             for name in ("currency", "cost_currency")
         ]
         if all(str(currency).strip().upper() in _DOLLARS for currency in named if currency):
-            if (ticks := _usd(usage.get("cost_in_usd_ticks"), most=MAX_USD * TICKS_PER_USD)) is not None:  # xAI
-                return (ticks / TICKS_PER_USD).quantize(PICO)
-            if (cost := _usd(usage.get("cost"))) is not None:  # OpenRouter; an object at Perplexity
+            if (cost := _pico_usd(usage.get("cost_in_usd_ticks"), per_usd=TICKS_PER_USD)) is not None:  # xAI
+                return cost
+            if (cost := _pico_usd(usage.get("cost"))) is not None:  # OpenRouter; an object at Perplexity
                 if usage.get("is_byok") is not True:
                     return cost
                 # The key is the user's own at the vendor, who bills this part; not stated, the sum is unknown.
-                upstream = _usd(_at(usage, ("cost_details", "upstream_inference_cost")))
+                upstream = _pico_usd(_at(usage, ("cost_details", "upstream_inference_cost")))
                 return None if upstream is None else cost + upstream
             for name in ("estimated_cost", "total_cost", "cost_usd"):  # the first is DeepInfra's
-                if (cost := _usd(usage.get(name))) is not None:
+                if (cost := _pico_usd(usage.get(name))) is not None:
                     return cost
-    return _usd(_at(body, ("provider_metadata", "gateway", "cost")))  # Vercel
+    return _pico_usd(_at(body, ("provider_metadata", "gateway", "cost")))  # Vercel
 
 
-def _usd(value: Any, most: int = MAX_USD) -> Decimal | None:
-    """A sum of money as JSON has it: a number, digits in a text, or an object with a total."""
+def _pico_usd(value: Any, per_usd: int = 1) -> int | None:
+    """A sum of money as JSON has it, in 10⁻¹² USD: a number, digits in a text, or an object with a total."""
     if isinstance(value, dict):
         value = value.get("total_cost", value.get("total"))
     if isinstance(value, bool) or not isinstance(value, int | float | str) or len(str(value)) > 60:
@@ -247,7 +244,9 @@ def _usd(value: Any, most: int = MAX_USD) -> Decimal | None:
         usd = Decimal(str(value))
     except InvalidOperation:
         return None
-    return usd.quantize(PICO) if usd.is_finite() and 0 <= usd <= min(most, 10**15) else None
+    if per_usd > 1:
+        usd /= per_usd
+    return to_pico(usd) if usd.is_finite() and 0 <= usd <= MAX_USD else None
 
 
 def _common(usage: Mapping[str, Any]) -> Usage | None:

@@ -14,7 +14,7 @@ from batchrun.job.settings import Budget
 from batchrun.limits import capacity
 from batchrun.limits.admission import Limit
 from batchrun.limits.capacity import Size
-from batchrun.money import PICO
+from batchrun.money import PICO, to_usd
 from batchrun.price_list import lookup
 from batchrun.prices import PriceTable
 from batchrun.records import Usage
@@ -152,7 +152,7 @@ def _cost(
         if (table := tables.get(model)) is None:
             return None
         tier = None if prices.lacks_tier(table, service_tier) else service_tier
-        total += (prices.cost(each, table, tier) or 0) * Decimal(rows * share)
+        total += to_usd(prices.cost(each, table, tier) or 0) * Decimal(rows * share)
     return total
 
 

@@ -23,7 +23,7 @@ from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.ledger import SINCE, Ledger, among, groups
 from batchrun.store.totals import Totals, row_counts_again, with_carried, with_changes, with_reopened
 
-FORMAT = 8
+FORMAT = 9
 """`PRAGMA user_version`. A run directory with another number is of another version: exit 7."""
 
 REOPENED_AT_ONCE = 1000

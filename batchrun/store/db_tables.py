@@ -8,6 +8,7 @@ from decimal import Decimal
 
 import msgspec
 
+from batchrun.money import to_pico, to_usd
 from batchrun.records import CompletionRecord, Discarded, PossiblyBilled, RowError, Usage, Verdict
 from batchrun.run_summary import TotalsLine
 from batchrun.store.database import Record
@@ -90,13 +91,9 @@ class Reopened(msgspec.Struct, frozen=True):
         return msgspec.json.decode(self.answer, type=TotalsLine)
 
 
-def usd(text: str | None) -> Decimal | None:
-    """The amount that a table stores as text."""
-    return None if text is None else Decimal(text)
-
-
-def _text(amount: Decimal | None) -> str | None:
-    return None if amount is None else str(amount)
+def pico_usd(text: str | None) -> int | None:
+    """The amount that a table stores as text in USD."""
+    return None if text is None else to_pico(Decimal(text))
 
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -144,9 +141,10 @@ def _in_characters(c: CompletionRecord) -> CompletionRecord:
 def discarded_record(d: Discarded, invocation: int) -> Record:
     u = d.usage
     usage = (None,) * len(Usage.__struct_fields__) if u is None else msgspec.structs.astuple(u)
+    cost = None if d.cost_pico_usd is None else str(to_usd(d.cost_pico_usd))
     return (
         d.row, d.n, str(d.verdict), int(d.counted), d.http_status, d.error_kind, _characters(d.message),
-        _characters(d.request_id), d.at, d.model, *usage, _text(d.cost_usd),
+        _characters(d.request_id), d.at, d.model, *usage, cost,
         _characters(d.said), invocation,
     )  # fmt: skip
 
@@ -158,18 +156,18 @@ def discarded(record: Record) -> Discarded:
         row=row, n=n, verdict=Verdict(verdict), counted=bool(counted), http_status=http_status, error_kind=kind,
         message=message, request_id=request_id, at=at, model=model,
         usage=None if tokens[0] is None else Usage(*tokens),
-        cost_usd=usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"", said=said,
+        cost_pico_usd=pico_usd(cost), possibly_billed_pico_usd=None, maybe_billed=False, key=b"", said=said,
     )  # fmt: skip
 
 
 def possibly_billed_record(p: PossiblyBilled) -> Record:
-    bound = _text(p.upper_bound_usd), p.upper_bound_tokens
-    return (p.row, p.n, p.key, *bound, p.cause, p.invocation, _characters(p.request_id))
+    usd = None if p.upper_bound_usd is None else str(p.upper_bound_usd)
+    return (p.row, p.n, p.key, usd, p.upper_bound_tokens, p.cause, p.invocation, _characters(p.request_id))
 
 
 def possibly_billed(record: Record) -> PossiblyBilled:
     row, n, key, bound, tokens, cause, invocation, request_id = record
-    return PossiblyBilled(row, n, key, usd(bound), tokens, cause, invocation, request_id)
+    return PossiblyBilled(row, n, key, None if bound is None else Decimal(bound), tokens, cause, invocation, request_id)
 
 
 _USD = [TotalsLine.__struct_fields__.index(name) for name in ("cost_usd", "reported_cost_usd", "saved_usd")]

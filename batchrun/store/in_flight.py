@@ -22,7 +22,6 @@ _CRC = struct.Struct("<I")
 SLOT_BYTES = 64
 _EMPTY = bytes(SLOT_BYTES)
 _SLOT = struct.Struct(f"<{_FIELDS.size}sI{SLOT_BYTES - _FIELDS.size - _CRC.size}x")
-_MAX_PICO_USD = 2**63 - 1
 
 
 class NamedRequest(NamedTuple):
@@ -67,8 +66,6 @@ class InFlightFile:
     ) -> None:
         """Writes the attempt into the slot. Call it before the request goes to the socket."""
         pico_usd = -1 if upper_bound_pico_usd is None else upper_bound_pico_usd
-        if pico_usd > _MAX_PICO_USD:
-            pico_usd = _MAX_PICO_USD
         tokens = -1 if upper_bound_tokens is None else upper_bound_tokens
         fields = _FIELDS.pack(row, n, key, pico_usd, tokens, self._with_ids)
         _SLOT.pack_into(self._map, slot * SLOT_BYTES, fields, zlib.crc32(fields))

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from batchrun.money import to_usd
 from batchrun.records import (
     DAY_S,
     CompletionRecord,
@@ -141,7 +142,7 @@ def possibly_billed(ending: Ending, invocation: int) -> PossiblyBilled:
         row=ending.row,
         n=n,
         key=ending.key.hex(),
-        upper_bound_usd=ending.possibly_billed_usd,
+        upper_bound_usd=None if (bound := ending.possibly_billed_pico_usd) is None else to_usd(bound),
         upper_bound_tokens=ending.possibly_billed_tokens,
         cause=cause,
         invocation=invocation,
@@ -240,15 +241,15 @@ def with_carried(totals: Totals, lines: Mapping[int, TotalsLine], earlier: Mappi
 
 
 def _with_unstated(known: Unstated, endings: Iterable[Ending]) -> Unstated:
-    usd, tokens = known.usd, known.tokens
+    pico_usd, tokens = 0, known.tokens
     for ending in endings:
         if ending.maybe_billed:
             continue  # its bounds are in the list of possibly billed requests
-        if (ending.last_cost_usd if isinstance(ending, CompletionRecord) else ending.cost_usd) is None:
-            usd += ending.possibly_billed_usd or 0
+        if (ending.last_cost_pico_usd if isinstance(ending, CompletionRecord) else ending.cost_pico_usd) is None:
+            pico_usd += ending.possibly_billed_pico_usd or 0
         if ending.offline is not None:  # an answer came, and no usage
             tokens += ending.possibly_billed_tokens
-    return known if (usd, tokens) == (known.usd, known.tokens) else Unstated(usd, tokens)
+    return known if not pico_usd and tokens == known.tokens else Unstated(known.usd + to_usd(pico_usd), tokens)
 
 
 def with_changes(totals: Totals, changes: Iterable[TotalsLine]) -> Totals:
@@ -276,8 +277,8 @@ def row_counts_again(answer: TotalsLine) -> TotalsLine:
 def answer_line(c: CompletionRecord, invocation: int) -> TotalsLine:
     """What the row's answer alone used and cost, with the key of the line that it is booked in."""
     restored = c.restored
-    usage, cost = (c.usage, c.last_cost_usd) if restored is None else (restored.usage, restored.cost_usd)
-    reported = c.reported_cost_usd if restored is None else None
+    usage, cost = (c.usage, c.last_cost_pico_usd) if restored is None else (restored.usage, restored.cost_pico_usd)
+    reported = c.reported_cost_pico_usd if restored is None else None
     key = invocation, c.model, str(c.status), utc_day(c.finished_at), c.service_tier
     return _used(TotalsLine(*key, rows=1), usage, cost, reported)
 
@@ -327,7 +328,7 @@ def _second_answer(new: TotalsLine, before: TotalsLine) -> list[TotalsLine]:
     return [*moved_to_discarded(new), row_counts_again(before)]
 
 
-def _used(line: TotalsLine, usage: Usage | None, cost: Decimal | None, reported: Decimal | None) -> TotalsLine:
+def _used(line: TotalsLine, usage: Usage | None, cost: int | None, reported: int | None) -> TotalsLine:
     """The line with one attempt's usage and cost in it, without the offline count, which stays where it was booked."""
     used = usage or Usage(0, 0, 0)
     return msgspec.structs.replace(
@@ -338,11 +339,11 @@ def _used(line: TotalsLine, usage: Usage | None, cost: Decimal | None, reported:
         completion_tokens=used.completion_tokens,
         reasoning_tokens=used.reasoning_tokens,
         total_tokens=used.total_tokens,
-        cost_usd=cost or Decimal(0),
+        cost_usd=to_usd(cost or 0),
         unpriced=int(usage is not None and cost is None),
         without_usage=int(usage is None and cost is None),
         cache_write_tokens=used.cache_write_tokens,
-        reported_cost_usd=reported or Decimal(0),
+        reported_cost_usd=to_usd(reported or 0),
     )
 
 
@@ -359,25 +360,24 @@ def _with_endings(line: TotalsLine, endings: Sequence[Ending]) -> TotalsLine:
     """The line with these attempts added: summed in local variables, so that a commit makes one new line."""
     rows = prompt = completion = total = unpriced = without_usage = 0
     cached, reasoning, written = line.cached_tokens, line.reasoning_tokens, line.cache_write_tokens
-    offline_prompt = offline_completion = 0
-    cost, reported = line.cost_usd, line.reported_cost_usd
+    offline_prompt = offline_completion = cost = reported = 0
     for ending in endings:
         if isinstance(ending, CompletionRecord):
             rows += ending.restored is None
-            attempt_usd = ending.last_cost_usd
+            attempt_cost = ending.last_cost_pico_usd
         else:
-            attempt_usd = ending.cost_usd
-        if attempt_usd is not None:
-            cost += attempt_usd
-        if ending.reported_cost_usd is not None:
-            reported += ending.reported_cost_usd
+            attempt_cost = ending.cost_pico_usd
+        if attempt_cost is not None:
+            cost += attempt_cost
+        if ending.reported_cost_pico_usd is not None:
+            reported += ending.reported_cost_pico_usd
         if ending.offline is not None:
             offline_prompt += ending.offline.prompt_tokens
             offline_completion += ending.offline.completion_tokens
         if (usage := ending.usage) is None:
-            without_usage += attempt_usd is None
+            without_usage += attempt_cost is None
             continue
-        unpriced += attempt_usd is None
+        unpriced += attempt_cost is None
         prompt += usage.prompt_tokens
         completion += usage.completion_tokens
         total += usage.total_tokens
@@ -396,13 +396,13 @@ def _with_endings(line: TotalsLine, endings: Sequence[Ending]) -> TotalsLine:
         completion_tokens=line.completion_tokens + completion,
         reasoning_tokens=reasoning,
         total_tokens=line.total_tokens + total,
-        cost_usd=cost,
+        cost_usd=line.cost_usd + to_usd(cost),
         unpriced=line.unpriced + unpriced,
         without_usage=line.without_usage + without_usage,
         offline_prompt_tokens=line.offline_prompt_tokens + offline_prompt,
         offline_completion_tokens=line.offline_completion_tokens + offline_completion,
         cache_write_tokens=written,
-        reported_cost_usd=reported,
+        reported_cost_usd=line.reported_cost_usd + to_usd(reported),
         reused=line.reused,
         duplicates=line.duplicates,
         saved_usd=line.saved_usd,

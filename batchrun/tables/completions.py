@@ -2,18 +2,17 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 
+from batchrun.money import to_usd
 from batchrun.records import Choice, CompletionRecord, FunctionCall, RowError, SetAside, Status
 from batchrun.tables.arrow_types import Column, array_of
-from batchrun.tables.rows import OWN_COLUMNS, USD, Completion, own_values, with_problems
+from batchrun.tables.rows import OWN_COLUMNS, Completion, own_values, with_problems
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
-_USD = Decimal(1).scaleb(-USD.scale)
 
 
 def of_rows(rows: pa.RecordBatch) -> Iterator[Completion]:
@@ -35,7 +34,7 @@ def settled(
     for name in ("created", "finished_at"):
         values[name] = [None if us is None else _EPOCH + timedelta(microseconds=us) for us in values[name]]
     for name in ("cost_usd", "reported_cost_usd", "answer_cost_usd"):
-        values[name] = [None if usd is None else usd.quantize(_USD) for usd in values[name]]
+        values[name] = [None if pico_usd is None else to_usd(pico_usd) for pico_usd in values[name]]
     if parsed.kind != "json":
         array, problems = array_of(parsed, values["parsed"])
         values["parsed"] = array.to_pylist()

@@ -1,12 +1,12 @@
 """Rows without an outcome, as the output has them: in the result of a run that is not complete. PURE."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
 
 from batchrun.records import Discarded
-from batchrun.tables.rows import OWN_COLUMNS
+from batchrun.tables.rows import OWN_COLUMNS, usd_array
 
 PENDING = "pending"
 """The status of a row without an outcome. No row of a complete result has it."""
@@ -29,11 +29,11 @@ def beside(
     if not missing:
         return own
     attempts = [(discarded or {}).get(row, ()) for row in missing]
-    costs = [[attempt.cost_usd for attempt in each] for each in attempts]
-    values: dict[str, list[object]] = {
+    costs = [[attempt.cost_pico_usd for attempt in each] for each in attempts]
+    values: dict[str, Any] = {
         "row": list(missing),
         "status": [PENDING] * len(missing),
-        "cost_usd": [None if None in each else sum(filter(None, each)) for each in costs],
+        "cost_usd": usd_array([None if None in each else sum(filter(None, each)) for each in costs]),
         "attempts": [
             max([(lost or {}).get(row, 0), *(attempt.n for attempt in each)])
             for row, each in zip(missing, attempts, strict=True)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.limits.run_verdicts import REFUSED_IN_A_ROW
+from batchrun.money import to_usd
 from batchrun.prices import PriceTable, Tier, cost
 from batchrun.records import Usage
 from batchrun.simulator import Fault, LedgerLine, SimulatorConfig, parse_faults, read_ledger
@@ -64,7 +65,7 @@ def billed_usd(ledger: list[LedgerLine]) -> Decimal:
                 line.cached_tokens,
                 line.reasoning_tokens,
             )
-            total += cost(usage, LIST_PRICE) or 0
+            total += to_usd(cost(usage, LIST_PRICE) or 0)
     return total
 
 

@@ -31,6 +31,7 @@ from batchrun.store.totals import DISCARDED, FIGURES, plus
 from tests import level
 from tests.cli_process import batchrun, read_summary, write_job, write_rows
 from tests.endings import completion, discarded
+from tests.money import pico
 from tests.simulator_process import running_simulator
 
 NOON = datetime(2026, 11, 28, 12, tzinfo=UTC)
@@ -288,7 +289,7 @@ MIDNIGHT = 1_795_824_000.0  # 2026-11-28, UTC
 def test_money_is_booked_on_the_day_spent(tmp_path: Path) -> None:
     """The real checkpoint, with endings whose time is made: two starts, the first of them over midnight."""
     starts: list[list[Ending]] = [
-        [discarded(0, at=MIDNIGHT - 9.0, cost_usd=Decimal(1)), completion(0, finished_at=MIDNIGHT - 0.5, attempts=2)],
+        [discarded(0, at=MIDNIGHT - 9.0, cost_pico_usd=pico(1)), completion(0, finished_at=MIDNIGHT - 0.5, attempts=2)],
         [completion(1, finished_at=MIDNIGHT), completion(2, finished_at=MIDNIGHT + 86_400 * 3)],
     ]
     for endings in starts:
@@ -300,8 +301,7 @@ def test_money_is_booked_on_the_day_spent(tmp_path: Path) -> None:
         lines = checkpoint.totals.lines()
         checkpoint.close()
     run = write_summary(tmp_path / "run", summary_of("r", "job", lines, 2, 0))
-    each = completion(0).last_cost_usd
-    assert each is not None
+    each = Decimal("0.0000455")
     by_day = {line.group[0]: line for line in report.collect([run], ("day",)).lines}
     assert {day: line.cost_usd for day, line in by_day.items()} == {
         "2026-11-27": 1 + each,

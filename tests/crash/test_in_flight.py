@@ -81,13 +81,6 @@ def test_clearing_all_leaves_no_request_in_flight(tmp_path: Path) -> None:
     assert in_flight.read(path) == []
 
 
-def test_a_bound_beyond_64_bits_is_clamped(tmp_path: Path) -> None:
-    with opened(tmp_path / "inflight.bin", 1) as flying:
-        flying.occupy(0, 1, 1, KEY, pico(10**9), 9)
-        (entry,) = flying.occupied()
-    assert entry.upper_bound_pico_usd == 2**63 - 1
-
-
 @SHARED
 @given(st.lists(ENTRIES, min_size=1, max_size=4), st.integers(0, 4 * SLOT_BYTES * 8 - 1))
 def test_a_flipped_bit_is_reported_or_changes_nothing(tmp_path: Path, entries: list[NamedRequest], bit: int) -> None:

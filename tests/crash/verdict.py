@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchrun.durable import TEMP_SUFFIX
+from batchrun.money import to_usd
 from batchrun.prices import PriceTable, Tier, cost
 from batchrun.records import Usage
 from batchrun.report.bill import Bill
@@ -178,4 +179,4 @@ def _is_answer(line: LedgerLine, final: set[Exchange]) -> bool:
 def _cost(line: LedgerLine) -> Decimal:
     total = line.prompt_tokens + line.completion_tokens
     usage = Usage(line.prompt_tokens, line.completion_tokens, total, line.cached_tokens, line.reasoning_tokens)
-    return cost(usage, LIST_PRICE) or Decimal(0)
+    return to_usd(cost(usage, LIST_PRICE) or 0)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from decimal import Decimal
 from pathlib import Path
 
 import msgspec
@@ -16,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from batchrun.errors import BatchrunError, CheckpointError, DiskError, ExitCode, RunLockedError
+from batchrun.money import to_usd
 from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled, RowError, Status
 from batchrun.store import db_tables
 from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
@@ -25,6 +25,7 @@ from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import Totals, answer_line, fold, possibly_billed, with_possibly_billed
 from tests import checkpoint_writer, level
 from tests.endings import completion, discarded, stored_attempt
+from tests.money import pico
 from tests.random_endings import ENDINGS
 from tests.unit.test_memory import resident_mb
 
@@ -76,8 +77,8 @@ def filled(path: Path) -> Path:
         error = RowError("bad_request", 400, "too_long", "the context is too long")
         endings: list[Ending] = [completion(row) for row in range(50, 70)]
         endings.append(completion(70, error=error, time_to_first_token_s=0.25, variant=1))
-        endings += [discarded(row, 1, cost_usd=None) for row in range(40, 60)]
-        put(checkpoint, [*endings, discarded(71, maybe_billed=True, possibly_billed_usd=Decimal("0.5"))])
+        endings += [discarded(row, 1, cost_pico_usd=None) for row in range(40, 60)]
+        put(checkpoint, [*endings, discarded(71, maybe_billed=True, possibly_billed_pico_usd=pico("0.5"))])
         again = Chunk(0, 0, 50, '{"file":0}', "ab" * 16, 1, "cd" * 16)
         checkpoint.reopen_chunks([again], [reopened(3, 2, "ok")], {})
     return path
@@ -286,7 +287,7 @@ def require_consistent(path: Path, durable: set[int]) -> None:
         assert durable <= {row.row for row in rows}
         lines = checkpoint.totals.booked.values()
         assert sum(line.rows for line in lines) == len(rows)
-        assert checkpoint.totals.cost_usd() == sum((row.cost_usd or Decimal(0) for row in rows), Decimal(0))
+        assert checkpoint.totals.cost_usd() == to_usd(sum(row.cost_pico_usd or 0 for row in rows))
 
 
 @pytest.mark.heavy

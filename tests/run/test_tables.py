@@ -160,7 +160,7 @@ def test_tool_calls_and_choices_have_columns() -> None:
 
 def test_an_unanswered_row_has_error_and_nulls() -> None:
     error = RowError("bad_request", 400, "too_long", "the context is too long")
-    row = own(completion(0, status=Status.ERROR, error=error, raw=b"", cost_usd=None))
+    row = own(completion(0, status=Status.ERROR, error=error, raw=b"", cost_pico_usd=None))
     assert row["error"] == msgspec.to_builtins(error)
     assert row["model"] == MODEL
     unknown = ["content", "parsed", "function_call", "finish_reason", "created", "prompt_tokens", "cost_usd"]

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun import prices
+from batchrun.money import to_usd
 from batchrun.price_list import lookup
 from batchrun.records import Usage
 from batchrun.report import bill as report
@@ -76,7 +77,7 @@ class Night:
         for line in self.ledger:
             if line.billed:
                 known = line.prompt_tokens, line.completion_tokens, 0, line.cached_tokens
-                total += prices.cost(Usage(*known), table[MODEL]) or 0
+                total += to_usd(prices.cost(Usage(*known), table[MODEL]) or 0)
         return total
 
 

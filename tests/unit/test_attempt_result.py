@@ -5,17 +5,19 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun import attempt_caps
+from batchrun import attempt_caps, policy, prices
 from batchrun.attempt_caps import History
-from batchrun.dispatch.attempt_result import AttemptResult, history_of, maybe_billed
+from batchrun.dispatch.attempt_result import AttemptResult, cost_of, history_of, maybe_billed
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.answer_schema import KINDS
-from batchrun.job.settings import Retry
+from batchrun.job.settings import Price, Retry
 from batchrun.policy import Judgement
-from batchrun.records import Answer, Attempt, Request, RowError, Verdict
+from batchrun.records import Answer, Attempt, Request, RowError, Usage, Verdict
+from tests.money import pico
 
 REQUEST = Request(7, b"k" * 16, b"{}", "m", 10, 10)
 CHUNK = cast(Any, SimpleNamespace())
@@ -57,16 +59,21 @@ def test_earlier_overloads_leave_a_row_its_attempts() -> None:
     assert not attempt_caps.exhausted(again, Retry(max_attempts=6, max_5xx=4))
 
 
+@pytest.mark.parametrize(("tokens", "known"), [(1_000_000, True), (1_000_001, False)])
+def test_no_attempt_costs_over_a_million(tokens: int, *, known: bool) -> None:
+    """Such a count is an error of the server's, and its cost is unknown."""
+    answer = Answer(completion=True, usage=Usage(tokens, 0, tokens))
+    table = prices.stated("m", Price(input=Decimal(10**6), output=Decimal(0)), "2026-11-29")
+    cost = cost_of(Attempt(0.0, 0.0, 200, {}, b""), answer, policy.ANSWERED, table, None)
+    assert (cost == pico(10**6)) if known else cost is None
+
+
 def test_missing_usage_counts_under_token_caps() -> None:
     """Only there is the answer's usage possibly unknown."""
     answered = Judgement(Verdict.OK)
     assert maybe_billed(Answer(completion=True), answered, None, capped=True)
     assert not maybe_billed(Answer(completion=True), answered, None, capped=False)
-    assert maybe_billed(
-        Answer(), Judgement(Verdict.MAYBE, RowError("timeout"), in_doubt=True), Decimal(0), capped=False
-    )
-    assert maybe_billed(
-        Answer(), Judgement(Verdict.ROW, RowError("server_error", 504), in_doubt=True), Decimal(0), capped=False
-    )
-    assert not maybe_billed(Answer(), Judgement(Verdict.FREE, RowError("server_error", 500)), Decimal(0), capped=True)
+    assert maybe_billed(Answer(), Judgement(Verdict.MAYBE, RowError("timeout"), in_doubt=True), 0, capped=False)
+    assert maybe_billed(Answer(), Judgement(Verdict.ROW, RowError("server_error", 504), in_doubt=True), 0, capped=False)
+    assert not maybe_billed(Answer(), Judgement(Verdict.FREE, RowError("server_error", 500)), 0, capped=True)
     assert not KINDS & {"timeout", "server_error"}, "kinds of answers that are retried are no others"

@@ -599,6 +599,17 @@ def test_token_and_request_caps_are_kept(
 
 
 @on_moved_clock
+async def test_a_recorded_bound_has_64_bits() -> None:
+    """A slot and a record have no room for more; the budget counts all of it."""
+    budget = money(pico(10**9))
+    gate = new_gate(budget=budget)
+    slot = await gate.admit(Demand(1, pico(10**9), 9))
+    assert gate.bound(slot) == (2**63 - 1, 9)
+    assert budget.cost is not None
+    assert budget.cost.reserved == pico(10**9)
+
+
+@on_moved_clock
 async def test_an_unaffordable_row_waits_then_stops() -> None:
     budget = money(pico("1.00"))
     gate = new_gate(budget=budget)

@@ -13,7 +13,7 @@ import genai_prices.types as theirs
 import pytest
 from genai_prices.data import providers
 
-from batchrun.money import PICO
+from batchrun.money import to_pico
 from batchrun.price_list import convert, newest
 from batchrun.price_list.lookup import find, table_of
 from batchrun.price_list.tables import Model, Vendor
@@ -63,7 +63,7 @@ def assert_same(
             context = {} if tier is None else {tier[0]: tier[1]}
             for usage in usages(their_model.get_prices(at, context)):
                 ours = cost(usage, table, tier and tier[1], at.timestamp())
-                expected = their_cost(usage, provider, their_model, at, context).quantize(PICO)
+                expected = to_pico(their_cost(usage, provider, their_model, at, context))
                 assert ours == expected, (their_model.id, at, tier, usage)
 
 

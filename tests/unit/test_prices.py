@@ -1,15 +1,19 @@
 """A bill is exact, counts cached tokens once, applies tiers request by request, and says when it does not know."""
 
 from decimal import Decimal
+from fractions import Fraction
 
 import genai_prices
+import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from batchrun import prices
 from batchrun.job.settings import Price
+from batchrun.money import to_usd
 from batchrun.price_list.lookup import resolve, vendor_at
-from batchrun.prices import PriceTable, Tier, cost, lacks_tier, requested_tier, upper_bound
+from batchrun.prices import PriceTable, Tier, lacks_tier, requested_tier, upper_bound
 from batchrun.records import Usage
 
 TODAY = "2026-11-22"
@@ -23,6 +27,12 @@ def table(*tiers: tuple[int, str, str, str]) -> PriceTable:
 
 CODEX = table((0, "1.75", "0.175", "14"))
 TIERED = table((0, "2.50", "0.25", "10"), (272_000, "5.00", "0.50", "15"))
+
+
+def cost(usage: Usage | None, table: PriceTable | None, tier: str | None = None, at_s: float = 0.0) -> Decimal | None:
+    """In USD."""
+    pico_usd = prices.cost(usage, table, tier, at_s)
+    return None if pico_usd is None else to_usd(pico_usd)
 
 
 def used(prompt: int, completion: int, cached: int | None = None, reasoning: int | None = None) -> Usage:
@@ -71,8 +81,26 @@ def test_an_unknown_cost_is_not_zero() -> None:
     assert resolve("vtrix-no-such-model", {}, TODAY, GATEWAY) is None
 
 
-USD = st.decimals(0, 1000, places=6)
 COUNT = st.integers(0, 2_000_000)
+DIGITS = st.decimals(0, 1000, places=18)
+
+
+@given(DIGITS, DIGITS, DIGITS, st.decimals(0, 1, places=24), COUNT, COUNT, COUNT)
+@example(D("0.0000005"), D(0), D(0), D(0), 1, 0, 0)
+@example(D("0.0000005"), D(0), D(0), D(0), 3, 0, 0)
+@example(D("0.0000005"), D(0), D(0), D("1e-12"), 1, 0, 0)
+def test_a_cost_is_rounded_once_half_even(
+    each: Decimal, hit: Decimal, output: Decimal, fee: Decimal, prompt: int, completion: int, cached: int
+) -> None:
+    """Whatever digits the prices have."""
+    long = msgspec.structs.replace(table((0, str(each), str(hit), str(output))), per_request=fee)
+    cached = min(cached, prompt)
+    micro = (prompt - cached) * Fraction(each) + cached * Fraction(hit) + completion * Fraction(output)
+    exact = micro / 10**6 + Fraction(fee)
+    assert prices.cost(used(prompt, completion, cached), long) == round(exact * 10**12)
+
+
+USD = st.decimals(0, 1000, places=6)
 TABLES = st.lists(
     st.tuples(st.integers(1, 2_000_000), USD, USD, USD), min_size=1, max_size=3, unique_by=lambda tier: tier[0]
 ).map(
@@ -102,8 +130,7 @@ def test_no_usage_exceeds_the_upper_bound(
 def test_a_cost_fits_its_column(prices: PriceTable, prompt: int, completion: int) -> None:
     usd = cost(used(prompt, completion), prices)
     assert usd is not None
-    assert usd.as_tuple().exponent == -12
-    assert len(usd.as_tuple().digits) <= 20
+    assert 0 <= usd < 10**8
 
 
 # -- where a price comes from

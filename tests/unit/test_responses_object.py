@@ -1,6 +1,5 @@
 """Answers of the Responses API, whole and streamed, read as chat completions are."""
 
-from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -9,6 +8,7 @@ import pytest
 from batchrun.records import Answer, Usage
 from batchrun.response import answer as answers
 from batchrun.response.answer import has_token, is_done
+from tests.money import pico
 
 MESSAGE = {
     "type": "message",
@@ -142,4 +142,4 @@ def test_tokens_and_ends_are_seen_in_events() -> None:
 
 
 def test_a_stated_cost_is_read() -> None:
-    assert read(response(MESSAGE, usage={**USAGE, "cost": 0.5})).reported_cost_usd == Decimal("0.5")
+    assert read(response(MESSAGE, usage={**USAGE, "cost": 0.5})).reported_cost_pico_usd == pico("0.5")

@@ -14,6 +14,7 @@ from batchrun.prices import PriceTable
 from batchrun.records import Attempt, Usage, Verdict
 from batchrun.response import answer as answers
 from tests.endings import discarded
+from tests.money import pico
 
 OPENAI = b'{"error":{"message":"Resource Unavailable. Try again later.","code":"resource_unavailable"}}'
 GROQ = b'{"error":{"message":"Flex tier capacity exceeded","type":"internal_server_error","code":"capacity_exceeded"}}'
@@ -101,4 +102,5 @@ def test_rows_change_tiers_before_a_deadline() -> None:
 def test_a_tier_is_billed_at_the_jobs_prices() -> None:
     table = _own(flex=("1", "5"))
     usage = Usage(1_000_000, 0, 1_000_000)
-    assert [prices.cost(usage, table, tier) for tier in (None, "default", "flex", "odd")] == [2, 2, 1, 2]
+    costs = [prices.cost(usage, table, tier) for tier in (None, "default", "flex", "odd")]
+    assert costs == [pico(2), pico(2), pico(1), pico(2)]

@@ -6,6 +6,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchrun.money import to_usd
 from batchrun.records import DAY_S, CompletionRecord, Ending, OfflineCount, PossiblyBilled, Status, Usage, utc_day
 from batchrun.run_summary import TotalsLine
 from batchrun.store.totals import (
@@ -19,6 +20,7 @@ from batchrun.store.totals import (
     with_possibly_billed,
 )
 from tests.endings import MODEL, completion, discarded
+from tests.money import pico
 from tests.random_endings import ENDINGS
 
 DAY = "2026-11-18"
@@ -47,9 +49,9 @@ def test_totals_ignore_grouping_and_order(endings: list[Ending], sizes: list[int
 def test_totals_are_the_sum_of_results(endings: list[Ending]) -> None:
     spent = fold(Totals(), endings, 1)
     completions = [ending for ending in endings if isinstance(ending, CompletionRecord)]
-    costs = [e.last_cost_usd if isinstance(e, CompletionRecord) else e.cost_usd for e in endings]
+    costs = [e.last_cost_pico_usd if isinstance(e, CompletionRecord) else e.cost_pico_usd for e in endings]
     assert spent.settled() == len(completions)
-    assert spent.cost_usd() == sum(filter(None, costs), Decimal(0))
+    assert spent.cost_usd() == to_usd(sum(filter(None, costs)))
     lines = spent.booked.values()
     assert sum(line.attempts for line in lines) == len(endings)
     assert sum(line.total_tokens for line in lines) == sum(e.usage.total_tokens for e in endings if e.usage)
@@ -92,7 +94,7 @@ def test_each_invocation_has_lines_of_its_own() -> None:
 
 def test_only_possibly_billed_attempts_count_so() -> None:
     lost = discarded(
-        3, 2, maybe_billed=True, error_kind="timeout", possibly_billed_usd=Decimal("0.5"), possibly_billed_tokens=700
+        3, 2, maybe_billed=True, error_kind="timeout", possibly_billed_pico_usd=pico("0.5"), possibly_billed_tokens=700
     )
     assert possibly_billed(lost, 4) == PossiblyBilled(
         3, 2, lost.key.hex(), Decimal("0.5"), 700, "timeout", 4, "req-3-2"
@@ -117,12 +119,12 @@ def test_every_possible_billing_is_counted() -> None:
 
 def test_missing_usage_counts_by_bounds_once() -> None:
     offline = OfflineCount(9, 3)
-    bounds: dict[str, Any] = {"possibly_billed_usd": Decimal("0.5"), "possibly_billed_tokens": 700}
-    silent = completion(0, usage=None, last_cost_usd=None, offline=offline, **bounds)
-    unpriced = completion(1, usage=Usage(10, 2, 12), last_cost_usd=None, **bounds)
-    stated = completion(2, usage=None, last_cost_usd=Decimal("0.1"), offline=offline, **bounds)
-    named = completion(3, usage=None, last_cost_usd=None, offline=offline, maybe_billed=True, **bounds)
-    refused = discarded(4, usage=None, cost_usd=Decimal(0), **bounds)
+    bounds: dict[str, Any] = {"possibly_billed_pico_usd": pico("0.5"), "possibly_billed_tokens": 700}
+    silent = completion(0, usage=None, last_cost_pico_usd=None, offline=offline, **bounds)
+    unpriced = completion(1, usage=Usage(10, 2, 12), last_cost_pico_usd=None, **bounds)
+    stated = completion(2, usage=None, last_cost_pico_usd=pico("0.1"), offline=offline, **bounds)
+    named = completion(3, usage=None, last_cost_pico_usd=None, offline=offline, maybe_billed=True, **bounds)
+    refused = discarded(4, usage=None, cost_pico_usd=0, **bounds)
     spent = fold(Totals(), [silent, unpriced, stated, named, refused], 1)
     assert spent.unstated == Unstated(Decimal("1.0"), 1_400)
     assert (spent.tokens(), spent.most_usd()) == (12 + 1_400, Decimal("1.1"))
