@@ -1,41 +1,24 @@
 """Which row is sent next: due retries before new rows, oldest first, so that chunks close in order.
 
 A row that failed lets a new row go first as long as no other row was answered since: the new one shows whether the row
-or the endpoint is at fault. After several new rows have failed one after another, the backlog **mixes**: it hands out,
-in turn, a retry, a new row from further ahead, and the next new row. A retry succeeds if every row fails at first, a
-row from further ahead if only the next thousand are bad, none if the endpoint is down.
+or the endpoint is at fault. After several new rows have failed one after another, `mixing` chooses.
 """
 
 import asyncio
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
-from enum import Enum
 
 import msgspec
 
 from batchrun.attempt_caps import NEW, History
+from batchrun.dispatch.mixing import Kind, Mixing
 from batchrun.limits.waiters import Waiters
-from batchrun.records import OK, Attempt, Correction, Request, Row, RowError, SetAside, Usage, Verdict
+from batchrun.records import Attempt, Correction, Request, Row, RowError, SetAside, Usage, Verdict
 from batchrun.store.open_chunk import OpenChunk
-
-FAILED_FIRST = 3
-"""After so many new rows have failed one after another at their first attempt, the backlog mixes."""
-
-MOST_DOUBTED = 8
-"""While the backlog mixes and one kind of row is answered, so many rows of the other kinds may be in flight or have
-failed since the last answer: enough to notice a change, and few requests if an outage begins."""
 
 SOON_S = 5.0
 """If retries are the kind that is answered, a retry that is due within this time is worth waiting for."""
-
-FIRST_REACH, MOST_REACH = 1_000, 16_000
-"""How many rows ahead the backlog looks: four times as far after each row ahead that fails, bounded by memory and
-disk."""
-
-PLACES = (1.0, 0.5, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125)
-"""Where in that reach a row is taken: the last one first, since bad rows are often neighbours. The place stays the same
-while its rows are answered."""
 
 MAX_WAITING = 4096
 """With so many rows waiting for a retry no new row is sent: more would only fill memory while the endpoint fails."""
@@ -74,14 +57,6 @@ class Pending(msgspec.Struct, frozen=True):
     set_aside: tuple[SetAside, ...] = ()
 
 
-class Kind(Enum):
-    """Where the backlog took a row from while it mixes."""
-
-    RETRY = 0
-    AHEAD = 1
-    NEXT = 2
-
-
 class Backlog:
     """Hands out the pending rows. One per event loop; any number of workers may wait in `next`.
 
@@ -109,14 +84,7 @@ class Backlog:
         self._opening: asyncio.Task[OpenChunk | None] | None = None
         self._retries: list[tuple[float, int, Pending]] = []
         self._returned: list[tuple[int, Pending]] = []
-        self._failed_first = 0  # new rows, taken in order, that failed one after another
-        self._mixed: dict[int, Kind] = {}  # busy rows that were taken while the backlog mixed
-        self._turn = 0
-        self._answered: Kind | None = None  # the kind that was answered last, until it fails
-        self._doubted = 0  # rows of the other kinds that are busy, or have failed since the last answer
-        self._last_failed = -1  # the last row, of those taken in order, whose first attempt failed
-        self._place = 0
-        self._reach = FIRST_REACH
+        self._mixing = Mixing()
         self._held: list[Pending] = []
         self._busy = 0
         self._exhausted = False
@@ -161,7 +129,7 @@ class Backlog:
 
     def next_at_once(self) -> Pending | None:
         """The next row to send, if it is known without a wait and the backlog does not mix; else ask `next`."""
-        if self._closed or self._failed_first >= FAILED_FIRST or not self._has_room():
+        if self._closed or self._mixing.is_on or not self._has_room():
             return None
         if self._fresh and not self._retries and not self._returned:
             self._busy += 1
@@ -179,7 +147,7 @@ class Backlog:
             if not self._has_room():
                 await self._wait(timed=False)
                 continue
-            if (self._is_mixing or probes) and len(self._fresh) < self._reach and not self._exhausted:
+            if (self._mixing.is_on or probes) and len(self._fresh) < self._mixing.reach and not self._exhausted:
                 await self._refill()
                 continue
             if (pending := self._pop(probes=probes)) is not None:
@@ -203,9 +171,7 @@ class Backlog:
     def put_back(self, pending: Pending) -> None:
         """The row was not sent; it will be handed out again."""
         self._busy -= 1
-        kind = self._mixed.pop(pending.request.row, None)
-        if kind is not None and kind is not self._answered:
-            self._doubted = max(0, self._doubted - 1)
+        self._mixing.put_back(pending.request.row)
         if pending.successes is None:
             heapq.heappush(self._returned, (pending.request.row, pending))
         else:
@@ -216,39 +182,13 @@ class Backlog:
         """True for a busy row of a kind that fails while another kind is answered: its failure is no evidence about the
         endpoint.
         """
-        kind, answered = self._mixed.get(row), self._answered
-        if kind is None or (self.drained and answered is not Kind.RETRY):  # no row of that kind is left
-            return False
-        return answered not in (None, kind)
+        no_other_kind = self.drained and self._mixing.answered is not Kind.RETRY
+        return not no_other_kind and self._mixing.is_doubted(row)
 
     def ended(self, pending: Pending, verdict: Verdict) -> None:
         """An attempt of the row has ended with this verdict."""
-        row, is_new = pending.request.row, pending.successes is None
-        if verdict is OK and not self._mixed:  # nearly all attempts
-            self._doubted = 0
-            if is_new and row > self._last_failed:
-                self._failed_first = self._place = 0
-                self._reach = FIRST_REACH
-            return
-        kind = self._mixed.pop(row, None)
-        if verdict is OK or verdict is Verdict.ROW:
-            if kind is not None:
-                self._answered = kind
-            busy: list[Kind | None] = [*self._mixed.values()]
-            self._doubted = len(busy) - busy.count(self._answered) if busy else 0
-            if is_new and row > self._last_failed and (kind is None or kind is not Kind.AHEAD):
-                self._failed_first = self._place = 0
-                self._reach = FIRST_REACH
-        elif verdict in (Verdict.FREE, Verdict.MAYBE, Verdict.SLOW):
-            if kind is self._answered:
-                self._answered, self._doubted = None, 0
-            if kind is Kind.AHEAD:
-                self._place += 1
-                self._reach = min(MOST_REACH, 4 * self._reach)
-            elif is_new:
-                self._failed_first += 1
-                self._last_failed = max(self._last_failed, row)
-        self._waiters.wake()  # the kind of this row may be sent now, or no longer
+        if self._mixing.ended(pending.request.row, verdict, is_new=pending.successes is None):
+            self._waiters.wake()
 
     def hold(self, pending: Pending) -> None:
         """The row will be sent again only when no other is left."""
@@ -283,12 +223,8 @@ class Backlog:
             await asyncio.wait([self._opening])
             self._opening.exception()  # retrieved so asyncio logs nothing: a worker that awaited it has raised it
 
-    @property
-    def _is_mixing(self) -> bool:
-        return self._failed_first >= FAILED_FIRST
-
     def _pop(self, *, probes: bool) -> Pending | None:
-        if self._failed_first >= FAILED_FIRST or probes:
+        if self._mixing.is_on or probes:
             pending = self._pop_mixed()
         elif not self._retries:
             pending = self._next_new()
@@ -300,32 +236,15 @@ class Backlog:
         return pending
 
     def _pop_mixed(self) -> Pending | None:
-        """A row of the kind that is answered, and a few of the others between two answers; each kind in turn if none is
-        answered. None if it is better to wait for the kind that is answered.
-        """
-        if self._answered is None:
-            return self._pop_in_turn()
-        if self._doubted < MOST_DOUBTED and (pending := self._pop_in_turn(skip=self._answered)) is not None:
-            self._doubted += 1
-            return pending
-        if (pending := self._pop_kind(self._answered)) is not None:
-            return pending
-        comes_soon = self._answered is Kind.RETRY and self._retries and self._retries[0][0] <= self._clock() + SOON_S
-        return None if self._busy or comes_soon else self._pop_in_turn()
-
-    def _pop_in_turn(self, skip: Kind | None = None) -> Pending | None:
-        for _ in Kind:
-            kind = Kind(self._turn % len(Kind))
-            self._turn += 1
-            if kind is not skip and (pending := self._pop_kind(kind)) is not None:
+        """A row of the first kind that has one; None if it is better to wait for the kind that is answered."""
+        retries = self._mixing.answered is Kind.RETRY and self._retries
+        comes_soon = bool(retries) and self._retries[0][0] <= self._clock() + SOON_S
+        pops = {Kind.RETRY: self._least_tried, Kind.AHEAD: self._ahead, Kind.NEXT: self._next_new}
+        for kind in self._mixing.kinds(may_wait=self._busy > 0 or comes_soon):
+            if (pending := pops[kind]()) is not None:
+                self._mixing.taken(pending.request.row, kind)
                 return pending
         return None
-
-    def _pop_kind(self, kind: Kind) -> Pending | None:
-        pop = {Kind.RETRY: self._least_tried, Kind.AHEAD: self._ahead, Kind.NEXT: self._next_new}[kind]
-        if (pending := pop()) is not None:
-            self._mixed[pending.request.row] = kind
-        return pending
 
     @property
     def _all_wait_long(self) -> bool:
@@ -364,7 +283,7 @@ class Backlog:
     def _ahead(self) -> Pending | None:
         if not self._fresh or not self._may_be_new:
             return None
-        index = int(PLACES[self._place % len(PLACES)] * (len(self._fresh) - 1))
+        index = self._mixing.index(len(self._fresh))
         row, chunk = self._fresh[index]
         del self._fresh[index]
         return self._prepare(row, chunk)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.dispatch.backlog import MOST_DOUBTED
+from batchrun.dispatch.mixing import MOST_DOUBTED
 from batchrun.run_summary import Summary
 from tests.crash.test_network_faults import (
     BUSY,

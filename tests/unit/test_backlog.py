@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchrun.dispatch import backlog as backlogs
-from batchrun.dispatch.backlog import Backlog, Pending
+from batchrun.dispatch.backlog import MAX_WAITING, Backlog, Pending
+from batchrun.dispatch.mixing import MOST_DOUBTED
 from batchrun.errors import InputError
 from batchrun.records import Request, Row, Verdict
 from batchrun.source.window import LINES
@@ -161,10 +161,10 @@ def test_an_earlier_retry_wakes_the_waiter(tmp_path: Path) -> None:
 
 def test_many_waiting_retries_hold_new_rows(tmp_path: Path) -> None:
     async def test() -> None:
-        source = Source(tmp_path, backlogs.MAX_WAITING + 1, 10, 10)
+        source = Source(tmp_path, MAX_WAITING + 1, 10, 10)
         backlog = backlog_of(source)
         started = now()
-        for _ in range(backlogs.MAX_WAITING):
+        for _ in range(MAX_WAITING):
             backlog.retry(await taken(backlog), started + 60)
         assert (await taken(backlog)).request.row == 0
         assert now() == started + 60
@@ -285,7 +285,7 @@ def test_answered_regions_continue_failing_ones_slow(tmp_path: Path) -> None:
 
     rows = moved(test)
     near = [row for row in rows if row < 100]
-    assert near == list(range(3, 3 + backlogs.MOST_DOUBTED))
+    assert near == list(range(3, 3 + MOST_DOUBTED))
 
 
 def test_a_due_retry_waits_for_its_turn(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_due_retry_waits_for_its_turn(tmp_path: Path) -> None:
         first, answered = await taken(backlog), await taken(backlog)
         backlog.ended(answered, Verdict.OK)
         backlog.done()
-        for _ in range(backlogs.MOST_DOUBTED - 1):
+        for _ in range(MOST_DOUBTED - 1):
             await taken(backlog)
         waiting = asyncio.create_task(backlog.next())
         await asyncio.sleep(60)
@@ -313,7 +313,7 @@ def test_a_due_retry_waits_for_its_turn(tmp_path: Path) -> None:
         assert pending is not None
         return pending.request.row
 
-    assert moved(test) == backlogs.MOST_DOUBTED
+    assert moved(test) == MOST_DOUBTED
 
 
 def test_a_returned_row_keeps_its_order(tmp_path: Path) -> None:
