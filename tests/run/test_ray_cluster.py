@@ -262,8 +262,8 @@ def test_actors_follow_the_requests_in_flight(tmp_path: Path, cluster: RayCluste
         wait_until(lambda: in_log("actor") == 3, process)
         tune(2)
         wait_until(lambda: in_log("actor ended") == 2, process)
-        tune(12)
-        wait_until(lambda: in_log("actor") == 5, process)
+        tune(8)
+        wait_until(lambda: in_log("actor") == 4, process)
         latency_s = 0.0
         ended = finish(process)
     assert ended.exit_code == 0, ended
