@@ -1,9 +1,10 @@
 """The levels of the tests (tests/level.py), their seed, and what holds for all of them."""
 
+import contextlib
 import gc
 import random
 import signal
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from tests import level
 from tests.level import Level
+from tests.ray_cluster import OWN, RayCluster, ray_cluster
+
+KILLS_NODES = ("crash", "test_ray.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,8 +64,9 @@ def pytest_collection() -> Generator[None, object, object]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The sample, or all that it leaves out."""
-    # each takes a cluster and up to half a minute: first, so that no process is left alone with them at the end
-    items.sort(key=lambda item: not item.path.stem.startswith("test_ray"))
+    # each takes up to half a minute, and one process does them all, so that they share its cluster: first, so that it
+    # is not left alone with them at the end, and those that kill nodes last
+    items.sort(key=lambda item: (not item.path.stem.startswith("test_ray"), item.path.parts[-2:] == KILLS_NODES))
     if config.option.level == Level.FULL:
         return
     in_sample = config.option.level == Level.SAMPLE
@@ -84,3 +89,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(level.replay())
+
+
+@pytest.fixture(scope="session")
+def _clusters() -> Iterator[Callable[[int], RayCluster]]:
+    """The cluster of this process with at least so many nodes beside its head. After the head was killed, another."""
+    clusters: list[RayCluster] = []
+    with contextlib.ExitStack() as until_the_end:
+
+        def living(nodes: int) -> RayCluster:
+            if not clusters or not clusters[-1].has_head:
+                clusters.append(until_the_end.enter_context(ray_cluster()))
+            while len(clusters[-1].raylets) < nodes:
+                clusters[-1].add_node()
+            return clusters[-1]
+
+        yield living
+
+
+@pytest.fixture
+def cluster_of(_clusters: Callable[[int], RayCluster], monkeypatch: pytest.MonkeyPatch) -> Callable[[int], RayCluster]:
+    """A Ray cluster with at least so many nodes for actors; what the test starts connects to it."""
+    for name, value in OWN.items():
+        monkeypatch.setenv(name, value)
+    return _clusters

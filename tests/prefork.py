@@ -3,7 +3,7 @@
 Tests start some hundreds of runs and simulators, and half a second of imports was half of all their work. One process
 beside each test process has everything loaded and only forks, so each fork is a fresh process of the product: killed,
 signalled and waited for as any other. (The kernel hands it to the test process, as the nearest "subreaper", prctl(2).)
-Where the start itself is under test (limits, strace, planted bugs) and off Linux, tests start an interpreter.
+Where the start itself is under test (limits, strace) and off Linux, tests start an interpreter.
 """
 
 import atexit

@@ -1,6 +1,7 @@
 """A Ray cluster of several nodes on this machine, in a process of its own, whose nodes a test can kill.
 
-Its head has no CPU, so actors are on the other nodes, and the driver, which is on the head's, outlives them.
+Its head has no CPU, so actors are on the other nodes, and the driver, which is on the head's, outlives them. A start
+takes ten seconds of CPU, so all tests share one cluster: see the fixture `cluster_of` in tests/conftest.py.
 """
 
 import contextlib
@@ -27,7 +28,13 @@ class RayCluster:
 
     address: str
     process: "subprocess.Popen[str]"
+    head: int
     raylets: list[int] = field(default_factory=list)
+
+    @property
+    def has_head(self) -> bool:
+        """Without it the cluster is of no use."""
+        return self.head in children_of(self.process.pid)
 
     def add_node(self) -> int:
         """A node with one CPU; the id of its raylet."""
@@ -50,17 +57,15 @@ class RayCluster:
 
 
 @contextmanager
-def ray_cluster(nodes: int) -> Iterator[RayCluster]:
-    """A cluster with so many nodes beside its head, ended with the block."""
+def ray_cluster() -> Iterator[RayCluster]:
+    """A cluster that has only its head yet, ended with the block."""
     command = [sys.executable, "-m", "tests.ray_cluster"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, text=True, env={**os.environ, **OWN}, **pipes)  # type: ignore[call-overload]
     try:
-        cluster = RayCluster(process.stdout.readline().strip(), process)
-        assert cluster.address, "the cluster did not start"
-        for _ in range(nodes):
-            cluster.add_node()
-        yield cluster
+        address, _, head = process.stdout.readline().strip().partition(" ")
+        assert address, "the cluster did not start"
+        yield RayCluster(address, process, int(head))
     finally:
         process.communicate(timeout=60)  # the end of its orders ends it
 
@@ -92,12 +97,18 @@ def _serve() -> None:
     from ray.cluster_utils import Cluster
 
     head: dict[str, Any] = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+    # no test looks at what these do, and each is a Python process
+    head |= {"no_monitor": True, "include_log_monitor": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    print(cluster.address, flush=True)
+    print(cluster.address, _raylet_of(cluster.head_node), flush=True)
     for _ in sys.stdin:
-        node = cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
-        print(node.all_processes["raylet"][0].process.pid, flush=True)
+        print(_raylet_of(cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)), flush=True)
     cluster.shutdown()
+
+
+def _raylet_of(node: Any) -> int:
+    pid: int = node.all_processes["raylet"][0].process.pid
+    return pid
 
 
 if __name__ == "__main__":

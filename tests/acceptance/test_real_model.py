@@ -88,7 +88,7 @@ system = "You label change-log entries. Answer in JSON."
 prompt = "{{{{ text }}}}"
 response_format = {{ type = "json_schema", file = "{tmp_path}/schema.json" }}
 """
-    for stream, count in (("stream = false", 8), ("stream = true", 3)):
+    for stream, count in (("stream = false", 4), ("stream = true", 2)):
         source.write_text("\n".join(lines[:count]), "utf-8")
         ended, out = run(tmp_path, url, source, request + stream)
         assert ended.exit_code == 0, ended.stderr

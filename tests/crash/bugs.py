@@ -169,9 +169,10 @@ BUGS = {
 
 
 def plant(bug: Bug) -> None:
-    """The module is loaded with the bug in it, before anything else imports it."""
+    """The module is loaded with the bug in it, before anything else imports it. A fork has the product without it."""
+    for loaded in [name for name in sys.modules if name.partition(".")[0] == "batchrun"]:
+        del sys.modules[loaded]
     package, _, name = bug.module.rpartition(".")
-    assert bug.module not in sys.modules, f"{bug.module} is loaded already"
     spec = importlib.util.find_spec(bug.module)
     assert spec is not None
     assert spec.origin is not None

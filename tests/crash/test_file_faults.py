@@ -245,16 +245,23 @@ def test_too_few_file_descriptors_fail_no_row(tmp_path: Path) -> None:
     assert read_summary(tmp_path / "out")["by_status"].keys() == {"ok", "truncated"}
 
 
+@pytest.fixture(scope="module")
+def simulator() -> Iterator[str]:
+    """Its address."""
+    with running_simulator() as started:
+        yield started.url
+
+
 OUTPUTS = {"file": "", "lines": '[output]\nformat = "jsonl"', "folders": '[output]\npartition_by = ["text"]'}
 
 
 @pytest.mark.parametrize("output", OUTPUTS.values(), ids=OUTPUTS.keys())
-def test_any_bytes_in_names_work(output: str, tmp_path: Path) -> None:
+def test_any_bytes_in_names_work(output: str, tmp_path: Path, simulator: str) -> None:
     """In those of the job, its input and its run directory: each command works."""
     folder = tmp_path / os.fsdecode(b"caf\xe9")
     folder.mkdir()
     source = write_rows(folder / os.fsdecode(b"\xff.jsonl"), 12)
-    job = write_job(folder / os.fsdecode(b"\xfe.toml"), "simulator", "-i", output)
+    job = write_job(folder / os.fsdecode(b"\xfe.toml"), simulator, "-i", output)
     out, again = folder / os.fsdecode(b"o\xfft"), folder / "again"
 
     def works(*arguments: str | Path, exit_code: int = 0) -> str:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +21,22 @@ from tests.cli_process import KEY, KEY_ENV, Ended, read_summary, wait_until, wri
 from tests.crash.trial import MAX_IN_FLIGHT, Trial
 from tests.endings import answer_body
 from tests.fault_server import Exchange, answer, serving_aside
-from tests.ray_cluster import OWN, RayCluster, actors_of, children_of, ray_cluster
+from tests.ray_cluster import RayCluster, actors_of
 from tests.simulator_process import running_simulator
 
 pytestmark = pytest.mark.sampled(0)  # some seconds each, and a cluster: all are for the rest
 
-ROWS = 120
-SLOW = SimulatorConfig(latency_s=0.4)
-"""Slow enough that all actors have requests in flight whenever something dies."""
+ROWS, FEW = 300, 120
+SLOW = SimulatorConfig(latency_s=1.0)
+"""With all these rows a run would last half a minute, so all actors have requests in flight whenever something dies,
+however long a busy machine takes to start them.
+"""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def rays_environ() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patched:
-        for name, value in OWN.items():
-            patched.setenv(name, value)
-        yield
-
-
-@pytest.fixture(scope="module")
-def cluster(rays_environ: None) -> Iterator[RayCluster]:
+@pytest.fixture
+def cluster(cluster_of: Callable[[int], RayCluster]) -> RayCluster:
     """A cluster with two nodes of one actor each."""
-    with ray_cluster(2) as started:
-        yield started
+    return cluster_of(2)
 
 
 @pytest.fixture(scope="module")
@@ -86,40 +79,28 @@ class RayTrial(Trial):
         return named
 
 
-def test_a_killed_node_leaves_its_requests_in_doubt(tmp_path: Path, cluster: RayCluster, undisturbed: pa.Table) -> None:
-    """They are named with an upper bound, and sent again as after a reset connection; the others end on their node."""
+def test_a_run_outlives_every_end_of_its_driver(tmp_path: Path, cluster: RayCluster, undisturbed: pa.Table) -> None:
+    """Signals to all processes, as Ctrl-C in a terminal, drain the run: each request in flight still brings its answer.
+    `kill -9` leaves no actor behind, and what its actors had in flight is named at the next start.
+    """
     with running_simulator(SLOW) as simulator:
         trial = RayTrial(tmp_path / "run", simulator, rows=ROWS)
-        process = trial.start(cluster)
-        wait_until(lambda: trial.in_log("actor") == 2 and trial.answered(30), process)
-        cluster.kill_node(cluster.raylets[0])
-        ended = trial.end(process, undisturbed)
-    cluster.add_node()
-    lost = int(re.findall(r"was lost .*; requests in flight there, possibly billed: (\d+)", ended.stderr)[0])
-    assert 1 <= lost <= MAX_IN_FLIGHT
-    assert len(trial.doubts()) == lost
-    assert all(float(doubt["upper_bound_usd"]) > 0 for doubt in trial.doubts())
 
+        def started() -> "subprocess.Popen[str]":
+            actors, sent = trial.in_log("actor"), len(simulator.ledger())
+            process = trial.start(cluster, start_new_session=True)
+            wait_until(lambda: trial.in_log("actor") == actors + 2 and trial.answered(sent + 20), process)
+            return process
 
-def test_a_killed_actor_is_replaced(tmp_path: Path, cluster: RayCluster, undisturbed: pa.Table) -> None:
-    with running_simulator(SLOW) as simulator:
-        trial = RayTrial(tmp_path / "run", simulator, rows=ROWS)
-        process = trial.start(cluster, "--set", "engine.actors=1")
-        for kills in (1, 2):
-            wait_until(lambda kills=kills: trial.in_log("actor") == kills and trial.answered(30 * kills), process)
-            (actor,) = [pid for raylet in cluster.raylets for pid in actors_of(raylet)]
-            os.kill(actor, signal.SIGKILL)
-        trial.end(process, undisturbed)
-    assert trial.in_log("actor lost") == 2
-    assert len(trial.doubts()) <= 2 * MAX_IN_FLIGHT
-
-
-def test_a_killed_driver_leaves_no_actor_behind(tmp_path: Path, cluster: RayCluster, undisturbed: pa.Table) -> None:
-    """What its actors had in flight is named at the next start, as after any other kill."""
-    with running_simulator(SLOW) as simulator:
-        trial = RayTrial(tmp_path / "run", simulator, rows=ROWS)
-        process = trial.start(cluster)
-        wait_until(lambda: trial.in_log("actor") == 2 and trial.answered(30), process)
+        for number, exit_code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+            process = started()
+            os.killpg(process.pid, number)
+            ended = cli_process.finish(process)
+            assert ended.exit_code == exit_code, ended
+            summary = read_summary(trial.out)
+            assert summary["possibly_billed"] == []
+            assert summary["rows"] - summary["pending"] == len(simulator.ledger())
+        process = started()
         process.kill()
         process.communicate()
         trial._in_flight.append(in_flight.read(trial.out / "inflight.bin"))
@@ -127,25 +108,8 @@ def test_a_killed_driver_leaves_no_actor_behind(tmp_path: Path, cluster: RayClus
         ended_at = time.time()
         time.sleep(1)
         assert max(line.arrived_s for line in simulator.ledger()) < ended_at
-        trial.end(trial.start(cluster), undisturbed)
-
-
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_to_all_processes_drains_the_run(
-    tmp_path: Path, cluster: RayCluster, undisturbed: pa.Table, number: int, exit_code: int
-) -> None:
-    """As Ctrl-C in a terminal: every request in flight still brings its answer."""
-    with running_simulator(SLOW) as simulator:
-        trial = RayTrial(tmp_path / "run", simulator, rows=ROWS)
-        process = trial.start(cluster, start_new_session=True)
-        wait_until(lambda: trial.in_log("actor") == 2 and trial.answered(30), process)
-        os.killpg(process.pid, number)
-        ended = cli_process.finish(process)
-        assert ended.exit_code == exit_code, ended
-        summary = read_summary(trial.out)
-        assert summary["possibly_billed"] == []
-        assert summary["rows"] - summary["pending"] == len(simulator.ledger())
-        trial.end(trial.start(cluster), undisturbed)
+        quick = ("--set", f"limits.max_in_flight={ROWS}", "--set", "engine.actors=1")
+        trial.end(trial.start(cluster, *quick), undisturbed)
 
 
 def test_lost_calls_to_actors_lose_and_repeat_nothing(
@@ -156,10 +120,10 @@ def test_lost_calls_to_actors_lose_and_repeat_nothing(
     lossy = json.dumps({"CoreWorkerService.grpc_client.PushTask": failures})
     monkeypatch.setenv("RAY_testing_rpc_failure", lossy)
     monkeypatch.setenv("RAY_testing_rpc_failure_avoid_intra_node_failures", "0")
-    with running_simulator(SLOW) as simulator:
-        trial = RayTrial(tmp_path / "run", simulator, rows=ROWS)
-        trial.end(trial.start(cluster), undisturbed)
-        assert len(simulator.ledger()) == ROWS
+    with running_simulator(SimulatorConfig(latency_s=0.4)) as simulator:
+        trial = RayTrial(tmp_path / "run", simulator, rows=FEW)
+        trial.end(trial.start(cluster), undisturbed.slice(0, FEW))
+        assert len(simulator.ledger()) == FEW
     assert trial.doubts() == []
     assert trial.in_log("actor lost") == 0
     assert trial.in_log("call repeated") > 0
@@ -189,28 +153,46 @@ def test_a_silent_actor_is_given_up(tmp_path: Path, cluster: RayCluster, undistu
     wait_until(lambda: actor not in actors_of(cluster.raylets[0]))
 
 
-def test_the_drivers_dead_node_pauses_the_run(tmp_path: Path) -> None:
-    """It can have no other actors: exit 5, and what was in flight is named."""
+def test_a_killed_actor_and_node_leave_doubts(tmp_path: Path, cluster: RayCluster, undisturbed: pa.Table) -> None:
+    """Their requests are named with an upper bound, and sent again as after a reset connection; the others end where
+    they are. The actor is replaced.
+    """
+    with running_simulator(SLOW) as simulator:
+        trial = RayTrial(tmp_path / "run", simulator, rows=ROWS)
+        process = trial.start(cluster)
+        wait_until(lambda: trial.in_log("actor") == 2 and trial.answered(20), process)
+        (actor,) = actors_of(cluster.raylets[0])
+        os.kill(actor, signal.SIGKILL)
+        wait_until(lambda: trial.in_log("actor") == 3, process)
+        sent = len(simulator.ledger())
+        wait_until(lambda: trial.answered(sent + 20), process)
+        cluster.kill_node(cluster.raylets[1])
+        ended = trial.end(process, undisturbed)
+    lost = re.findall(r"was lost .*; requests in flight there, possibly billed: (\d+)", ended.stderr)
+    assert len(lost) == trial.in_log("actor lost") == 2
+    assert all(1 <= int(requests) <= MAX_IN_FLIGHT for requests in lost)
+    assert len(trial.doubts()) == sum(map(int, lost))
+    assert all(float(doubt["upper_bound_usd"]) > 0 for doubt in trial.doubts())
+
+
+def test_the_drivers_dead_node_pauses_the_run(tmp_path: Path, cluster: RayCluster) -> None:
+    """It can have no other actors: exit 5, and what was in flight is named. The cluster is lost with it."""
 
     async def ten_answers(exchange: Exchange) -> None:
         if len(server.exchanges) > 10:
             await exchange.silence()
         await exchange.send(answer(answer_body("fine")))
 
-    with ray_cluster(1) as own, serving_aside(ten_answers) as server:
+    with serving_aside(ten_answers) as server:
         out, source = tmp_path / "out", write_rows(tmp_path / "in.jsonl", 60)
         job = write_job(tmp_path / "job.toml", server.url, source, "[limits]\nmax_in_flight = 12\n")
-        process = cli_process.start("run", job, "-o", out, "--engine", "ray", "--ray-address", own.address)
+        flags = ("--engine", "ray", "--ray-address", cluster.address, "--set", "engine.actors=1")
+        process = cli_process.start("run", job, "-o", out, *flags)
         wait_until(lambda: len(server.exchanges) == 22, process)
-        (head,) = [pid for pid in children_of(own.process.pid) if is_raylet(pid) and pid not in own.raylets]
-        os.kill(head, signal.SIGKILL)
+        os.kill(cluster.head, signal.SIGKILL)
         ended = cli_process.finish(process)
     assert ended.exit_code == 5, ended
     assert ended.stderr.splitlines()[-1].startswith("Error: the Ray node that this process is on has died")
     assert ended.stdout == ""
     summary = read_summary(out)
     assert (summary["by_status"], len(summary["possibly_billed"])) == ({"ok": 10}, 12)
-
-
-def is_raylet(pid: int) -> bool:
-    return b"/raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_bytes()

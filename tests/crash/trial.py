@@ -198,10 +198,7 @@ class Trial:
             "stdout": subprocess.DEVNULL,
             "stderr": subprocess.PIPE,
         }
-        if prefork.AVAILABLE and self._bug is None:  # a bug is planted while the product is loaded
-            return prefork.Forked("tests.crash.launcher", arguments, environ, **pipes)
-        command = [sys.executable, "-m", "tests.crash.launcher", *arguments]
-        return subprocess.Popen(command, env=environ, text=True, **pipes)
+        return prefork.start("tests.crash.launcher", arguments, environ, **pipes)
 
     def _ended(self, process: "subprocess.Popen[str]", *allowed: int) -> bool:
         """The process has ended in one of the ways allowed; any other is a violation."""
