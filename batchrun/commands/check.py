@@ -8,7 +8,8 @@ import click
 
 from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SHARD, SKIP
 from batchrun.commands.results import say
-from batchrun.terminal import harmless, note
+from batchrun.errors import harmless
+from batchrun.terminal import note
 
 if TYPE_CHECKING:
     from batchrun.job.job import Job

@@ -6,7 +6,7 @@ import click
 
 from batchrun.commands.remote import ResultPath
 from batchrun.commands.results import say
-from batchrun.terminal import harmless
+from batchrun.errors import harmless
 
 
 @click.command()

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from batchrun import streams
-from batchrun.errors import InputError
+from batchrun.errors import InputError, harmless
 from batchrun.job.job import Job
 from batchrun.job.load import load
-from batchrun.terminal import Progress, harmless, note
+from batchrun.terminal import Progress, note
 
 if TYPE_CHECKING:
     from batchrun.prices import PriceTable

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from batchrun import streams
 from batchrun.commands.remote import as_named
-from batchrun.terminal import harmless
+from batchrun.errors import harmless
 
 
 def say(text: str, *, nl: bool = True) -> None:

@@ -7,7 +7,7 @@ import click
 
 from batchrun.commands.options import RESULT
 from batchrun.commands.results import say
-from batchrun.terminal import harmless
+from batchrun.errors import harmless
 
 
 @click.command()

@@ -7,8 +7,7 @@ import click
 
 from batchrun.commands.options import OUT, PATHS
 from batchrun.commands.results import say
-from batchrun.errors import ExitCode
-from batchrun.terminal import harmless
+from batchrun.errors import ExitCode, harmless
 
 
 @click.command()
@@ -19,11 +18,11 @@ def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
     """Show the state of a run, or of many runs, a line each. Unfinished ones come first."""
     from datetime import UTC, datetime
 
-    from batchrun.report import run_list, status
+    from batchrun.report import run_list, runs, status
     from batchrun.report.run_state import run_state
     from batchrun.store.rundir import RunDirectory
 
-    one = len(paths) == 1 and not as_json and run_list.is_run(paths[0])
+    one = len(paths) == 1 and not as_json and runs.is_run(paths[0])
     found = [] if one and not exit_code else run_list.collect(paths, datetime.now(UTC))
     if as_json:
         say(run_list.as_json(found))
@@ -57,7 +56,7 @@ def watch(out: Path, every_s: float) -> None:
         if screen:
             size = os.get_terminal_size(sys.stdout.fileno())  # not COLUMNS: it does not follow a resize
             lines = list(status.lines(directory, found))
-            say(watch_screen.frame(found.summary, lines, size.columns, size.lines, harmless), nl=False)
+            say(watch_screen.frame(found.summary, lines, size.columns, size.lines), nl=False)
         elif (text := harmless(line(found.summary))) != shown:
             shown = text
             say(shown)

@@ -7,8 +7,7 @@ import click
 
 from batchrun.commands.options import OUT
 from batchrun.commands.results import say
-from batchrun.errors import ExitCode
-from batchrun.terminal import harmless
+from batchrun.errors import ExitCode, harmless
 
 
 @click.command()

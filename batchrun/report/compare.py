@@ -141,9 +141,11 @@ class _Tally:
         hashes = [(zlib.crc32(str(id_).encode()), place) for place, id_ in enumerate(ids)]
         chosen = heapq.nsmallest(self._most, hashes)
         places = pa.array([place for _, place in chosen], pa.int64())
-        rows, texts = after["row"].take(places).to_pylist(), (_answers(table.take(places)) for table in (before, after))
-        for (hash_, place), row, said_before, said_after in zip(chosen, rows, *texts, strict=True):
-            self._examples.append((hash_, int(row or 0), Example(str(ids[place]), said_before, said_after)))
+        pairs = zip(before.take(places).to_pylist(), after.take(places).to_pylist(), strict=True)
+        for (hash_, place), pair in zip(chosen, pairs, strict=True):
+            # a row without text is shown by its status
+            answers = [row["content"] or row["function_call"] or f"({row['status']})" for row in pair]
+            self._examples.append((hash_, int(pair[1]["row"] or 0), Example(str(ids[place]), *answers)))
         self._examples = heapq.nsmallest(self._most, self._examples, key=lambda each: each[:2])
 
     def comparison(self, by: str) -> Comparison:
@@ -245,12 +247,6 @@ def _comparable(column: Any) -> Any:
     if pa.types.is_floating(type_) or pa.types.is_integer(type_):
         return pc.cast(column, pa.float64(), safe=False)
     return pc.cast(column, pa.large_string())
-
-
-def _answers(table: pa.Table) -> list[str | None]:
-    """Each row's answer, or its status if it has no text."""
-    columns = (table[name].to_pylist() for name in ("content", "function_call", "status"))
-    return [content or call or f"({status})" for content, call, status in zip(*columns, strict=True)]
 
 
 def in_words(comparison: Comparison) -> list[str]:

@@ -16,8 +16,7 @@ from batchrun.report.bill import Bill
 from batchrun.report.cost_lines import possibly_billed
 from batchrun.report.figures import FIGURES, BillLine, Value, figure, kind
 from batchrun.report.keys import DaySpan
-from batchrun.report.text_table import aligned
-from batchrun.report.wording import plural
+from batchrun.report.wording import aligned, plural
 from batchrun.store.rundir import RunDirectory
 
 ENDINGS = {

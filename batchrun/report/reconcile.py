@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -23,11 +22,8 @@ _MODEL = ("model", "model_name", "model_id", "snapshot_id", "line_item")
 _USD = ("cost_usd", "amount_usd", "usd", "cost", "amount", "amount_value", "total", "price", "spend", "charge")
 
 
-class Line(NamedTuple):
-    """One billed item: a request by its id, or a day and a model. `cost_usd` None: unknown here."""
-
-    key: str
-    cost_usd: Decimal | None
+_Billed = tuple[str, Decimal | None]
+"""One billed item, by its request id or by its day and model, and its cost; None: unknown here."""
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -160,7 +156,7 @@ def _amount(text: str | None, path: Path, number: int) -> Decimal:
     return amount
 
 
-def _days(found: Sequence[FoundRun]) -> Iterator[Line]:
+def _days(found: Sequence[FoundRun]) -> Iterator[_Billed]:
     costs: dict[str, Decimal] = {}
     unknown: set[str] = set()
     for each in found:
@@ -170,10 +166,10 @@ def _days(found: Sequence[FoundRun]) -> Iterator[Line]:
             if line.unpriced or line.without_usage:
                 unknown.add(key)
     for key, cost in sorted(costs.items()):
-        yield Line(key, None if key in unknown else cost)
+        yield key, None if key in unknown else cost
 
 
-def _requests(found: Sequence[FoundRun]) -> Iterator[Line]:
+def _requests(found: Sequence[FoundRun]) -> Iterator[_Billed]:
     """Every attempt with an answer: those of the rows, and those whose answers are not in the output."""
     for each in found:
         if (result := run_rows.result_of(each.place)) is not None:
@@ -181,7 +177,7 @@ def _requests(found: Sequence[FoundRun]) -> Iterator[Line]:
                 columns = (table[name].to_pylist() for name in table.column_names)
                 for id_, cost, tokens in zip(*columns, strict=True):
                     if id_ is not None and (cost is not None or tokens is not None):
-                        yield Line(str(id_), cost)
+                        yield str(id_), cost
         directory = RunDirectory(each.place)
         if not directory.checkpoint.exists():
             continue
@@ -190,7 +186,7 @@ def _requests(found: Sequence[FoundRun]) -> Iterator[Line]:
                 for chunk in checkpoint.chunks():
                     for attempt in checkpoint.discarded(chunk):
                         if attempt.request_id is not None and attempt.usage is not None:
-                            yield Line(attempt.request_id, attempt.cost_usd)
+                            yield attempt.request_id, attempt.cost_usd
         except CheckpointError as error:
             raise InputError(f"{each.place}: its attempts can't be read: {error}") from error
 
