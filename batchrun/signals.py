@@ -8,11 +8,7 @@ from types import FrameType
 
 from batchrun.errors import ExitCode, RunStoppedError
 
-EXIT_CODES = {
-    signal.SIGINT: ExitCode.SIGINT,
-    signal.SIGTERM: ExitCode.SIGTERM,
-    signal.SIGHUP: ExitCode.SIGHUP,
-}
+EXIT_CODES = {signal.SIGINT: ExitCode.SIGINT, signal.SIGTERM: ExitCode.SIGTERM, signal.SIGHUP: ExitCode.SIGHUP}
 
 
 def ours() -> bool:

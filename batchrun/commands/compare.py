@@ -5,8 +5,7 @@ from pathlib import Path
 import click
 
 from batchrun.commands.remote import ResultPath
-from batchrun.commands.results import say
-from batchrun.errors import harmless
+from batchrun.commands.results import put, say
 
 
 @click.command()
@@ -26,7 +25,7 @@ def compare(before: Path, after: Path, by: str | None, examples: int, as_json: b
     one, other = (result_at(RunDirectory(place)) for place in (before, after))
     comparison = comparing.compare(one, other, by, examples)
     if as_json:
-        say(msgspec.json.format(msgspec.json.encode(comparison), indent=2).decode())
+        put(msgspec.json.format(msgspec.json.encode(comparison), indent=2).decode() + "\n")
         return
     for line in comparing.in_words(comparison):
-        say(harmless(line))
+        say(line)

@@ -34,11 +34,7 @@ from batchrun.store.rundir import RunDirectory
 
 
 def run(
-    job: Job,
-    directory: RunDirectory,
-    url: Url,
-    work: Callable[[Mirror | None], Summary],
-    note: Callable[[str], None],
+    job: Job, directory: RunDirectory, url: Url, work: Callable[[Mirror | None], Summary], note: Callable[[str], None]
 ) -> Summary:
     """Does the `work` of a start, which gets the mirror of its chunks, then publishes the result if it is complete.
 
@@ -150,7 +146,7 @@ def _complete_there(job: Job, directory: RunDirectory, folder: RemoteFolder, min
 
 
 def _answers(record: RunRecord, job: Job) -> bool:
-    """Whether the result is that of the job and its input, as both are now."""
+    """True if the result was made from the job and the input as they are now."""
     if record.fingerprint != job.fingerprint() or job.input.path in (None, "-"):
         return False
     files = find_files(job.input.path or "", job.input.partitions, job.storage)

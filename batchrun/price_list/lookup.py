@@ -90,7 +90,7 @@ def unknown_because(model: str, url: str) -> str:
 
 
 def vendor_at(url: str) -> Vendor | None:
-    """The vendor whose address it is."""
+    """The vendor at this address; None if the list has none there."""
     parts = urlsplit(url.lower())
     host = (parts.hostname or "").rstrip(".")
     if (known := _OTHER_HOSTS.get(host)) is not None:
@@ -114,8 +114,8 @@ def _is_at(pattern: str, origin: str, path: str) -> bool:
 
 
 def find(vendor: Vendor, name: str) -> Model | None:
-    """The model of that name on the vendor's list, or on that of a vendor whose models it also sells: then without its
-    prices by tier, which are the other vendor's own.
+    """The model of that name on the vendor's list, or on the list of another vendor whose models it also sells. The
+    other vendor's prices by tier are left out: they hold only there.
     """
     name = name.lower()
     for spelling in dict.fromkeys((name, _COMPACT_DATE.sub(_with_dashes, name))) if name else ():
@@ -178,7 +178,7 @@ def _complete(price: ListedPrice) -> bool:
 
 
 def _standard(found: Model, today: date) -> tuple[ListedPrice, list[prices.Hours]]:
-    """The price of today for all hours, and those that hold instead at some hours of the day."""
+    """Today's price, and the prices that replace it at some hours of the day."""
     standard, clock = found.prices[0], list[prices.Hours]()
     for price in found.prices:
         if price.hours is not None:

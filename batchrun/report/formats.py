@@ -220,7 +220,6 @@ def with_total(bill: Bill, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def cell(value: Value, name: str) -> str:
-    """A figure for people."""
     if value is None:
         return "unknown" if name == "cost_usd" else "–"
     match kind(name):

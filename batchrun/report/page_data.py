@@ -121,7 +121,7 @@ def _by_second(result: Result) -> Counter[int]:
 
 
 def rows(found: Sequence[FoundRun], span: DaySpan) -> tuple[list[FailureKind], list[CostlyRow]]:
-    """Failures by kind, the commonest first, and the most expensive rows, of every run whose rows can be read."""
+    """The failures by kind, commonest first, and the most expensive rows. Runs without readable rows are left out."""
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
     costliest: list[CostlyRow] = []

@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, Price]:
 
 
 class Repriced(NamedTuple):
-    """The runs at the new prices. `kept` says which attempts keep their cost all the same, and why, for people."""
+    """The runs at the new prices. `kept` tells people which attempts keep their cost, and why."""
 
     found: tuple[FoundRun, ...]
     kept: tuple[str, ...]

@@ -19,7 +19,7 @@ from batchrun.store.rundir import RunDirectory
 
 
 class ListedRun(msgspec.Struct, frozen=True):
-    """One run. `state` is that of summary.json, or `died`, or `unreadable`; the figures of an unreadable one are 0.
+    """One run. `state` comes from summary.json, or is `died` or `unreadable`. An unreadable run has figures of 0.
 
     `working`: a process works on it. `next` is the command that finishes it; None if nothing is left to do, or if no
     command line started it. `age_s` counts from `updated_at`.

@@ -66,13 +66,8 @@ def from_checkpoint(directory: RunDirectory, checkpoint: Checkpoint, written: Su
     if written is not None and written.run_id == known.run_id:
         opened = max((chunk.end_row - known.first_row for chunk in checkpoint.chunks()), default=0)
         rows = min(known.rows, max(written.rows, opened))
-    return summarise(known, rows, prices, checkpoint.totals, _moment(directory, checkpoint, written), directory)
-
-
-def _moment(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | None) -> Moment:
-    """The last moment at which anything became durable."""
-    log = at_rest.wal_of(directory.checkpoint)
-    files = [path for path in (directory.checkpoint, log) if path.exists()]
+    # its moment is the last one at which anything became durable
+    files = [path for path in (directory.checkpoint, at_rest.wal_of(directory.checkpoint)) if path.exists()]
     now = datetime.fromtimestamp(max(path.stat().st_mtime for path in files), UTC)
     kept: dict[str, Any] = {"state": "stopped", "started_at": now, "pid": 0, "host": ""}
     if written is not None:
@@ -80,4 +75,5 @@ def _moment(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | 
         kept = {name: getattr(written, name) for name in names}
     elapsed_s = max(0.0, (now - kept["started_at"]).total_seconds())
     invocation = checkpoint.invocation - 1
-    return Moment(invocation=invocation, now=now, elapsed_s=elapsed_s, sent=0, limited_by="stopped", **kept)
+    moment = Moment(invocation=invocation, now=now, elapsed_s=elapsed_s, sent=0, limited_by="stopped", **kept)
+    return summarise(known, rows, prices, checkpoint.totals, moment, directory)

@@ -114,7 +114,7 @@ _NOT_IN_CHECKPOINT = (
     *("unknown_finish_reasons", "unpriced_tiers", "unpriced_usage", "example_error", "price", "estimate"),
     *("shard", "merged", "command"),
 )
-"""Those of them that the checkpoint does not hold."""
+"""Fields of the run that the checkpoint does not hold."""
 
 
 def starting(

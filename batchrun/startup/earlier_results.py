@@ -83,7 +83,7 @@ def _paths(source: str, job: Job) -> Iterator[Path]:
 
 
 def _results(path: Path) -> Iterator[EarlierResult]:
-    """The results at a path: a file, a run, a folder of Parquet files, or a folder of these, the last name first."""
+    """The results at a path: a file, a run or a folder of Parquet files; in a folder of those, the last name first."""
     if path.is_file():
         if path.suffix == ".parquet" or not glob.has_magic(str(path)):
             yield EarlierResult(str(path), tuple(_old_file(file, path) for file in result_files.of(path)))

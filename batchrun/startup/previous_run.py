@@ -49,12 +49,12 @@ def newest(job: Job, besides: Path | None = None) -> Means | None:
             summary = summaries.read(directory)
         except (InputError, CheckpointError):
             continue
-        if summary.job == job.name and (means := of(summary, f"the newest run, {path}")) is not None:
+        if summary.job == job.name and (means := means_of(summary, f"the newest run, {path}")) is not None:
             return msgspec.structs.replace(means, latency_s=_latency_s(directory, job.output.prefix))
     return None
 
 
-def of(summary: Summary, whose: str) -> Means | None:
+def means_of(summary: Summary, whose: str) -> Means | None:
     """The means of a run's rows; None where no answer stated its usage."""
     size = capacity.size_of(summary.totals)
     if not size.answers:

@@ -21,7 +21,7 @@ from batchrun.run_summary import Shard
 from batchrun.source import InputFile, JsonlSource, Source, Span, TableSource, digest, open_source, parquet
 from batchrun.source.content import content_of
 from batchrun.startup import preconditions
-from batchrun.startup.ids import IdIndex
+from batchrun.startup.buckets import IdIndex
 from batchrun.startup.input_check import PROGRESS_EVERY
 from batchrun.store.manifest import Manifest
 from batchrun.tables.json_columns import ColumnTypes
@@ -52,7 +52,7 @@ def parse(text: str) -> Shard:
 
 
 def rows_of(shard: Shard, rows: int) -> tuple[int, int]:
-    """The shard's rows of so many: the first, and one past the last. The first shards have a row more than the rest."""
+    """The shard's part of `rows` rows: its first row, and one past its last. The first shards may have a row more."""
     each, more = divmod(rows, shard.count)
     first = shard.number * each + min(shard.number, more)
     return first, first + each + (shard.number < more)
@@ -156,7 +156,7 @@ _WORDS = {
 
 
 def in_words(whole: Job, own: Job, shard: Shard) -> list[str]:
-    """The limits of the shard, and of what they are a part; and which are not divided."""
+    """The shard's part of each limit, and the limits that are not divided."""
     if whole.limits.limits_are == "per_process":
         return [f'shard {shard}: each shard has all of the limits, as limits.limits_are = "per_process" says']
     words = []
@@ -244,7 +244,7 @@ def find(
 
 
 def reading(job: Job, dialect: str) -> Job:
-    """The job as it reads a shard's records: the dialect is that of the whole input, and no row is required."""
+    """The job for a shard's records: with the dialect of the whole input, and without a minimum of rows."""
     return msgspec.structs.replace(job, input=msgspec.structs.replace(job.input, dialect=dialect, min_rows=0))
 
 

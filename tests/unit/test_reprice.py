@@ -8,6 +8,7 @@ import pytest
 
 from batchrun.job.settings import Price
 from batchrun.report import bill, reprice, runs
+from tests.bills import bill_over
 from tests.result_files import MODEL, row, write_result
 
 NEW = {MODEL: Price(input=Decimal(10), output=Decimal(20))}
@@ -33,7 +34,7 @@ def test_audio_and_searches_are_not_repriced_as_text(tmp_path: Path, cost: dict[
     kept = f"3 attempts of {MODEL} kept the cost they had, since some used audio, web searches, "
     (named,) = again.kept
     assert named.startswith(kept)
-    made = bill.what_if(bill.collect([tmp_path], ("model",)), "new.toml", Decimal(1), Decimal(2), again.kept)
+    made = bill.what_if(bill_over([tmp_path], ("model",)), "new.toml", Decimal(1), Decimal(2), again.kept)
     assert (made.supposed or "").endswith(named)
 
 
