@@ -116,7 +116,7 @@ def run_start(job: Job | str | Path, rows: Rows | None, options: Options, host: 
     note = options.get("note", _LOG.info)
     text = options.get("deadline")
     deadline = None if text is None else deadlines.parse(text, datetime.now().astimezone(), time.monotonic())
-    wanted, shard = shards.part_of(_job(job, rows, options), options.get("shard"), note)
+    wanted, shard = shards.divided_job(_job(job, rows, options), options.get("shard"), note)
     wanted, directory, command = _place(wanted, options, note)
     began_at = datetime.now(UTC)
     views = Views(wanted, directory, note, shard)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from batchrun.report import runs
-from batchrun.report.bill import Bill, Query, of_runs
+from batchrun.report.bill import Bill, Query, bill_of
 from batchrun.report.keys import DaySpan
 
 
 def bill_over(paths: Sequence[Path], by: tuple[str, ...], span: DaySpan = DaySpan()) -> Bill:  # noqa: B008  (frozen)
-    return of_runs(runs.find(paths), Query(by, span))
+    return bill_of(runs.find(paths), Query(by, span))

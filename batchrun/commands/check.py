@@ -41,7 +41,7 @@ def check(
     from batchrun.startup import shard as shards
 
     loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
-    loaded, own_part = shards.part_of(loaded, shard, note)
+    loaded, own_part = shards.divided_job(loaded, shard, note)
     directory, loaded = preflight.place(loaded, date)
     preflight.require_settings(loaded, directory)
     _try_places(loaded, directory)
@@ -116,7 +116,7 @@ def estimate(
     from batchrun.store.rundir import RunDirectory
 
     loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
-    loaded, own_part = shards.part_of(loaded, shard, note)
+    loaded, own_part = shards.divided_job(loaded, shard, note)
     directory, loaded = preflight.place(loaded, date)
     found = None if out is None else preview.of_run(loaded, RunDirectory(out), own_part)
     own = directory if out is None else RunDirectory(out)
@@ -136,7 +136,7 @@ def estimate(
         new if found is None else found.to_send,
         None if found is None else found.summary,
         daily.left_s(datetime.now().astimezone()),
-        previous_run.newest(loaded, besides=out),
+        previous_run.newest_means(loaded, besides=out),
     )
     for line in estimating.in_words(estimated, tables, loaded.endpoint.url):
         say(line)

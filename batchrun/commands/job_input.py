@@ -77,7 +77,7 @@ def read_input(
             note(_about_stdin(text, job, files[0]))
 
         try:
-            part = shards.find(job, files, shard, Path(scratch), progress.checked, skip_invalid=skip_invalid)
+            part = shards.find_input(job, files, shard, Path(scratch), progress.checked, skip_invalid=skip_invalid)
             source = part.source
             preconditions.require_columns(job, source)
             with Questions(Path(scratch)) as keys:
@@ -87,7 +87,7 @@ def read_input(
                 found = msgspec.structs.replace(found, types=part.types or found.types)
                 preconditions.require_input(part.job, source, found, warn, skip_invalid=skip_invalid)
                 first_row = 0 if part.span is None else part.span.start.ordinal
-                now, every = unsent_rows.wanted(job, found.rows, 0, first_row), keys.rows(found.rejected)
+                now, every = unsent_rows.origins_wanted(job, found.rows, 0, first_row), keys.rows(found.rejected)
                 path = Path(scratch) / "origins.bin"
                 origins = unsent_rows.find_origins(job, every, now, own.path, path, note)
         except InputError as error:

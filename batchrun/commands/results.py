@@ -19,6 +19,13 @@ def put(text: str) -> None:
     streams.write_result(as_named(text))
 
 
+def as_json(value: object) -> str:
+    """The value as indented JSON, with a newline at its end: amounts are strings, times are UTC."""
+    import msgspec
+
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode() + "\n"
+
+
 def write(content: bytes, target: Path | None, *, for_people: bool) -> None:
     """Writes the content to the file, whole or not at all; without one, to stdout, harmless where people read it."""
     from batchrun.errors import JobError

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from batchrun.commands import results
 from batchrun.commands.options import OUT, PATHS
 from batchrun.commands.results import put, say
 from batchrun.errors import ExitCode
@@ -25,7 +26,7 @@ def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
     one = len(paths) == 1 and not as_json and runs.is_run(paths[0])
     found = [] if one and not exit_code else run_list.collect(paths, datetime.now(UTC))
     if as_json:
-        put(run_list.as_json(found) + "\n")
+        put(results.as_json(found))
     else:
         directory = RunDirectory(paths[0])
         for line in status.lines(directory, run_state(directory)) if one else run_list.lines(found):

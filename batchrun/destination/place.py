@@ -47,7 +47,7 @@ def run(
     directory.create()
     mine = this_process(_writer(directory), job.name)
     with Claim(folder, mine) as claim:
-        if (there := _complete_there(job, directory, folder, mine)) is not None:
+        if (there := _published_elsewhere(job, directory, folder, mine)) is not None:
             note(f"{url}: complete already; nothing is sent")
             return there
         run_id = _run_id(directory)
@@ -130,7 +130,7 @@ def _run_id(directory: RunDirectory) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def _complete_there(job: Job, directory: RunDirectory, folder: RemoteFolder, mine: Writer) -> Summary | None:
+def _published_elsewhere(job: Job, directory: RunDirectory, folder: RemoteFolder, mine: Writer) -> Summary | None:
     """The summary of the complete result in the store if another machine published it for this job and input, or if it
     completed the run of this directory.
     """

@@ -103,7 +103,7 @@ class BillElsewhere(msgspec.Struct, frozen=True):
     usd: Decimal
 
 
-def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
+def bill_without_database(directory: RunDirectory) -> BillElsewhere | None:
     """The figures in the result's footer, else in summary.json; None if neither can be read."""
     found: tuple[Path, object, object] | None = None
     if directory.completions.exists():

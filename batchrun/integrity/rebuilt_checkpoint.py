@@ -11,7 +11,8 @@ import pyarrow as pa
 
 from batchrun.errors import CheckpointError
 from batchrun.integrity.db_records import SALVAGED, DbRecords
-from batchrun.run_summary import LineKey, Summary, TotalsLine
+from batchrun.report.summary import read_or_none
+from batchrun.run_summary import LineKey, TotalsLine
 from batchrun.store import db_tables, in_flight, price_tables, spill, variants
 from batchrun.store.checkpoint import write_new
 from batchrun.store.commits import SPILL
@@ -119,9 +120,7 @@ def write(old: RunDirectory, known: DbRecords, account: KeptSums, new: RunDirect
     invocation = max((record[0] for record in known.invocations), default=1)
     prefix = Manifest.decode(known.manifest).attempt_prefix
     lost = in_flight.possibly_billed(account.without_known_end(known), invocation, "crash", prefix)
-    last: Summary | None = None
-    with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
-        last = msgspec.json.decode(old.summary.read_bytes(), type=Summary)
+    last = read_or_none(old)
     invocations = known.invocations
     if last is not None and all(record[0] < last.invocation for record in invocations):
         # its start is not on record, and the next start must have the highest number

@@ -94,13 +94,13 @@ def _salvaged(directory: RunDirectory, known: DbRecords) -> Salvaged:
         manifest = Manifest.decode(known.manifest)
     if manifest is not None:
         try:
-            return _built(directory, known, manifest, input_again(manifest, directory), None, to)
+            return _built(directory, known, manifest, unchanged_input(manifest, directory), None, to)
         except InputError as error:  # before or while it was read
             problem = str(error)
     return _built(directory, known, manifest, None, problem, to)
 
 
-def input_again(manifest: Manifest, directory: RunDirectory) -> Source:
+def unchanged_input(manifest: Manifest, directory: RunDirectory) -> Source:
     """The input, unchanged since the run began.
 
     Raises:

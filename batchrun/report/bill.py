@@ -94,7 +94,7 @@ class Query(msgspec.Struct, frozen=True):
     against: Against | None = None
 
 
-def of_runs(found: Runs, query: Query) -> Bill:
+def bill_of(found: Runs, query: Query) -> Bill:
     """The bill over runs that were found.
 
     Raises:

@@ -81,11 +81,6 @@ def exit_code(runs: Sequence[ListedRun]) -> ExitCode:
     return ExitCode.STOPPED if any(run.unfinished for run in runs) else ExitCode.COMPLETE
 
 
-def as_json(runs: Sequence[ListedRun]) -> str:
-    """A JSON array with an object for each run; amounts are strings, times are UTC."""
-    return msgspec.json.format(msgspec.json.encode(runs), indent=2).decode()
-
-
 def lines(runs: Sequence[ListedRun]) -> Iterator[str]:
     """A table with a line for each run, and a count if there are several."""
     header = ("state", "done", "rows", "failed", "pending", "cost", "age", "run", "next")

@@ -101,6 +101,14 @@ def read(directory: RunDirectory) -> Summary:
     return summary
 
 
+def read_or_none(directory: RunDirectory) -> Summary | None:
+    """The summary of the run in the directory; None if it is missing or can't be read."""
+    try:
+        return read(directory)
+    except (InputError, CheckpointError):
+        return None
+
+
 _OF_THE_RUN = (
     *("job", "run_id", "created_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),

@@ -90,7 +90,7 @@ def _adopt(
         keys_now = questions.rows(found.rejected)
         seen, matches = changes.examine(answers, keys_now, found.rows, reasons)
         with matches, _deleted_on_error(directory.origins_of(new.layout)):
-            made = unsent_rows.find(start, new, questions.rows(found.rejected), note=lambda line: None)
+            made = unsent_rows.find_unsent(start, new, questions.rows(found.rejected), note=lambda line: None)
             carry_over = CarryOver(made, directory.origins_of(new.layout))
             seen = msgspec.structs.replace(seen, carried=carry_over.count(found.rows, lambda row: matches[row] == NONE))
             _require_consent(job, options, seen, settings)

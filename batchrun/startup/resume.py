@@ -74,7 +74,7 @@ def plan_start(job: Job, directory: RunDirectory, checkpoint: Checkpoint, option
     paths = input_pass.input_files(job, directory, options, started=False)
     files = fingerprint(paths)
     skip = options.skip_invalid
-    part = shards.find(job, paths, options.shard, directory.path, options.checked, skip_invalid=skip)
+    part = shards.find_input(job, paths, options.shard, directory.path, options.checked, skip_invalid=skip)
     source, share = part.source, None
     if options.shard is not None and part.span is not None:
         share = InputShare(options.shard, part.span, tuple(sorted(map(str, failing(job.finish)))))
@@ -84,10 +84,10 @@ def plan_start(job: Job, directory: RunDirectory, checkpoint: Checkpoint, option
         run_id = uuid.uuid4().hex[:12]
         new = input_pass.manifest_of(job, source, files, found, run_id=run_id, created_at=now, share=share)
         input_pass.keep_digests(job, directory, new.layout, pictures, found)
-        made = unsent_rows.find(start, new, keys.rows(found.rejected), options.note)
+        made = unsent_rows.find_unsent(start, new, keys.rows(found.rejected), options.note)
     ways = (variants.of_job(job),)
     prices, schema = _prices(job, new, ways, {}, today), input_pass.schema_of(source, new)
-    before = previous_run.newest(job, besides=directory.path)
+    before = previous_run.newest_means(job, besides=directory.path)
     to_send = found.rows if made is None else made.new
     expected = estimate(found, job, prices, to_send, None, daily.left_s(now), before)
     expected = msgspec.structs.replace(expected, rows=found.rows)  # those that are not sent cost nothing

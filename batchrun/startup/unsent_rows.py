@@ -39,7 +39,7 @@ MOST_READS = 48
 """How often each earlier result is read at most: once per bucket, so this also bounds the buckets."""
 
 
-def wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | None:
+def origins_wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | None:
     """The settings for the origins of a run's rows, by the present job; None where every row is sent."""
     named = earlier_results.sources(job)
     if not (named or job.input.dedupe):
@@ -48,7 +48,7 @@ def wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | No
     return Origins(rows, layout, job.input.dedupe, statuses, tuple(map(writable, named)), first_row=first_row)
 
 
-def is_current(made: Origins | None, now: Origins | None, path: Path) -> bool:
+def are_current(made: Origins | None, now: Origins | None, path: Path) -> bool:
     """Whether a search for origins would find the same again."""
     if made is None or now is None:
         return now is None
@@ -169,12 +169,12 @@ def in_words(made: Origins) -> str | None:
     return f"to send: {made.new:,} of {plural(made.rows, 'row')}; not sent: {', '.join(parts)}"
 
 
-def find(
+def find_unsent(
     start: Start, manifest: Manifest, keys: Iterable[tuple[bytes, int]], note: Callable[[str], None]
 ) -> Origins | None:
     """The rows that take an answer without a request, by their keys; None if the job sends all of them."""
     job, directory = start.job, start.directory
-    now = wanted(job, manifest.rows, manifest.layout)
+    now = origins_wanted(job, manifest.rows, manifest.layout)
     made = find_origins(job, keys, now, directory.path, directory.origins_of(manifest.layout), note)
     if made is not None and (line := in_words(made)) is not None:
         fields = {"rows": made.rows, "to_send": made.new, "reused": made.reused, "duplicates": made.duplicates}
@@ -189,8 +189,8 @@ def stored_or_found(start: Start, known: Manifest, source: Source) -> Origins | 
     job, directory, checkpoint = start.job, start.directory, start.checkpoint
     entry = checkpoint.manifest_entries().get(origins.ENTRY, "null")
     made = msgspec.json.decode(entry, type=Origins | None)
-    now = wanted(job, known.rows, known.layout, known.first_row)
-    if is_current(made, now, directory.origins_of(known.layout)):
+    now = origins_wanted(job, known.rows, known.layout, known.first_row)
+    if are_current(made, now, directory.origins_of(known.layout)):
         return None if now is None else made
     settled, opened = checkpoint.totals.settled(), start.opened_rows(known)
     if start.options.read_only or settled == known.rows or (checkpoint.has_reopened and opened == known.rows):
@@ -198,6 +198,6 @@ def stored_or_found(start: Start, known: Manifest, source: Source) -> Origins | 
     with Questions(directory.path) as keys:
         as_read = job if known.share is None else shards.reading(job, known.dialect)
         found = input_pass.check(source, as_read, directory, start.options, keys.add)
-        made = find(start, known, keys.rows(found.rejected), start.options.note)
+        made = find_unsent(start, known, keys.rows(found.rejected), start.options.note)
     checkpoint.write_manifest(origins.encode(made))
     return made

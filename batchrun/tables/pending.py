@@ -12,7 +12,7 @@ PENDING = "pending"
 """The status of a row without an outcome. No row of a complete result has it."""
 
 
-def beside(
+def with_pending(
     own: pa.Table,
     first_row: int,
     end_row: int,
