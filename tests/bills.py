@@ -9,4 +9,4 @@ from batchrun.report.keys import DaySpan
 
 
 def bill_over(paths: Sequence[Path], by: tuple[str, ...], span: DaySpan = DaySpan()) -> Bill:  # noqa: B008  (frozen)
-    return bill_of(runs.find(paths), Query(by, span))
+    return bill_of(runs.find_runs(paths), Query(by, span))

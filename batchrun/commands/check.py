@@ -118,7 +118,7 @@ def estimate(
     loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
     loaded, own_part = shards.divided_job(loaded, shard, note)
     directory, loaded = preflight.place(loaded, date)
-    found = None if out is None else preview.of_run(loaded, RunDirectory(out), own_part)
+    found = None if out is None else preview.preview_of(loaded, RunDirectory(out), own_part)
     own = directory if out is None else RunDirectory(out)
     preflight.require_settings(loaded, own)
     _, surveyed, origins = read_input(loaded, own, skip_invalid=skip_invalid, shard=own_part)

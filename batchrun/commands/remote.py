@@ -31,7 +31,7 @@ class ResultPath(click.ParamType):  # type: ignore[type-arg]  # generic only for
         from batchrun.errors import InputError
         from batchrun.storage import objects, urls
 
-        url, found = urls.parse(text), objects.find(text)
+        url, found = urls.parse(text), objects.find_remote(text)
         if not self._whole:
             found = [file for file in found if file.name == "summary.json"]
         elif not url.path.endswith(".parquet"):

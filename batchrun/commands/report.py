@@ -103,7 +103,7 @@ def report(
     if new_prices is not None and (drawn or span.zone != "UTC"):
         raise JobError("--reprice works with neither a page nor a --tz other than UTC: rows keep the price they had")
     thresholds = unusual.thresholds(limits) if findings or limits or drawn else None
-    found = runs.find(paths)
+    found = runs.find_runs(paths)
     if invoice is not None:
         write(_reconciled(invoice, found.found, "png" if picture else form), target, for_people=form != "json")
         return

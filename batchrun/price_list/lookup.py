@@ -72,7 +72,7 @@ def listed(model: str, day: str, url: str) -> prices.PriceTable | None:
     """The model's price at that endpoint; None where the list has none for it."""
     today, host = date.fromisoformat(day), vendor_at(url)
     if host is not None:
-        found = find(host, model) or find(host, model.partition("/")[2])
+        found = find_model(host, model) or find_model(host, model.partition("/")[2])
         # The list has one price for all regions.
         regional = _REGION.search(urlsplit(url.lower()).hostname or "") is not None
         return None if found is None else table_of(model, host, found, today, None, regional=regional)
@@ -113,7 +113,7 @@ def _is_at(pattern: str, origin: str, path: str) -> bool:
     return found is not None and address[found.end() :][:1] in ("", "/")
 
 
-def find(vendor: Vendor, name: str) -> Model | None:
+def find_model(vendor: Vendor, name: str) -> Model | None:
     """The model of that name on the vendor's list, or on the list of another vendor whose models it also sells. The
     other vendor's prices by tier are left out: they hold only there.
     """
@@ -143,7 +143,7 @@ def _own_vendor(model: str) -> tuple[Vendor, Model] | None:
         return None
     for vendor in newest.price_list().vendors:
         own = vendor.id == _PREFIXES.get(prefix, prefix) if prefix else vendor.makes.fits(name.lower())
-        if own and (found := find(vendor, name)) is not None:
+        if own and (found := find_model(vendor, name)) is not None:
             return vendor, found
     return None
 

@@ -107,7 +107,7 @@ class Runs(NamedTuple):
     left_out: tuple[LeftOut, ...]
 
 
-def find(paths: Sequence[Path]) -> Runs:
+def find_runs(paths: Sequence[Path]) -> Runs:
     """Every run that the paths name or hold, once.
 
     Raises:

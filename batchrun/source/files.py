@@ -62,7 +62,7 @@ _NAMES: dict[Format, str] = {"jsonl": "JSON lines", "parquet": "Parquet", "csv":
 
 def _remote_matches(text: str, access: Access) -> list[InputFile]:
     """As `_matches`, in an object store."""
-    found, named = objects.find(text, access), urls.parse(text).path.rstrip("/")
+    found, named = objects.find_remote(text, access), urls.parse(text).path.rstrip("/")
     if [file.url.path for file in found] == [named]:
         return list(found)
     pattern = urls.is_pattern(named)

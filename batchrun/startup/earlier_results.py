@@ -32,7 +32,7 @@ def sources(job: Job) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named)
 
 
-def find(job: Job, own: Path, note: Callable[[str], None] = lambda line: None) -> list[EarlierResult]:
+def find_earlier(job: Job, own: Path, note: Callable[[str], None] = lambda line: None) -> list[EarlierResult]:
     """The earlier results in the order in which they are searched: as named, and of a pattern the last name first.
 
     `own` is the run's own directory, which is left out. `note` gets a line for each source that has nothing.

@@ -25,7 +25,7 @@ class Preview(msgspec.Struct, frozen=True):
     changes: Changes | None
 
 
-def of_run(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Preview:
+def preview_of(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Preview:
     """The run that a start with this job would resume.
 
     Raises:

@@ -76,7 +76,7 @@ def find_origins(
     """
     if now is None:
         return None
-    earlier = earlier_results.find(job, own, note)
+    earlier = earlier_results.find_earlier(job, own, note)
     count = min(count_for(now.rows), MOST_READS if earlier else MOST_BUCKETS)
     reused = duplicates = 0
     with OriginsWriter(path, now.rows, now.first_row) as writer, Buckets(path.parent, count, KEYS) as buckets:

@@ -19,7 +19,7 @@ import pytest
 from batchrun.errors import JobError
 from batchrun.records import PossiblyBilled
 from batchrun.report import figures, keys
-from batchrun.report.runs import FoundRun, find
+from batchrun.report.runs import FoundRun, find_runs
 from batchrun.simulator import Fault, LedgerLine, SimulatorConfig, parse_faults
 from tests.bills import bill_over
 from tests.cli_process import batchrun, finish, kill_when, read_summary, start, write_job, write_rows
@@ -100,11 +100,15 @@ def run_ids(nights: Nights) -> dict[str, str]:
     return {read_summary(out)["run_id"]: out.name for out in sorted((nights.folder / "runs" / "night").iterdir())}
 
 
+def possibly_billed(nights: Nights) -> set[str | None]:
+    """The ids of the requests whose cost no run knows; None for one that got none."""
+    found = find_runs([nights.folder / "runs"]).found
+    return {doubt.request_id for each in found for doubt in each.account.possibly_billed}
+
+
 def known_to_the_ledger(nights: Nights) -> dict[str, list[dict[str, Any]]]:
     """By night, what the simulator billed, besides the attempts that the bill names as possibly billed."""
-    doubts = {
-        doubt.request_id for found in find([nights.folder / "runs"]).found for doubt in found.account.possibly_billed
-    }
+    doubts = possibly_billed(nights)
     by_night: dict[str, list[dict[str, Any]]] = {night: [] for night in NIGHTS}
     ids = run_ids(nights)
     for served in nights.ledger:
@@ -137,7 +141,7 @@ def test_each_run_costs_what_the_ledger_billed(nights: Nights) -> None:
             assert Decimal(line["cost_usd"]) == cost
     assert list(bill["unpriced"]) == ["mystery-model"]
     # the kill of the last night may come after a slot was taken and before the server has done the work
-    listed = {doubt.request_id for found in find([nights.folder / "runs"]).found for doubt in lost(found)}
+    listed = {doubt.request_id for found in find_runs([nights.folder / "runs"]).found for doubt in lost(found)}
     sent = {entry["client_request_id"] for entry in nights.ledger}
     assert bill["total"]["attempts"] == len(sent | listed)
 
@@ -248,7 +252,7 @@ def test_a_killed_run_names_ids_in_flight(tmp_path: Path) -> None:
     ledger, out, job = killed_in_flight(tmp_path)
     sent = {str(each.client_request_id) for each in ledger}
     hung = {str(each.client_request_id) for each in ledger if each.fault == "hang"}
-    (found,) = find([out]).found
+    (found,) = find_runs([out]).found
     doubts = {doubt.request_id for doubt in found.account.possibly_billed}
     assert hung <= doubts <= sent
     lines = ["request_id,amount_usd", *(f"{each},0.001" for each in sorted(hung))]
@@ -266,7 +270,7 @@ def test_a_killed_run_names_ids_in_flight(tmp_path: Path) -> None:
 def test_a_killed_run_without_ids_names_none(tmp_path: Path) -> None:
     """An id that was not sent can't be looked up."""
     _, out, _ = killed_in_flight(tmp_path, "--set", "endpoint.client_request_id=false")
-    (found,) = find([out]).found
+    (found,) = find_runs([out]).found
     assert {doubt.request_id for doubt in found.account.possibly_billed} == {None}
 
 
@@ -278,7 +282,7 @@ def test_rows_name_their_local_day_within_utc(nights: Nights) -> None:
     out = nights.folder / "runs" / "night" / NIGHTS[0]
     rows = pq.read_table(out / "completions.parquet").to_pylist()
     summary = read_summary(out)
-    (found,) = find([out]).found
+    (found,) = find_runs([out]).found
     first = datetime(2026, 11, 28, tzinfo=UTC)
     # rows move to times around midnight in Tokyo: a run over it, made of this one
     moved = [row | {"finished_at": first.replace(hour=14 + number % 2, minute=30)} for number, row in enumerate(rows)]
@@ -336,9 +340,7 @@ def test_an_invalid_date_range_is_refused(wrong: tuple[str, str | None, str | No
 
 def invoice(nights: Nights, path: Path) -> Decimal:
     """What the provider would bill for all that it served, by request; its sum."""
-    doubts = {
-        doubt.request_id for found in find([nights.folder / "runs"]).found for doubt in found.account.possibly_billed
-    }
+    doubts = possibly_billed(nights)
     lines, total = ["request_id,model,amount_usd"], Decimal(0)
     for served in nights.ledger:
         if served["billed"]:
