@@ -116,7 +116,7 @@ def run_start(job: Job | str | Path, rows: Rows | None, options: Options, host: 
     note = options.get("note", _LOG.info)
     text = options.get("deadline")
     deadline = None if text is None else deadlines.parse(text, datetime.now().astimezone(), time.monotonic())
-    wanted, shard = shards.part_of(_job(job, rows, options), options.get("shard"), note)
+    wanted, shard = shards.divided_job(_job(job, rows, options), options.get("shard"), note)
     wanted, directory, command = _place(wanted, options, note)
     began_at = datetime.now(UTC)
     views = Views(wanted, directory, note, shard)
@@ -131,10 +131,7 @@ def run_start(job: Job | str | Path, rows: Rows | None, options: Options, host: 
         keys = preflight.key(wanted, environ)
         grace_s, progress = options.get("grace_s"), options.get("progress", lambda summary: None)
         hooks = Hooks(progress, note, host, command, GRACE_S if grace_s is None else grace_s, views)
-        with (
-            _stream(wanted, rows, directory) as stream,
-            _runtime(wanted, environ, note) as runtime,
-        ):
+        with _stream(wanted, rows, directory) as stream, _runtime(wanted, environ, note) as runtime:
             run_options = RunOptions(
                 skip_invalid=options.get("skip_invalid", False),
                 accept_changes=options.get("accept_changes", False),

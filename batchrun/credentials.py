@@ -136,7 +136,6 @@ class Credentials:
         return self._redaction.clean(raw)
 
     def clean_text(self, text: str) -> str:
-        """Redacts text."""
         if len(text) < self._redaction.shortest_bytes and text.isascii():
             return text
         return self.clean(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from batchrun.errors import DiskError
 
@@ -71,6 +72,16 @@ def lacking(error: BaseException) -> str | None:
 
 
 _LACKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS})
+
+
+def unnamed_file(folder: Path, buffer_bytes: int = -1) -> BinaryIO:
+    """A file without a name on the disk of `folder`; it is gone when it is closed, or the process has ended.
+
+    Raises:
+        DiskError: the disk refuses it.
+    """
+    with disk_errors(folder):
+        return cast(BinaryIO, tempfile.TemporaryFile(dir=folder, buffering=buffer_bytes))
 
 
 @contextlib.contextmanager
@@ -193,9 +204,6 @@ def digest(path: Path) -> str:
         FileNotFoundError: it is missing; callers know what that means.
         DiskError: it is there, but can't be read.
     """
-    hasher = hashlib.blake2b(digest_size=16)
     path.stat()
     with disk_errors(path), open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            hasher.update(block)
-    return hasher.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

@@ -114,7 +114,7 @@ class Invocation(msgspec.Struct, frozen=True):
         lost = at_rest.record_lost(directory.inflight, checkpoint)
         if self.options.shard is None:  # `merge` publishes those of shards, maybe elsewhere
             shared_dataset.try_out(job.output, job.storage)
-        plan = resume.make(job, directory, checkpoint, self.options, self.status.started_at)
+        plan = resume.plan_start(job, directory, checkpoint, self.options, self.status.started_at)
         directory.reserve_room()
         if result.FINISHED in checkpoint.manifest_entries() and checkpoint.totals.settled() < plan.rows:
             # the run was complete with --limit and has more rows now

@@ -51,6 +51,11 @@ def writable(text: str) -> str:
         return text.encode("utf-8", "replace").decode()
 
 
+def harmless(text: str) -> str:
+    """The text with control and bidirectional characters escaped, so that a model's or server's text is only text."""
+    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in writable(text))
+
+
 def quoted(word: object) -> str:
     """The word quoted for a shell. A name that is not UTF-8 is written byte by byte, which bash and zsh can read."""
     text = str(word)

@@ -46,7 +46,11 @@ def run(job: Job, directory: RunDirectory, end: End, began_at: datetime, note: C
     """Runs the command with the summary on its standard input, and waits for it. Blocks; never raises."""
     if not job.on_end:
         return
-    problem = _run(job, _input(job, directory, end, began_at), _environment(job, directory, end))
+    texts = {"BATCHRUN_JOB": job.name, "BATCHRUN_REASON": end.reason or ""}
+    texts = {name: text.replace("\0", "").encode("utf-8", "replace").decode() for name, text in texts.items()}
+    ours = {"BATCHRUN_EXIT_CODE": str(end.exit_code), "BATCHRUN_OUT": str(directory.path), **texts}
+    # the environment holds no key that came from a file
+    problem = _run(job, _input(job, directory, end, began_at), {**os.environ, **ours})
     if problem is not None:
         line = f"warning: on_end: {job.on_end[0]} {problem}; the run ended as it would have without it"
         note(Notice(line, "on_end", command=job.on_end[0], problem=problem))
@@ -64,18 +68,6 @@ def _input(job: Job, directory: RunDirectory, end: End, began_at: datetime) -> b
         if ours or (end.summary is not None and end.summary.complete):
             return content
     return msgspec.json.encode(Brief(job.name, "failed", end.exit_code, end.reason, complete=False))
-
-
-def _environment(job: Job, directory: RunDirectory, end: End) -> dict[str, str]:
-    """This process's environment, and how the start ended. A key that came from a file is not in it."""
-    variables = {
-        "BATCHRUN_EXIT_CODE": str(end.exit_code),
-        "BATCHRUN_JOB": job.name,
-        "BATCHRUN_OUT": str(directory.path),
-        "BATCHRUN_REASON": end.reason or "",
-    }
-    clean = {name: value.replace("\0", "").encode("utf-8", "replace").decode() for name, value in variables.items()}
-    return {**os.environ, **clean, "BATCHRUN_OUT": str(directory.path)}
 
 
 def _run(job: Job, content: bytes, environment: dict[str, str]) -> str | None:

@@ -49,7 +49,6 @@ class OpenFiles:
         return max(1, min(wanted, self.limit - now - SPARE))
 
     def shortage(self, wanted: int, connections: int) -> str:
-        """The warning."""
         fewer = "1 connection" if connections == 1 else f"{connections} connections"
         return f"open files limit {self.limit}: {fewer} instead of {wanted}; raise with ulimit -n"
 

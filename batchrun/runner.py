@@ -35,12 +35,7 @@ class Runner:
     """
 
     def __init__(
-        self,
-        job: Job | str | Path,
-        rows: Rows | None = None,
-        *,
-        replay: bool = True,
-        **options: Unpack[Options],
+        self, job: Job | str | Path, rows: Rows | None = None, *, replay: bool = True, **options: Unpack[Options]
     ) -> None:
         self._job = job
         self._rows = rows

@@ -8,14 +8,10 @@ from types import FrameType
 
 from batchrun.errors import ExitCode, RunStoppedError
 
-EXIT_CODES = {
-    signal.SIGINT: ExitCode.SIGINT,
-    signal.SIGTERM: ExitCode.SIGTERM,
-    signal.SIGHUP: ExitCode.SIGHUP,
-}
+EXIT_CODES = {signal.SIGINT: ExitCode.SIGINT, signal.SIGTERM: ExitCode.SIGTERM, signal.SIGHUP: ExitCode.SIGHUP}
 
 
-def ours() -> bool:
+def may_handle() -> bool:
     """True if this thread may handle signals: Python allows only the main thread."""
     return threading.current_thread() is threading.main_thread()
 
@@ -25,7 +21,7 @@ def raised() -> Iterator[None]:
     """Inside the block, without an event loop, a signal raises RunStoppedError. Afterwards the earlier handlers are
     restored.
     """
-    if not ours():
+    if not may_handle():
         yield  # a program that runs us as a library handles its own signals
         return
 

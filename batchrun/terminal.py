@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from batchrun import streams
-from batchrun.errors import writable
+from batchrun.errors import harmless
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -96,11 +96,6 @@ def _now() -> "datetime":
     from datetime import UTC, datetime
 
     return datetime.now(UTC)
-
-
-def harmless(text: str) -> str:
-    """The text with control and bidirectional characters escaped, so that a model's or server's text is only text."""
-    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in writable(text))
 
 
 class Progress:

@@ -43,7 +43,7 @@ def started(path: Path, job: Job) -> Iterator[Start]:
     directory.create()
     checkpoint = Checkpoint(directory.checkpoint, free_reserve=lambda: False)
     try:
-        made = resume.make(job, directory, checkpoint, RunOptions(), NOW)
+        made = resume.plan_start(job, directory, checkpoint, RunOptions(), NOW)
         layout = Layout.of(made.manifest, made.source, made.schema, made.rows)
         chunks = Chunks(directory, checkpoint, layout)
         chunks.remove_orphans()

@@ -8,7 +8,7 @@ import click
 
 from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SHARD, SKIP
 from batchrun.commands.results import say
-from batchrun.terminal import harmless, note
+from batchrun.terminal import note
 
 if TYPE_CHECKING:
     from batchrun.job.job import Job
@@ -37,11 +37,11 @@ def check(
     from batchrun.commands.job_input import read_input, read_job, require_budget
     from batchrun.report.wording import plural
     from batchrun.request.shared_prefix import SharedTextSurvey
-    from batchrun.startup import cache_check, carry, input_pass
+    from batchrun.startup import cache_check, input_pass, unsent_rows
     from batchrun.startup import shard as shards
 
     loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
-    loaded, own_part = shards.part_of(loaded, shard, note)
+    loaded, own_part = shards.divided_job(loaded, shard, note)
     directory, loaded = preflight.place(loaded, date)
     preflight.require_settings(loaded, directory)
     _try_places(loaded, directory)
@@ -54,15 +54,15 @@ def check(
     if found.rows:
         models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
         aside = f", {len(found.rejected):,} set aside" if found.rejected else ""
-        say(harmless(f"{plural(found.rows, 'row')} in {where}{aside}, read as {found.dialect}; {models}"))
+        say(f"{plural(found.rows, 'row')} in {where}{aside}, read as {found.dialect}; {models}")
     else:
         say(f"0 rows in {where}: there is nothing to send")
     if (columns := input_pass.columns_in_words(source, found)) is not None:
-        say(harmless(columns))
-    if origins is not None and (not_sent := carry.in_words(origins)) is not None:
+        say(columns)
+    if origins is not None and (not_sent := unsent_rows.in_words(origins)) is not None:
         say(not_sent)
     for line in cache_check.in_words(measured.result(), loaded, tables):
-        (note if line.startswith("warning: ") else say)(harmless(line))
+        (note if line.startswith("warning: ") else say)(line)
     preflight.key(loaded, os.environ)
 
 
@@ -110,23 +110,23 @@ def estimate(
     from batchrun import preflight
     from batchrun.commands.job_input import read_input, read_job, require_budget
     from batchrun.limits import daily
-    from batchrun.startup import carry, preview, previous_run
     from batchrun.startup import estimate as estimating
+    from batchrun.startup import preview, previous_run, unsent_rows
     from batchrun.startup import shard as shards
     from batchrun.store.rundir import RunDirectory
 
     loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
-    loaded, own_part = shards.part_of(loaded, shard, note)
+    loaded, own_part = shards.divided_job(loaded, shard, note)
     directory, loaded = preflight.place(loaded, date)
-    found = None if out is None else preview.of_run(loaded, RunDirectory(out), own_part)
+    found = None if out is None else preview.preview_of(loaded, RunDirectory(out), own_part)
     own = directory if out is None else RunDirectory(out)
     preflight.require_settings(loaded, own)
     _, surveyed, origins = read_input(loaded, own, skip_invalid=skip_invalid, shard=own_part)
     tables = require_budget(loaded, surveyed)
     if found is not None:
         for line in estimating.run_in_words(found.summary, found.changes):
-            say(harmless(line))
-    elif origins is not None and (not_sent := carry.in_words(origins)) is not None:
+            say(line)
+    elif origins is not None and (not_sent := unsent_rows.in_words(origins)) is not None:
         say(not_sent)
     new = surveyed.rows if origins is None else origins.new
     estimated = estimating.estimate(
@@ -136,8 +136,8 @@ def estimate(
         new if found is None else found.to_send,
         None if found is None else found.summary,
         daily.left_s(datetime.now().astimezone()),
-        previous_run.newest(loaded, besides=out),
+        previous_run.newest_means(loaded, besides=out),
     )
     for line in estimating.in_words(estimated, tables, loaded.endpoint.url):
-        say(harmless(line))
+        say(line)
     preflight.key(loaded, os.environ)

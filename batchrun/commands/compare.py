@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
+from batchrun.commands import results
 from batchrun.commands.remote import ResultPath
-from batchrun.commands.results import say
-from batchrun.terminal import harmless
+from batchrun.commands.results import put, say
 
 
 @click.command()
@@ -17,8 +17,6 @@ from batchrun.terminal import harmless
 @click.option("--json", "as_json", is_flag=True, help="A JSON object instead of lines.")
 def compare(before: Path, after: Path, by: str | None, examples: int, as_json: bool) -> None:
     """Compare two runs over the same questions, row by row. Shows what changed, and what it cost."""
-    import msgspec
-
     from batchrun.report import compare as comparing
     from batchrun.report.row_view import result_at
     from batchrun.store.rundir import RunDirectory
@@ -26,7 +24,7 @@ def compare(before: Path, after: Path, by: str | None, examples: int, as_json: b
     one, other = (result_at(RunDirectory(place)) for place in (before, after))
     comparison = comparing.compare(one, other, by, examples)
     if as_json:
-        say(msgspec.json.format(msgspec.json.encode(comparison), indent=2).decode())
+        put(results.as_json(comparison))
         return
     for line in comparing.in_words(comparison):
-        say(harmless(line))
+        say(line)

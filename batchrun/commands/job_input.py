@@ -13,7 +13,7 @@ from batchrun import streams
 from batchrun.errors import InputError
 from batchrun.job.job import Job
 from batchrun.job.load import load
-from batchrun.terminal import Progress, harmless, note
+from batchrun.terminal import Progress, note
 
 if TYPE_CHECKING:
     from batchrun.prices import PriceTable
@@ -61,7 +61,7 @@ def read_input(
     """
     import msgspec
 
-    from batchrun.startup import carry, input_pass, preconditions
+    from batchrun.startup import input_pass, preconditions, unsent_rows
     from batchrun.startup import shard as shards
     from batchrun.startup.answer_match import Questions
     from batchrun.startup.input_check import survey
@@ -77,7 +77,7 @@ def read_input(
             note(_about_stdin(text, job, files[0]))
 
         try:
-            part = shards.find(job, files, shard, Path(scratch), progress.checked, skip_invalid=skip_invalid)
+            part = shards.find_input(job, files, shard, Path(scratch), progress.checked, skip_invalid=skip_invalid)
             source = part.source
             preconditions.require_columns(job, source)
             with Questions(Path(scratch)) as keys:
@@ -87,9 +87,9 @@ def read_input(
                 found = msgspec.structs.replace(found, types=part.types or found.types)
                 preconditions.require_input(part.job, source, found, warn, skip_invalid=skip_invalid)
                 first_row = 0 if part.span is None else part.span.start.ordinal
-                if (origins := carry.wanted(job, found.rows, 0, first_row)) is not None:
-                    every = keys.rows(found.rejected)
-                    origins = carry.make(job, every, origins, own.path, Path(scratch) / "origins.bin", note)
+                now, every = unsent_rows.origins_wanted(job, found.rows, 0, first_row), keys.rows(found.rejected)
+                path = Path(scratch) / "origins.bin"
+                origins = unsent_rows.find_origins(job, every, now, own.path, path, note)
         except InputError as error:
             raise InputError(_about_stdin(str(error), job, files[0])) from error
     return source, found, origins
@@ -117,5 +117,5 @@ def require_budget(job: Job, found: "Survey") -> "dict[str, PriceTable | None]":
     tables = {model: lookup.resolve_for_all(model, job.pricing, today, urls) for model in found.models}
     preconditions.require_budget(job, found.max_request, tables)
     if (fees := search_fees.warning(job, tables)) is not None:
-        note(harmless(fees))
+        note(fees)
     return tables

@@ -8,7 +8,6 @@ import click
 
 from batchrun.commands.options import PATHS
 from batchrun.commands.results import say
-from batchrun.terminal import harmless
 
 
 @click.command()
@@ -34,10 +33,10 @@ def merge(paths: tuple[Path, ...], target: Path | None) -> None:
     made = merged.merge(shards, target)
     summary = made.summary
     if not made.written:
-        say(harmless(f"{target}: merged already; nothing is written"))
+        say(f"{target}: merged already; nothing is written")
     statuses = ", ".join(f"{n:,} {status}" for status, n in summary.by_status.items())
-    say(harmless(f"rows         {plural(summary.rows, 'row')} of {len(shards):,} shards: {statuses or 'none'}"))
+    say(f"rows         {plural(summary.rows, 'row')} of {len(shards):,} shards: {statuses or 'none'}")
     say(f"cost         ${summary.cost_usd:,.6f}")
     for name, path in summary.files.items():
-        say(harmless(f"{name:<12} {path}"))
+        say(f"{name:<12} {path}")
     sys.exit(summary.exit_code or 0)

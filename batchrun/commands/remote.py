@@ -20,35 +20,31 @@ class ResultPath(click.ParamType):  # type: ignore[type-arg]  # generic only for
         self._whole = whole
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The path, local from now on."""
+        """The path; for a URL, that of a local copy: of the result, or without `whole` of all summaries below it.
+
+        Raises:
+            InputError, StorageError: there is no run, or the store can't be read.
+        """
         text = str(value)
-        return _fetched(text, whole=self._whole) if "://" in text else Path(text)
+        if "://" not in text:
+            return Path(text)
+        from batchrun.errors import InputError
+        from batchrun.storage import objects, urls
 
-
-def _fetched(text: str, *, whole: bool) -> Path:
-    """The local place of the result that the URL names; without `whole`, of the summaries of all runs below it.
-
-    Raises:
-        InputError, StorageError: there is none, or the store can't be read.
-    """
-    from batchrun.errors import InputError
-    from batchrun.storage import objects, urls
-
-    url = urls.parse(text)
-    if not whole:
-        wanted = [file for file in objects.find(text) if file.name == "summary.json"]
-    else:
-        named = objects.find(text) if url.path.endswith(".parquet") else []
-        wanted = named or [file for file in objects.find(text) if _is_of_a_result(str(file), text)]
-    if not wanted:
-        raise InputError(f"{text}: no run is published there")
-    root = _root() / url.scheme
-    for file in wanted:
-        local = root / file.url.path
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with file.open() as source, local.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-    return root / url.path.rstrip("/")
+        url, found = urls.parse(text), objects.find_remote(text)
+        if not self._whole:
+            found = [file for file in found if file.name == "summary.json"]
+        elif not url.path.endswith(".parquet"):
+            found = [file for file in found if _is_of_a_result(str(file), text)]
+        if not found:
+            raise InputError(f"{text}: no run is published there")
+        root = _root() / url.scheme
+        for file in found:
+            local = root / file.url.path
+            local.parent.mkdir(parents=True, exist_ok=True)
+            with file.open() as source, local.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+        return root / url.path.rstrip("/")
 
 
 def _is_of_a_result(file: str, url: str) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from batchrun.commands.options import PATHS
-from batchrun.commands.results import write
+from batchrun.commands.results import as_json, write
 from batchrun.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -103,17 +103,17 @@ def report(
     if new_prices is not None and (drawn or span.zone != "UTC"):
         raise JobError("--reprice works with neither a page nor a --tz other than UTC: rows keep the price they had")
     thresholds = unusual.thresholds(limits) if findings or limits or drawn else None
-    found = runs.find(paths)
+    found = runs.find_runs(paths)
     if invoice is not None:
         write(_reconciled(invoice, found.found, "png" if picture else form), target, for_people=form != "json")
         return
     query = bills.Query(keys, span, thresholds, against)
     if new_prices is None:
-        bill = bills.of_runs(found, query)
+        bill = bills.bill_of(found, query)
     else:
         before = found.found
         again = reprice.repriced(before, reprice.read(new_prices))
-        bill = bills.of_runs(found._replace(found=again.found), query)
+        bill = bills.bill_of(found._replace(found=again.found), query)
         bill = bills.what_if(bill, str(new_prices), reprice.total(before), reprice.total(again.found), again.kept)
     content = b""
     if drawn:
@@ -131,8 +131,6 @@ def report(
 
 
 def _reconciled(invoice: Path, found: "Sequence[FoundRun]", form: str) -> bytes:
-    import msgspec
-
     from batchrun.errors import JobError
     from batchrun.report import reconcile
 
@@ -140,5 +138,5 @@ def _reconciled(invoice: Path, found: "Sequence[FoundRun]", form: str) -> bytes:
         raise JobError(f"--reconcile works with --format table or json, not {form}")
     reconciled = reconcile.reconcile(invoice, found)
     if form == "json":
-        return msgspec.json.format(msgspec.json.encode(reconciled), indent=2) + b"\n"
+        return as_json(reconciled).encode()
     return "".join(f"{line}\n" for line in reconcile.in_words(reconciled)).encode()

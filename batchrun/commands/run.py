@@ -131,7 +131,7 @@ def run(
             if not isinstance(stopped.__cause__, batchrun.RunIncompleteError):
                 raise stopped.__cause__ or stopped  # noqa: B904
             summary = stopped.__cause__.summary
-    _report(summary, shards.part_of(loaded, options["shard"], lambda line: None)[0])
+    _report(summary, shards.divided_job(loaded, options["shard"], lambda line: None)[0])
     sys.exit(summary.exit_code or 0)
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import click
 
 from batchrun.commands.options import RESULT
-from batchrun.commands.results import say
-from batchrun.terminal import harmless
+from batchrun.commands.results import put, say
+from batchrun.errors import harmless
 
 
 @click.command()
@@ -42,7 +42,7 @@ def show(
     found = row_view.rows(result, selection)
     if as_json:
         for row in found:
-            say(row_view.as_json(row, selection.columns))
+            put(row_view.as_json(row, selection.columns) + "\n")
         return
     text = (f"{harmless(line)}\n" for row in found for line in row_view.lines(row, result.inputs, selection.columns))
     if sys.stdout.isatty():
@@ -51,6 +51,6 @@ def show(
     empty = True
     for line in text:
         empty = False
-        say(line, nl=False)
+        put(line)
     if empty:
         say("no row matches")

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
+from batchrun.commands import results
 from batchrun.commands.options import OUT, PATHS
-from batchrun.commands.results import say
+from batchrun.commands.results import put, say
 from batchrun.errors import ExitCode
-from batchrun.terminal import harmless
 
 
 @click.command()
@@ -19,18 +19,18 @@ def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
     """Show the state of a run, or of many runs, a line each. Unfinished ones come first."""
     from datetime import UTC, datetime
 
-    from batchrun.report import run_list, status
+    from batchrun.report import run_list, runs, status
     from batchrun.report.run_state import run_state
     from batchrun.store.rundir import RunDirectory
 
-    one = len(paths) == 1 and not as_json and run_list.is_run(paths[0])
+    one = len(paths) == 1 and not as_json and runs.is_run(paths[0])
     found = [] if one and not exit_code else run_list.collect(paths, datetime.now(UTC))
     if as_json:
-        say(run_list.as_json(found))
+        put(results.as_json(found))
     else:
         directory = RunDirectory(paths[0])
         for line in status.lines(directory, run_state(directory)) if one else run_list.lines(found):
-            say(harmless(line))
+            say(line)
     if exit_code:
         sys.exit(run_list.exit_code(found))
 
@@ -50,15 +50,15 @@ def watch(out: Path, every_s: float) -> None:
 
     directory, screen = RunDirectory(out), sys.stdout.isatty()
     if screen:
-        say("\x1b[2J", nl=False)
+        put("\x1b[2J")
     shown = ""
     while True:
         found = run_state(directory)
         if screen:
             size = os.get_terminal_size(sys.stdout.fileno())  # not COLUMNS: it does not follow a resize
             lines = list(status.lines(directory, found))
-            say(watch_screen.frame(found.summary, lines, size.columns, size.lines, harmless), nl=False)
-        elif (text := harmless(line(found.summary))) != shown:
+            put(watch_screen.frame(found.summary, lines, size.columns, size.lines))
+        elif (text := line(found.summary)) != shown:
             shown = text
             say(shown)
         if not found.working:

@@ -8,7 +8,6 @@ import click
 from batchrun.commands.options import OUT
 from batchrun.commands.results import say
 from batchrun.errors import ExitCode
-from batchrun.terminal import harmless
 
 
 @click.command()
@@ -24,13 +23,13 @@ def verify(out: Path, salvage: bool, rebuild: bool) -> None:
     from batchrun.store.rundir import RunDirectory
 
     if rebuild:
-        say(harmless(rebuilding.rebuild(RunDirectory(out))))
+        say(rebuilding.rebuild(RunDirectory(out)))
     if salvage:
         findings, salvaged = salvaging.salvage(RunDirectory(out))
     else:
         findings, salvaged = verifying.verify(RunDirectory(out)), None
     for line in (*found.in_words(findings), *(salvaging.in_words(salvaged) if salvaged else ())):
-        say(harmless(line))
+        say(line)
     sys.exit(ExitCode.DAMAGED if findings.damages else ExitCode.COMPLETE)
 
 
@@ -43,4 +42,4 @@ def export(out: Path, target: Path | None) -> None:
     from batchrun.store.rundir import RunDirectory
 
     for line in exporting.in_words(exporting.export(RunDirectory(out), target)):
-        say(harmless(line))
+        say(line)

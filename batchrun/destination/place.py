@@ -34,11 +34,7 @@ from batchrun.store.rundir import RunDirectory
 
 
 def run(
-    job: Job,
-    directory: RunDirectory,
-    url: Url,
-    work: Callable[[Mirror | None], Summary],
-    note: Callable[[str], None],
+    job: Job, directory: RunDirectory, url: Url, work: Callable[[Mirror | None], Summary], note: Callable[[str], None]
 ) -> Summary:
     """Does the `work` of a start, which gets the mirror of its chunks, then publishes the result if it is complete.
 
@@ -51,7 +47,7 @@ def run(
     directory.create()
     mine = this_process(_writer(directory), job.name)
     with Claim(folder, mine) as claim:
-        if (there := _complete_there(job, directory, folder, mine)) is not None:
+        if (there := _published_elsewhere(job, directory, folder, mine)) is not None:
             note(f"{url}: complete already; nothing is sent")
             return there
         run_id = _run_id(directory)
@@ -134,7 +130,7 @@ def _run_id(directory: RunDirectory) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def _complete_there(job: Job, directory: RunDirectory, folder: RemoteFolder, mine: Writer) -> Summary | None:
+def _published_elsewhere(job: Job, directory: RunDirectory, folder: RemoteFolder, mine: Writer) -> Summary | None:
     """The summary of the complete result in the store if another machine published it for this job and input, or if it
     completed the run of this directory.
     """
@@ -150,7 +146,7 @@ def _complete_there(job: Job, directory: RunDirectory, folder: RemoteFolder, min
 
 
 def _answers(record: RunRecord, job: Job) -> bool:
-    """Whether the result is that of the job and its input, as both are now."""
+    """True if the result was made from the job and the input as they are now."""
     if record.fingerprint != job.fingerprint() or job.input.path in (None, "-"):
         return False
     files = find_files(job.input.path or "", job.input.partitions, job.storage)

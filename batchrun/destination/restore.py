@@ -100,7 +100,7 @@ def _doubts(
     chunks: list[Chunk],
     directory: RunDirectory,
 ) -> Iterator[PossiblyBilled]:
-    """The rows that the lost machine may have sent, and whose outcome is not known here."""
+    """The rows that the lost machine may have sent, and whose outcome no one here knows."""
     entries = checkpoint.manifest_entries()
     manifest = Manifest.decode(entries)
     most_usd = price_tables.most_usd(manifest, price_tables.decode(entries), *job.service_tiers)

@@ -260,7 +260,7 @@ class Shutdown:
         if host is not None:
             host.results.listen(_in_loop(loop, self._workers.backlog.wake), completions_of, loop.call_soon)
             host.stop.listen(_in_loop(loop, functools.partial(self.request, signals.PROGRAM, ExitCode.STOPPED)))
-        for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
+        for number, exit_code in signals.EXIT_CODES.items() if signals.may_handle() else ():
             loop.add_signal_handler(number, self.request, number.name, exit_code)
 
     def request(self, by: str, exit_code: ExitCode) -> None:

@@ -43,7 +43,7 @@ class RowSums(msgspec.Struct):
 
 
 def unaccounted_usd(known: DbRecords, sums: RowSums) -> tuple[Decimal, bool]:
-    """The cost beyond that of the rows and of pending rows' attempts; and whether it should be 0.
+    """The cost that neither the rows nor the attempts of pending rows explain, and whether it should be 0.
 
     It may be more if answers were replaced, given up or lost, or if a row's cost is unknown.
     """
@@ -65,7 +65,7 @@ def rows_due(known: DbRecords) -> int:
 
 
 def totals_problem(known: DbRecords, sums: RowSums, *, finished: bool) -> str | None:
-    """How the totals disagree with the rows, all of which were read; None if they agree."""
+    """How the totals disagree with the rows; None if they agree. Every row must have been read."""
     standing = {status: rows for status, rows in known.totals.standing.items() if rows}
     if standing != sums.standing or (finished and sums.standing.total() != rows_due(known)):
         return f"its totals count {standing or 'no row'}, the rows say {dict(sums.standing) or 'none'}"
@@ -104,7 +104,7 @@ class BillElsewhere(msgspec.Struct, frozen=True):
     usd: Decimal
 
 
-def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
+def bill_without_database(directory: RunDirectory) -> BillElsewhere | None:
     """The figures in the result's footer, else in summary.json; None if neither can be read."""
     found: tuple[Path, object, object] | None = None
     if directory.completions.exists():
@@ -141,23 +141,25 @@ def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifes
         return "says complete, and the run is not" if summary.complete else None
     if not summary.complete:
         return None  # the process died between its last two steps
-    moment = Moment(
-        state=summary.state,
-        invocation=summary.invocation,
-        started_at=summary.started_at,
-        now=summary.updated_at,
-        elapsed_s=summary.elapsed_s,
-        sent=0,
-        limited_by=summary.limited_by,
-        pid=summary.pid,
-        host=summary.host,
-        complete=summary.complete,
-        tags=summary.tags,
-        budgets=summary.budgets,
-    )
+    kept: dict[str, Any] = {name: getattr(summary, name) for name in _BESIDE_TOTALS}
+    moment = Moment(now=summary.updated_at, sent=0, **kept)
     counted = summarise(manifest, rows_due(known), prices, known.totals, moment, directory)
     wrong = [name for name in Summary.__struct_fields__ if not _agrees(name, summary, counted, known)]
     return f"{', '.join(wrong)}: not as in checkpoint.db" if wrong else None
+
+
+_BESIDE_TOTALS = (
+    *("state", "invocation", "started_at", "elapsed_s", "limited_by", "pid", "host", "complete"),
+    *("tags", "budgets"),
+)
+"""Fields that the totals do not give; `_agrees` checks those that another record has."""
+_NOWHERE_ELSE = frozenset(
+    {
+        *("limits", "tuned", "deadline", "command", "example_error"),
+        *("unknown_finish_reasons", "unpriced_tiers", "unpriced_usage"),
+    }
+)
+"""Fields without a second source."""
 
 
 def _agrees(name: str, summary: Summary, again: Summary, known: DbRecords) -> bool:
@@ -176,16 +178,7 @@ def _agrees(name: str, summary: Summary, again: Summary, known: DbRecords) -> bo
             return written is not None
         case "last_answer_at":
             return written is None or bool(written <= summary.updated_at)
-        case (
-            "limits"
-            | "tuned"
-            | "deadline"
-            | "command"
-            | "example_error"
-            | "unknown_finish_reasons"
-            | "unpriced_tiers"
-            | "unpriced_usage"
-        ):
+        case _ if name in _NOWHERE_ELSE:
             return True
         case "invocation" | "started_at" | "pid" | "host":
             start = {record[0]: record for record in known.invocations}.get(summary.invocation)

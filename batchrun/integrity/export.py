@@ -4,7 +4,6 @@ The checkpoint is read through a private copy, sealed parts are copied as they a
 stored input, and rows that were never opened are read from the input.
 """
 
-import contextlib
 from collections.abc import Iterator
 from itertools import chain, starmap
 from pathlib import Path
@@ -12,12 +11,12 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from batchrun.errors import CheckpointError, InputError, JobError
+from batchrun.errors import InputError, JobError
 from batchrun.integrity.readable_groups import nullable
-from batchrun.integrity.salvage import input_again
+from batchrun.integrity.salvage import unchanged_input
 from batchrun.records import FinishedResult
 from batchrun.report import run_state
-from batchrun.report.summary import read
+from batchrun.report.summary import read_or_none
 from batchrun.report.wording import plural
 from batchrun.run_summary import Summary
 from batchrun.source import JsonlSource, Source, TableSource
@@ -62,10 +61,7 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
         known = Manifest.decode(entries)
         if to is not None:
             _require_place(to, directory, known)
-        written: Summary | None = None
-        with contextlib.suppress(InputError, CheckpointError):  # summary.json may be gone or damaged
-            written = read(directory)
-        summary = run_state.from_checkpoint(directory, checkpoint, written)
+        summary = run_state.from_checkpoint(directory, checkpoint, read_or_none(directory))
         if result.FINISHED in entries:
             return _complete(directory, known, summary, result.finished(entries), to)
         exported = _so_far(directory, checkpoint, known, summary, to or directory.partial)
@@ -128,7 +124,7 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, su
     source: Source = JsonlSource(())
     problem: str | None = None
     try:
-        source = input_again(known, directory)
+        source = unchanged_input(known, directory)
     except InputError as error:  # it has changed since the run began: rows that were not read yet lack their columns
         relative = any(not (is_url(file.path) or Path(file.path).is_absolute()) for file in known.files)
         problem = f"{error}" + ("; run this where the run was started" if relative else "")

@@ -11,11 +11,12 @@ import pyarrow as pa
 
 from batchrun.errors import CheckpointError
 from batchrun.integrity.db_records import SALVAGED, DbRecords
-from batchrun.run_summary import LineKey, Summary, TotalsLine
+from batchrun.report.summary import read_or_none
+from batchrun.run_summary import LineKey, TotalsLine
 from batchrun.store import db_tables, in_flight, price_tables, spill, variants
-from batchrun.store.checkpoint import FORMAT
+from batchrun.store.checkpoint import write_new
 from batchrun.store.commits import SPILL
-from batchrun.store.database import Database, Record
+from batchrun.store.database import Record
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.in_flight import NamedRequest
 from batchrun.store.ledger import SINCE
@@ -25,13 +26,8 @@ from batchrun.store.spill import SpillFrame
 from batchrun.store.totals import DISCARDED, LOST, UNSTATED, negative, plus
 from batchrun.tables import booked
 
-_KEPT_ENTRIES = (
-    Manifest.ENTRY,
-    price_tables.ENTRY,
-    variants.ENTRY,
-    SINCE,
-    UNSTATED,
-)  # and not that the run is finished
+_KEPT_ENTRIES = (Manifest.ENTRY, price_tables.ENTRY, variants.ENTRY, SINCE, UNSTATED)
+"""Not among them: that the run is finished."""
 
 
 class KeptSums:
@@ -124,9 +120,7 @@ def write(old: RunDirectory, known: DbRecords, account: KeptSums, new: RunDirect
     invocation = max((record[0] for record in known.invocations), default=1)
     prefix = Manifest.decode(known.manifest).attempt_prefix
     lost = in_flight.possibly_billed(account.without_known_end(known), invocation, "crash", prefix)
-    last: Summary | None = None
-    with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
-        last = msgspec.json.decode(old.summary.read_bytes(), type=Summary)
+    last = read_or_none(old)
     invocations = known.invocations
     if last is not None and all(record[0] < last.invocation for record in invocations):
         # its start is not on record, and the next start must have the highest number
@@ -148,16 +142,7 @@ def write(old: RunDirectory, known: DbRecords, account: KeptSums, new: RunDirect
         "standing": list(account.standing.items()),
         "reopened": [msgspec.structs.astuple(again) for again in account.reopened],
     }
-    database = Database.open(new.checkpoint, db_tables.TABLES, FORMAT, lambda full: False)
-
-    def insert() -> None:
-        for name, lines in records.items():
-            database.insert(name, lines)
-
-    try:
-        database.transaction(insert)
-    finally:
-        database.close()
+    write_new(new.checkpoint, records)
     for frame in account.spilled:  # without rows that were kept from elsewhere
         left = (answer for answer in frame.completions if not account.is_kept(answer.row, answer.attempts))
         spill.append(new.checkpoint.with_name(SPILL), (*left, *frame.discarded), frame.invocation)

@@ -39,7 +39,7 @@ from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import StoredWindow
 from batchrun.tables import files
 from batchrun.tables.arrow_types import JSON
-from batchrun.tables.rows import OWN_COLUMNS, joined, output_schema, own_schema
+from batchrun.tables.rows import OWN_COLUMNS, joined, output_schema, own_schema, prefix_in
 
 NAME = "salvaged.parquet"
 LOST = "lost.csv"
@@ -59,8 +59,8 @@ class Salvaged(msgspec.Struct, frozen=True):
 
 
 class Piece(NamedTuple):
-    """Rows of one chunk, and those of them that are kept. `chunk` is its record in the new directory; None: it can't be
-    resumed. `answered`: every row had a completion.
+    """One chunk and its `kept` rows. `chunk` is its record in the new directory; None: it can't be resumed. `answered`:
+    every row had a completion.
     """
 
     first_row: int
@@ -94,13 +94,13 @@ def _salvaged(directory: RunDirectory, known: DbRecords) -> Salvaged:
         manifest = Manifest.decode(known.manifest)
     if manifest is not None:
         try:
-            return _built(directory, known, manifest, input_again(manifest, directory), None, to)
+            return _built(directory, known, manifest, unchanged_input(manifest, directory), None, to)
         except InputError as error:  # before or while it was read
             problem = str(error)
     return _built(directory, known, manifest, None, problem, to)
 
 
-def input_again(manifest: Manifest, directory: RunDirectory) -> Source:
+def unchanged_input(manifest: Manifest, directory: RunDirectory) -> Source:
     """The input, unchanged since the run began.
 
     Raises:
@@ -163,7 +163,6 @@ class Salvage:
         self.missing = 0
 
     def write(self) -> None:
-        """Writes every file of the new directory."""
         lost: list[tuple[int, int, bool]] = []
         schema = self._typed(self._kept.schema)
         with (
@@ -198,8 +197,7 @@ class Salvage:
             return output_schema(given, self._settings), self._settings.prefix
         results = (self._old.completions, *sorted(self._old.path.glob("*/*.parquet")))
         for schema in filter(None, map(readable_groups.schema_of, results)):
-            if keys := [name for name in schema.names if name.endswith("request_key")]:
-                prefix = keys[-1].removesuffix("request_key")
+            if (prefix := prefix_in(schema.names)) is not None:
                 given = pa.schema([field for field in schema if field.name not in own_schema(prefix).names])
                 return pa.schema([*given, *own_schema(prefix)]), prefix
         return own_schema(self._settings.prefix), self._settings.prefix
@@ -266,7 +264,7 @@ class Salvage:
         return Piece(chunk.first_row, chunk.end_row, self._had_result() or sealed, whole, chunk, again)
 
     def _that_answer(self, kept: pa.Table, stored: StoredWindow) -> pa.Table:
-        """The rows whose key is that of the row's request: files of an earlier layout hold others."""
+        """The rows whose key is that of their present request: files of an earlier layout answer other requests."""
         columns = (kept.column(self._prefix + name).to_pylist() for name in ("row", "variant", "request_key"))
         keys = {row: (variant, key) for row, variant, key in zip(*columns, strict=True)}
         right: set[int] = set()

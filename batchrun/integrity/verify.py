@@ -75,7 +75,7 @@ class Inspection:
 
     def findings(self) -> Findings:
         """The result of `inspect`."""
-        if not self.known.whole and not self.known.manifest and (bill := audit.bill_elsewhere(self.directory)):
+        if not self.known.whole and not self.known.manifest and (bill := audit.bill_without_database(self.directory)):
             what = f"{plural(bill.rows, 'row')}, ${bill.usd:,.6f}, with no other record to check it"
             self.sound.append(f"{bill.place}: {what}")
             return Findings(tuple(self.sound), tuple(self.damages), f"{bill.usd:,.6f}", f"{Decimal(0):,.6f}")

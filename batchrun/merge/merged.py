@@ -21,8 +21,7 @@ from batchrun import durable
 from batchrun.durable import disk_errors
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError, writable
 from batchrun.integrity.db_records import SALVAGED
-from batchrun.merge.merged_manifest import merged_manifest
-from batchrun.merge.renumbering import Renumbering, renumbered
+from batchrun.merge.merged_manifest import Renumbering, merged_manifest, renumbered
 from batchrun.merge.shards import CompleteShard
 from batchrun.records import ResultFile, Status
 from batchrun.report.summary import Moment, failures, summarise
@@ -32,9 +31,9 @@ from batchrun.request import image_digests
 from batchrun.run_summary import Summary, TotalsLine
 from batchrun.source import JsonlSource
 from batchrun.store import db_tables, price_tables, result, shared_dataset, variants
-from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
+from batchrun.store.checkpoint import Checkpoint, read_finished, write_new
 from batchrun.store.chunks import Chunks, Layout
-from batchrun.store.database import Database, Record
+from batchrun.store.database import Record
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
 from batchrun.store.price_tables import Tables
@@ -84,8 +83,8 @@ def merge(shards: Sequence[CompleteShard], to: Path) -> Merged:
 
 
 def _publish(directory: RunDirectory) -> None:
-    """The run's partitions are in the dataset that its job names: a shard's would replace those of the others. A merge
-    that was cut before does it when it is repeated.
+    """Publishes the run's partitions in the dataset that its job names. Shards don't: each would replace the others'. A
+    merge that was interrupted before this does it when it is repeated.
     """
     entries = read_finished(directory.checkpoint)
     manifest = Manifest.decode(entries)
@@ -120,18 +119,8 @@ class MergedWriter:
         raise JobError(f"{place}: is there already, and no intact merge of these shards; name another with -o")
 
     def write(self) -> Summary:
-        """Writes every file."""
         chunks = [chunk for pair in self._pairs() for chunk in self._parts(*pair)]
-        database = Database.open(self._to.checkpoint, db_tables.TABLES, FORMAT, lambda full: False)
-
-        def insert() -> None:
-            for name, records in self._records(chunks).items():
-                database.insert(name, records)
-
-        try:
-            database.transaction(insert)
-        finally:
-            database.close()
+        write_new(self._to.checkpoint, self._records(chunks))
         checkpoint = Checkpoint(self._to.checkpoint, free_reserve=lambda: False)
         try:
             summary = self._summary(checkpoint)
@@ -168,11 +157,8 @@ class MergedWriter:
     def _batch(self, batch: pa.RecordBatch, shard: CompleteShard, numbers: Renumbering) -> pa.RecordBatch:
         """The rows as the merged run has them."""
         prefix = shard.manifest.output.prefix
-        for name, change in (
-            ("row", numbers.rows),
-            ("duplicate_of", numbers.rows),
-            ("invocation", numbers.invocations),
-        ):
+        changes = {"row": numbers.rows, "duplicate_of": numbers.rows, "invocation": numbers.invocations}
+        for name, change in changes.items():
             place = batch.schema.get_field_index(prefix + name)
             field = batch.schema.field(place)
             batch = batch.set_column(place, field, pc.add(batch.column(place), pa.scalar(change, field.type)))
@@ -242,7 +228,7 @@ class MergedWriter:
         return {model: table for shard in reversed(self._shards) for model, table in shard.prices.items()}
 
     def _summary(self, checkpoint: Checkpoint) -> Summary:
-        """The summary; what describes a single start is that of the last shard's last one."""
+        """The summary. Fields of a single start are those of the last start of the last shard."""
         last = self._shards[-1].summary
         every = [shard.summary for shard in self._shards]
         moment = Moment(

@@ -1,4 +1,4 @@
-"""The manifest of the run that shards are merged into. PURE."""
+"""The manifest of the run that shards are merged into, and its numbers of rows, starts, chunks and variants. PURE."""
 
 import hashlib
 from collections import Counter
@@ -11,10 +11,10 @@ from batchrun.merge.shards import CompleteShard
 from batchrun.run_summary import Estimate, MergedShard
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
+from batchrun.store.variants import Variant
 
 
 def merged_manifest(shards: Sequence[CompleteShard], target: RunDirectory) -> Manifest:
-    """The manifest of the merged run."""
     every = [shard.manifest for shard in shards]
     models: Counter[str] = Counter()
     largest: dict[str, tuple[int, int]] = {}
@@ -39,14 +39,8 @@ def merged_manifest(shards: Sequence[CompleteShard], target: RunDirectory) -> Ma
         estimate=_estimate([each.estimate for each in every if each.estimate is not None]),
         share=None,
         merged=tuple(
-            MergedShard(
-                shard.manifest.run_id,
-                str(shard.share.shard),
-                shard.manifest.rows,
-                shard.known.totals.requests(),
-                shard.known.totals.cost_usd(),
-            )
-            for shard in shards
+            MergedShard(manifest.run_id, str(shard.share.shard), manifest.rows, totals.requests(), totals.cost_usd())
+            for shard, manifest, totals in ((each, each.manifest, each.known.totals) for each in shards)
         ),
     )
 
@@ -68,3 +62,34 @@ def _estimate(every: Sequence[Estimate]) -> Estimate | None:
         **{name: usd(name) for name in ("low_usd", "expected_usd", "high_usd")},
         minutes=max((each.minutes for each in every if each.minutes is not None), default=None),
     )
+
+
+class Renumbering(msgspec.Struct, frozen=True):
+    """Added to a shard's numbers. `rows` is negative where earlier shards set records aside. `variants` are the
+    new numbers by the old ones.
+    """
+
+    rows: int
+    invocations: int
+    chunks: int
+    variants: tuple[int, ...]
+
+
+def renumbered(shards: Sequence[CompleteShard]) -> tuple[tuple[Variant, ...], list[Renumbering]]:
+    """The variants of all shards, and how each shard is renumbered."""
+    every = list(shards[0].variants)
+    numbers: list[Renumbering] = []
+    rejected = invocations = chunks = 0
+    for shard in shards:
+        for variant in shard.variants:
+            if not any(known.question == variant.question for known in every):
+                every.append(variant)
+        places = tuple(
+            next(place for place, known in enumerate(every) if known.question == variant.question)
+            for variant in shard.variants
+        )
+        numbers.append(Renumbering(-rejected, invocations, chunks, places))
+        rejected += len(shard.manifest.rejected)
+        invocations += max((record[0] for record in shard.known.invocations), default=0)
+        chunks += len(shard.known.chunks)
+    return tuple(every), numbers

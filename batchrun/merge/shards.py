@@ -153,7 +153,7 @@ def _mismatches(found: Sequence[CompleteShard], unfinished: set[int]) -> Iterato
 
 
 def _differences(one: CompleteShard, other: CompleteShard) -> Iterator[str]:
-    """In what the shards differ, and must not."""
+    """The differences that two shards of one run can't have."""
     if one.manifest.job != other.manifest.job:
         yield f"job {other.manifest.job}, not {one.manifest.job}"
     if one.share.shard.count != other.share.shard.count:

@@ -129,7 +129,7 @@ def _usd(price: Decimal) -> str:
 
 
 def _match(clause: Any) -> dict[str, Any]:
-    """The clause as lists of texts of which one has to fit; a clause of the package compares without case."""
+    """The clause as lists of texts, one of which must fit. The package compares without case."""
     match name := type(clause).__name__:
         case "ClauseRegex":
             return {"patterns": [clause.regex]}

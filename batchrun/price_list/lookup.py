@@ -72,7 +72,7 @@ def listed(model: str, day: str, url: str) -> prices.PriceTable | None:
     """The model's price at that endpoint; None where the list has none for it."""
     today, host = date.fromisoformat(day), vendor_at(url)
     if host is not None:
-        found = find(host, model) or find(host, model.partition("/")[2])
+        found = find_model(host, model) or find_model(host, model.partition("/")[2])
         # The list has one price for all regions.
         regional = _REGION.search(urlsplit(url.lower()).hostname or "") is not None
         return None if found is None else table_of(model, host, found, today, None, regional=regional)
@@ -90,7 +90,7 @@ def unknown_because(model: str, url: str) -> str:
 
 
 def vendor_at(url: str) -> Vendor | None:
-    """The vendor whose address it is."""
+    """The vendor at this address; None if the list has none there."""
     parts = urlsplit(url.lower())
     host = (parts.hostname or "").rstrip(".")
     if (known := _OTHER_HOSTS.get(host)) is not None:
@@ -113,9 +113,9 @@ def _is_at(pattern: str, origin: str, path: str) -> bool:
     return found is not None and address[found.end() :][:1] in ("", "/")
 
 
-def find(vendor: Vendor, name: str) -> Model | None:
-    """The model of that name on the vendor's list, or on that of a vendor whose models it also sells: then without its
-    prices by tier, which are the other vendor's own.
+def find_model(vendor: Vendor, name: str) -> Model | None:
+    """The model of that name on the vendor's list, or on the list of another vendor whose models it also sells. The
+    other vendor's prices by tier are left out: they hold only there.
     """
     name = name.lower()
     for spelling in dict.fromkeys((name, _COMPACT_DATE.sub(_with_dashes, name))) if name else ():
@@ -143,7 +143,7 @@ def _own_vendor(model: str) -> tuple[Vendor, Model] | None:
         return None
     for vendor in newest.price_list().vendors:
         own = vendor.id == _PREFIXES.get(prefix, prefix) if prefix else vendor.makes.fits(name.lower())
-        if own and (found := find(vendor, name)) is not None:
+        if own and (found := find_model(vendor, name)) is not None:
             return vendor, found
     return None
 
@@ -178,7 +178,7 @@ def _complete(price: ListedPrice) -> bool:
 
 
 def _standard(found: Model, today: date) -> tuple[ListedPrice, list[prices.Hours]]:
-    """The price of today for all hours, and those that hold instead at some hours of the day."""
+    """Today's price, and the prices that replace it at some hours of the day."""
     standard, clock = found.prices[0], list[prices.Hours]()
     for price in found.prices:
         if price.hours is not None:

@@ -106,5 +106,4 @@ class PriceList(msgspec.Struct, frozen=True):
     vendors: tuple[Vendor, ...]
 
     def vendor(self, id_: str) -> Vendor:
-        """The vendor by its id."""
         return next(vendor for vendor in self.vendors if vendor.id == id_)

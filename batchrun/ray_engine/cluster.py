@@ -139,7 +139,7 @@ class Cluster:
                     why = (lines[0] if lines else type(error).__name__)[:300]
                     raise JobError(f"engine ray: can't connect to {self._address}: {why}") from error
                 finally:
-                    if signals.ours():  # Ray's own handler would end the run without a drain
+                    if signals.may_handle():  # Ray's own handler would end the run without a drain
                         signal.signal(signal.SIGTERM, before)
         self._ours = True
         return str(ray.__version__)

@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import ray
@@ -20,9 +20,15 @@ from batchrun.errors import APIConnectionError, ExitCode, RunStoppedError
 from batchrun.job.settings import Engine
 from batchrun.policy import Fault
 from batchrun.ray_engine import failures
-from batchrun.ray_engine.actor import OPTIONS, Actor, pieces
 from batchrun.ray_engine.sender import Answered, Parcel, Ready, Sender, Setup
 from batchrun.records import Attempt
+
+PIECE_BYTES = 64_000
+"""The most bytes of bodies in one argument of a call, unless one body alone has more. Ray sends arguments below 100 KB
+with the call; larger ones pass through the object store, which may spill them to disk."""
+
+OPTIONS = {"max_restarts": 0, "max_task_retries": 0}
+"""Ray starts no actor again and repeats no call by itself: a request is sent again only if the run's policy says so."""
 
 CALL_BYTES = 4_000_000
 """The most bytes of bodies in one call: Ray sends 10 MB of arguments with it."""
@@ -44,6 +50,32 @@ SURPLUS_S = 60.0
 """An actor that has not been needed for so long is ended, down to `engine.actors`."""
 
 CLOSE_S = 5.0  # a call to an actor on a node that is gone may not return
+
+
+class Actor:
+    """One actor. `ready` is None until it can send. `heard_at`, its last answer to a call, is on the loop's clock.
+
+    `leaving`: it gets no more requests, because it is not needed.
+    """
+
+    def __init__(self, handle: Any, now: float) -> None:
+        self.handle = handle
+        self.ready: Ready | None = None
+        self.in_flight: set[int] = set()
+        self.calls = 0
+        self.handing_over = self.leaving = False
+        self.key_version = 0
+        self.heard_at = now
+
+    @property
+    def room(self) -> int:
+        """The further requests it can have in flight; 0 while a call hands over some, and if it is leaving."""
+        if self.ready is None or self.handing_over or self.leaving:
+            return 0
+        return self.ready.room - len(self.in_flight)
+
+    def __str__(self) -> str:
+        return "a Ray actor" if self.ready is None else f"the Ray actor {self.ready.pid} on {self.ready.host}"
 
 
 class Fleet:
@@ -208,7 +240,7 @@ class Fleet:
 
     @property
     def _version(self) -> int:
-        """Changes when a key is replaced."""
+        """A number that grows when a key is replaced."""
         return sum(each.version for each in self._credentials.members)
 
     # ── the way of a request ──────────────────────────────────────────────────────────────────────────────────────────
@@ -265,7 +297,7 @@ class Fleet:
         while actor in self._actors:
             next_s = self._loop.time() + self._pause_s
             try:
-                await actor.handle.submit.remote(actor.calls, credentials, *pieces(batch))
+                await actor.handle.submit.remote(actor.calls, credentials, *_pieces(batch))
             except Exception as error:
                 if not await self._is_repeated(actor, error):
                     return
@@ -349,3 +381,16 @@ class Fleet:
 def _not_sent(queued_at: float, why: str) -> Attempt:
     error = APIConnectionError(why, kind=Fault.CONNECT, sent=False)
     return Attempt(queued_at, max(0.0, time.time() - queued_at), None, {}, b"", error)
+
+
+def _pieces(batch: list[Parcel]) -> Iterator[list[Parcel]]:
+    """The batch in lists that are small enough to be sent with the call; a large body gets its own list."""
+    piece: list[Parcel] = []
+    size = 0
+    for parcel in batch:
+        if piece and size + len(parcel[2]) > PIECE_BYTES:
+            yield piece
+            piece, size = [], 0
+        piece.append(parcel)
+        size += len(parcel[2]) + 100  # its number, its endpoint's place and our id
+    yield piece

@@ -98,7 +98,7 @@ class Sender:
         return Ready(os.getpid(), host, min(room, setup.in_flight), tuple(choices))
 
     async def submit(self, number: int, credentials: Credentials | None, *batches: list[Parcel]) -> None:
-        """Sends these requests. The call with a number that was there before does nothing: it is a repetition.
+        """Sends these requests. A call whose number was used before is a repetition, and does nothing.
 
         `credentials` are there if a key was replaced since the last call.
         """

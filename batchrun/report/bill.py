@@ -5,25 +5,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from batchrun.records import Status
-from batchrun.report import days, earlier_runs, latencies, run_rows, runs
+from batchrun.report import days, earlier_runs, latencies, run_rows
 from batchrun.report.cost_lines import up_to
 from batchrun.report.earlier_runs import Against, Compared
-from batchrun.report.figures import FIGURES, BillLine, added
+from batchrun.report.figures import BillLine, added
 from batchrun.report.findings import Finding
-from batchrun.report.keys import KEYS, OF_LINES, DaySpan, day_of, group, keys
+from batchrun.report.keys import OF_LINES, DaySpan, day_of, group
 from batchrun.report.latencies import Scanned
 from batchrun.report.runs import Account, FoundRun, LeftOut, Runs
 from batchrun.report.summary import RATE_S
 from batchrun.run_summary import TotalsLine
 from batchrun.store.totals import DISCARDED, LOST
-
-__all__ = ["FIGURES", "KEYS", "Bill", "BillLine", "collect", "keys"]
 
 READERS = 2
 """Threads that read results; Arrow decodes without Python's lock."""
@@ -47,8 +44,8 @@ class ExpectedCost(msgspec.Struct, frozen=True):
 
 
 class Bill(msgspec.Struct, frozen=True):
-    """The lines in the order of their groups, their total, and what it does not cover: what may have been billed at
-    most, answers without usage, attempts without a known price by model, and files that were not counted.
+    """The lines in the order of their groups, and their total. Beside them, what the total leaves out: possibly billed
+    requests with their upper bound, answers without usage, attempts of unknown price by model, and files not counted.
     The total's attempts include the `lost` ones, which were in flight when a process died.
 
     `unread` counts the runs whose rows can't be read; no figure includes their latencies. `supposed` names the prices
@@ -81,7 +78,7 @@ class Bill(msgspec.Struct, frozen=True):
 
 
 class CountedRun(NamedTuple):
-    """A run, those of its lines that are within the span, and its rows' latencies by some of the keys."""
+    """A run, its lines within the span, and the latencies of its rows by the keys that `_scanned_by` chooses."""
 
     found: FoundRun
     lines: list[TotalsLine]
@@ -97,16 +94,7 @@ class Query(msgspec.Struct, frozen=True):
     against: Against | None = None
 
 
-def collect(paths: Sequence[Path], by: tuple[str, ...], span: DaySpan | None = None) -> Bill:
-    """The bill over every run that the paths name or hold, each run counted once, in any order.
-
-    Raises:
-        InputError: a path holds no run, or one that can't be read.
-    """
-    return of_runs(runs.find(paths), Query(by, span or DaySpan()))
-
-
-def of_runs(found: Runs, query: Query) -> Bill:
+def bill_of(found: Runs, query: Query) -> Bill:
     """The bill over runs that were found.
 
     Raises:
@@ -123,7 +111,7 @@ def of_runs(found: Runs, query: Query) -> Bill:
 
 
 def what_if(bill: Bill, prices: str, before_usd: Decimal, after_usd: Decimal, kept: Sequence[str] = ()) -> Bill:
-    """The bill, marked as one at these prices instead of those that were paid. `kept`: what keeps its cost, and why."""
+    """The bill, marked as hypothetical: at `prices`, not at those that were paid. `kept` says what keeps its cost."""
     supposed = f"what if: at the prices of {prices} ${after_usd:,.6f}; paid were ${before_usd:,.6f}"
     return msgspec.structs.replace(bill, supposed="; ".join([supposed, *kept]))
 

@@ -43,7 +43,9 @@ def _drawn(chart: Chart, width: int, height: int, shape: str) -> str:
     except ImportError as error:
         raise JobError(MISSING) from error
     make = {"stacked": pygal.StackedBar, "bars": pygal.Bar, "lines": pygal.Line}[chart.kind]
-    labels = _short(chart.labels)
+    labels = list(chart.labels)
+    if len({label[:5] for label in labels}) == 1 and all(len(label) == 10 and label[4] == "-" for label in labels):
+        labels = [label[5:] for label in labels]  # days without their year, which all share
     every = max(1, -(-len(labels) // (16 if shape == "wide" else 7)))  # labels of days, side by side
     longest = max((len(label) for label in labels), default=0)
     crowded = longest * LETTER_PX * -(-len(labels) // every) > 0.85 * width
@@ -66,13 +68,6 @@ def _drawn(chart: Chart, width: int, height: int, shape: str) -> str:
     for name, values in chart.series:
         drawing.add(name, list(values))
     return _stripped(drawing.render_tree(), chart, shape)
-
-
-def _short(labels: Sequence[str]) -> list[str]:
-    """Days without their year if all share it."""
-    if len({label[:5] for label in labels}) == 1 and all(len(label) == 10 and label[4] == "-" for label in labels):
-        return [label[5:] for label in labels]
-    return list(labels)
 
 
 def _stripped(tree: Any, chart: Chart, shape: str) -> str:

@@ -154,7 +154,7 @@ def _stopped(
 def _fixed(fix: Fix, line: Sequence[str], again: str, *, retry: bool) -> Iterator[tuple[str, str]]:
     """The setting that fixes what the server rejects, and the command that tries it."""
     yield "fix", f"{fix.setting}: {fix.what}"
-    if fix.flags:
+    if fix.value is not None:
         yield "next", command_with(line or ["the same with"], fix, retry=retry)
     elif fix.same_command:
         yield "next", f"then {again}"

@@ -42,23 +42,23 @@ class Example(msgspec.Struct, frozen=True):
     after: str | None
 
 
-class Comparison(msgspec.Struct, frozen=True):
+class Comparison(msgspec.Struct):
     """How many of the rows in both (`both`) changed, by field; and what both cost over the rows with two known costs.
 
     `by` is the column that identifies a row; `repeated` counts rows left out because their id is null or not unique.
     """
 
     by: str
-    both: int
-    only_before: int
-    only_after: int
-    repeated: int
-    changed: dict[str, int]
-    statuses: dict[str, int]
-    before_usd: Decimal
-    after_usd: Decimal
-    priced: int
-    examples: tuple[Example, ...]
+    both: int = 0
+    only_before: int = 0
+    only_after: int = 0
+    repeated: int = 0
+    changed: dict[str, int] = {}
+    statuses: dict[str, int] = {}
+    before_usd: Decimal = Decimal(0)
+    after_usd: Decimal = Decimal(0)
+    priced: int = 0
+    examples: tuple[Example, ...] = ()
 
 
 def compare(
@@ -80,7 +80,7 @@ def compare(
     rows, size = max(rows for rows, _ in sizes), sum(size for _, size in sizes)
     count = min(MOST_PIECES, max(1, -(-rows // piece_rows), -(-size // PIECE_BYTES)))
     rows_each = max(1, -(-rows // count)) if key == "row" else None
-    tally = _Tally(examples)
+    tally = _Tally(Comparison(key), examples)
     with tempfile.TemporaryDirectory(prefix="batchrun-") as folder:
         for side, result in (("before", before), ("after", after)):
             Path(folder, side).mkdir()
@@ -93,47 +93,46 @@ def compare(
                     with pa.ipc.open_stream(Path(folder, side, name)) as reader:  # type: ignore[arg-type]
                         pieces[-1] = reader.read_all()
             tally.add(*pieces)
-    return tally.comparison(key)
+    return tally.finished()
 
 
 class _Tally:
     """Adds up pieces. Of the changed rows it keeps those with the smallest hashes of their ids, a fair sample."""
 
-    def __init__(self, examples: int) -> None:
+    def __init__(self, sums: Comparison, examples: int) -> None:
+        self._sums = sums
         self._most = examples
-        self._sums: Counter[str] = Counter()
-        self._changed: Counter[str] = Counter()
         self._statuses: Counter[str] = Counter()
-        self._usd = [Decimal(0), Decimal(0)]
         self._examples: list[tuple[int, int, Example]] = []
 
     def add(self, one: pa.Table | None, other: pa.Table | None) -> None:
         """Two pieces with the same ids; None: no rows."""
         (one, one_left), (other, other_left) = _unique(one), _unique(other)
-        self._sums["repeated"] += one_left + other_left
+        sums = self._sums
+        sums.repeated += one_left + other_left
         if one is None or other is None:
-            self._sums["only_before"] += 0 if one is None else one.num_rows
-            self._sums["only_after"] += 0 if other is None else other.num_rows
+            sums.only_before += 0 if one is None else one.num_rows
+            sums.only_after += 0 if other is None else other.num_rows
             return
         places = pc.index_in(other["id"], value_set=one["id"].combine_chunks())
         after, before = other.filter(pc.is_valid(places)), one.take(pc.drop_null(places))
-        self._sums["both"] += after.num_rows
-        self._sums["only_before"] += one.num_rows - after.num_rows
-        self._sums["only_after"] += other.num_rows - after.num_rows
+        sums.both += after.num_rows
+        sums.only_before += one.num_rows - after.num_rows
+        sums.only_after += other.num_rows - after.num_rows
         differs = pa.chunked_array([pa.array([False] * after.num_rows, pa.bool_())])
         for name in [name for name in one.column_names if name in other.column_names and name not in _NOT_COMPARED]:
             old, new = before[name], after[name]
             if old.type != new.type:
                 old, new = pc.cast(old, pa.large_string()), pc.cast(new, pa.large_string())
             same = pc.or_(pc.fill_null(pc.equal(old, new), False), pc.and_(pc.is_null(old), pc.is_null(new)))
-            self._changed[name] += pc.sum(pc.invert(same)).as_py() or 0
+            sums.changed[name] = sums.changed.get(name, 0) + (pc.sum(pc.invert(same)).as_py() or 0)
             differs = pc.or_(differs, pc.invert(same))
         for pair in zip(before["status"].to_pylist(), after["status"].to_pylist(), strict=True):
             self._statuses[" → ".join(map(str, pair))] += 1
         priced = pc.and_(pc.is_valid(before["cost_usd"]), pc.is_valid(after["cost_usd"]))
-        self._sums["priced"] += pc.sum(priced).as_py() or 0
-        for side, table in enumerate((before, after)):
-            self._usd[side] += pc.sum(table["cost_usd"].filter(priced)).as_py() or 0
+        sums.priced += pc.sum(priced).as_py() or 0
+        sums.before_usd += pc.sum(before["cost_usd"].filter(priced)).as_py() or 0
+        sums.after_usd += pc.sum(after["cost_usd"].filter(priced)).as_py() or 0
         self._keep(before.filter(differs), after.filter(differs))
 
     def _keep(self, before: pa.Table, after: pa.Table) -> None:
@@ -141,26 +140,18 @@ class _Tally:
         hashes = [(zlib.crc32(str(id_).encode()), place) for place, id_ in enumerate(ids)]
         chosen = heapq.nsmallest(self._most, hashes)
         places = pa.array([place for _, place in chosen], pa.int64())
-        rows, texts = after["row"].take(places).to_pylist(), (_answers(table.take(places)) for table in (before, after))
-        for (hash_, place), row, said_before, said_after in zip(chosen, rows, *texts, strict=True):
-            self._examples.append((hash_, int(row or 0), Example(str(ids[place]), said_before, said_after)))
+        pairs = zip(before.take(places).to_pylist(), after.take(places).to_pylist(), strict=True)
+        for (hash_, place), pair in zip(chosen, pairs, strict=True):
+            # a row without text is shown by its status
+            answers = [row["content"] or row["function_call"] or f"({row['status']})" for row in pair]
+            self._examples.append((hash_, int(pair[1]["row"] or 0), Example(str(ids[place]), *answers)))
         self._examples = heapq.nsmallest(self._most, self._examples, key=lambda each: each[:2])
 
-    def comparison(self, by: str) -> Comparison:
-        """The sums over all pieces, with examples in the order of their rows."""
-        return Comparison(
-            by=by,
-            both=self._sums["both"],
-            only_before=self._sums["only_before"],
-            only_after=self._sums["only_after"],
-            repeated=self._sums["repeated"],
-            changed=dict(self._changed),
-            statuses=dict(self._statuses.most_common()),
-            before_usd=self._usd[0],
-            after_usd=self._usd[1],
-            priced=self._sums["priced"],
-            examples=tuple(example for _, _, example in sorted(self._examples, key=lambda each: each[1])),
-        )
+    def finished(self) -> Comparison:
+        """The sums over all pieces, the commonest change of a status first, and examples in the order of their rows."""
+        self._sums.statuses = dict(self._statuses.most_common())
+        self._sums.examples = tuple(example for _, _, example in sorted(self._examples, key=lambda each: each[1]))
+        return self._sums
 
 
 _OWN = ["status", "content", "function_call", "parsed", "cost_usd", "row"]
@@ -204,7 +195,9 @@ def _tables(result: Result, key: str) -> Iterator[pa.Table]:
 
 
 def _divide(tables: Iterator[pa.Table], folder: Path, count: int, rows_each: int | None) -> None:
-    """Writes each row into its piece's file: `rows_each` consecutive rows, or, with None, rows whose ids hash alike."""
+    """Writes each row to the file of its piece. A piece is `rows_each` consecutive rows; None: rows whose ids have one
+    hash value in common.
+    """
     writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     try:
@@ -227,7 +220,7 @@ def _divide(tables: Iterator[pa.Table], folder: Path, count: int, rows_each: int
 
 
 def _unique(table: pa.Table | None) -> tuple[pa.Table | None, int]:
-    """The rows whose id is not null and comes once, and how many are left out."""
+    """The rows with a unique id that is not null, and the number of the others."""
     if table is None:
         return None, 0
     counts = pc.value_counts(table["id"].combine_chunks())
@@ -247,14 +240,7 @@ def _comparable(column: Any) -> Any:
     return pc.cast(column, pa.large_string())
 
 
-def _answers(table: pa.Table) -> list[str | None]:
-    """Each row's answer, or its status if it has no text."""
-    columns = (table[name].to_pylist() for name in ("content", "function_call", "status"))
-    return [content or call or f"({status})" for content, call, status in zip(*columns, strict=True)]
-
-
 def in_words(comparison: Comparison) -> list[str]:
-    """The comparison for people."""
     both = comparison.both
     lines = [
         f"{plural(both, 'row')} in both, by {comparison.by}; {comparison.only_before:,} only in the first, "

@@ -56,7 +56,7 @@ def cost_in_words(cost_usd: Decimal | None, possibly_billed_usd: Decimal, form: 
 
 
 def about_cost(rows: int, mean_cost_usd: Decimal | None) -> str:
-    """The expected cost of so many rows, to append to a line; empty if no price is known."""
+    """The expected cost of `rows` rows, to append to a line; empty if no price is known."""
     return "" if mean_cost_usd is None else f", about ${mean_cost_usd * rows:,.4f}"
 
 
@@ -80,7 +80,7 @@ def cost_lines(summary: Summary) -> list[str]:
 
 
 def possibly_billed(count: int, lost: int, bound: str) -> str:
-    """Requests that were sent and whose end is unknown; `lost` of them because a process died. `bound` is `up_to`'s."""
+    """How many requests were sent without a known end, `lost` of them because a process died. `up_to` makes `bound`."""
     if lost >= count:
         return f"{plural(count, 'request')} {were(count)} in flight when a process died; {bound}"
     some = f", {lost:,} of them because a process died" if lost else ""
@@ -88,7 +88,7 @@ def possibly_billed(count: int, lost: int, bound: str) -> str:
 
 
 def up_to(count: int, usd: Decimal, doubts: Iterable[PossiblyBilled]) -> str:
-    """The upper bound of what these requests may have cost. Without a known price there is none."""
+    """The most that these requests may have cost; without a known price it has no bound."""
     they = "it" if count == 1 else "they"
     bounds = [doubt.upper_bound_usd for doubt in doubts]  # empty where only a result's footer is left of a run
     if None not in bounds and (bounds or usd):

@@ -30,7 +30,10 @@ _OF_REUSE = ("reused_cost_usd", "duplicate_of")
 
 
 def localised(found: FoundRun, zone: str) -> list[TotalsLine]:
-    """The run's totals with local days in `day`; their sum does not change."""
+    """The run's totals with local days in `day`; their sum does not change.
+
+    A line of several local days is divided by the days on which its rows ended. Attempts without a row stay on several.
+    """
     if zone == "UTC":
         return [msgspec.structs.replace(line, day=line.day or UNKNOWN) for line in found.account.totals]
     lines, divided = [], []
@@ -40,7 +43,19 @@ def localised(found: FoundRun, zone: str) -> list[TotalsLine]:
             lines.append(msgspec.structs.replace(line, day=days[0]))
         else:
             divided.append(line)
-    return lines + _divided(found, divided, zone) if divided else lines
+    if not divided:
+        return lines
+    rows: dict[LineKey, list[TotalsLine]] = defaultdict(list)
+    read = run_rows.if_readable(found.place, lambda result: list(_rows_by_day(result, zone)))
+    for utc_day, line in read or ():
+        rows[line.invocation, line.model, line.status, utc_day, line.service_tier].append(line)
+    for line in divided:
+        known = rows.get(line.key, [])
+        lines += known
+        left = functools.reduce(plus, map(negative, known), line)
+        if any(getattr(left, name) for name in FIGURES):
+            lines.append(msgspec.structs.replace(left, day=" or ".join(_days(found, line, zone))))
+    return lines
 
 
 def _days(found: FoundRun, line: TotalsLine, zone: str) -> list[str]:
@@ -54,22 +69,6 @@ def _days(found: FoundRun, line: TotalsLine, zone: str) -> list[str]:
     if begin > end:  # the clock was set during the run
         begin, end = first, last
     return sorted({day_of(begin, zone), day_of(end, zone)})
-
-
-def _divided(found: FoundRun, lines: list[TotalsLine], zone: str) -> list[TotalsLine]:
-    """These lines by the local days on which their rows ended; attempts without a row are on one of several days."""
-    rows: dict[LineKey, list[TotalsLine]] = defaultdict(list)
-    read = run_rows.if_readable(found.place, lambda result: list(_rows_by_day(result, zone)))
-    for utc_day, line in read or ():
-        rows[line.invocation, line.model, line.status, utc_day, line.service_tier].append(line)
-    divided = []
-    for line in lines:
-        known = rows.get(line.key, [])
-        divided += known
-        left = functools.reduce(plus, map(negative, known), line)
-        if any(getattr(left, name) for name in FIGURES):
-            divided.append(msgspec.structs.replace(left, day=" or ".join(_days(found, line, zone))))
-    return divided
 
 
 def _rows_by_day(result: Result, zone: str) -> Iterator[tuple[str, TotalsLine]]:

@@ -33,7 +33,7 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 class Jump(msgspec.Struct, frozen=True):
-    """A figure and those of the nights before. `allowed` is the largest distance from their mean that is not a jump."""
+    """A figure, and the mean of the nights before it. A distance above `allowed` is a jump."""
 
     name: str
     now: float
@@ -44,7 +44,7 @@ class Jump(msgspec.Struct, frozen=True):
 
     @property
     def jumped(self) -> bool:
-        """True if the distance is larger."""
+        """True if the figure is further from the mean than `allowed`."""
         return abs(self.now - self.before) > self.allowed
 
 

@@ -67,7 +67,7 @@ def compared(found: Sequence[FoundRun], with_: Against) -> list[Compared]:
     Raises:
         InputError: there is no run to compare with.
     """
-    other = None if with_.path is None else runs.find([with_.path]).found
+    other = None if with_.path is None else runs.find_runs([with_.path]).found
     table = []
     for newest, *earlier in _by_job(found):
         before = earlier[: with_.nights]

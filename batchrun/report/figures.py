@@ -91,8 +91,7 @@ DERIVED: dict[str, Callable[[BillLine], Decimal | float | None]] = {
 }
 """Computed from a line's sums, so the total's figures are not means of means."""
 
-_HELD = ("latencies", "limit_used_s", "limit_s")
-SUMS = tuple(name for name in BillLine.__struct_fields__[1:] if name not in _HELD)
+SUMS = BillLine.__struct_fields__[1:-3]  # without the group, the latencies and the two that `limit_share` is made of
 FIGURES = (*SUMS, *DERIVED)
 """Every column of a bill after its keys, in order."""
 
@@ -122,10 +121,8 @@ def kind(name: str) -> str:
 
 def added(one: BillLine, other: BillLine) -> BillLine:
     """The sum of both lines. A figure that only one of them has is taken as it is."""
-    changes: dict[str, Any] = {
-        name: _sum(getattr(one, name), getattr(other, name)) for name in BillLine.__struct_fields__[1:]
-    }
-    return BillLine(one.group, **changes)
+    names = BillLine.__struct_fields__[1:]
+    return BillLine(one.group, *(_sum(getattr(one, name), getattr(other, name)) for name in names))
 
 
 def _sum(one: Any, other: Any) -> Any:

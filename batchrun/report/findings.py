@@ -51,7 +51,7 @@ class Night(msgspec.Struct, frozen=True):
 
 
 def thresholds(settings: Sequence[str]) -> dict[str, float]:
-    """The thresholds changed by settings such as `retries=0.1`; `retries=off` mutes one, `off` all.
+    """The thresholds after settings such as `retries=0.1`. `retries=off` mutes one finding, `off` all of them.
 
     Raises:
         JobError: an unknown finding, or not a number.

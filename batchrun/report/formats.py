@@ -16,8 +16,7 @@ from batchrun.report.bill import Bill
 from batchrun.report.cost_lines import possibly_billed
 from batchrun.report.figures import FIGURES, BillLine, Value, figure, kind
 from batchrun.report.keys import DaySpan
-from batchrun.report.text_table import aligned
-from batchrun.report.wording import plural
+from batchrun.report.wording import aligned, plural
 from batchrun.store.rundir import RunDirectory
 
 ENDINGS = {
@@ -44,12 +43,12 @@ def form_of(target: Path | None, form: str | None) -> str:
         if form in BINARY:
             raise JobError(f"--format {form} needs a file: name one with -o")
         return form or "table"
-    said = ENDINGS.get(target.suffix.lower())
-    if said is None and form is None:
+    by_suffix = ENDINGS.get(target.suffix.lower())
+    if by_suffix is None and form is None:
         raise JobError(f"-o {target}: unknown suffix; expected one of {', '.join(ENDINGS)}, or --format")
-    if said is not None and form is not None and said != form:
-        raise JobError(f"-o {target}: the suffix means {said}, --format says {form}; give one of them")
-    return form or said or "table"
+    if by_suffix is not None and form is not None and by_suffix != form:
+        raise JobError(f"-o {target}: the suffix means {by_suffix}, --format says {form}; give one of them")
+    return form or by_suffix or "table"
 
 
 def require_no_input(target: Path | None, paths: Sequence[Path]) -> None:
@@ -221,7 +220,6 @@ def with_total(bill: Bill, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def cell(value: Value, name: str) -> str:
-    """A figure for people."""
     if value is None:
         return "unknown" if name == "cost_usd" else "–"
     match kind(name):

@@ -9,7 +9,7 @@ from importlib.resources import files
 import jinja2
 from markupsafe import Markup
 
-from batchrun.errors import writable
+from batchrun.errors import harmless
 from batchrun.report import charts, drift, formats, page_data
 from batchrun.report.bill import Bill, counted
 from batchrun.report.figures import figure
@@ -44,7 +44,7 @@ def page(bill: Bill, found: Sequence[FoundRun], columns: Sequence[str], now: dat
             labels = [plain(label) for label in chart.labels]
             clean = chart._replace(title=plain(chart.title), labels=labels, series=series)
             drawn.append((chart, Markup(charts.svg(clean))))  # noqa: S704  (ElementTree wrote it)
-    rows = page_data.rows(within, bill.span)
+    failures, costliest = page_data.rows(within, bill.span)
     header, *lines = formats.with_total(bill, columns)
     headline = [(formats.heading(name), formats.cell(figure(bill.total, name), name)) for name in HEADLINE]
     text = environment.from_string(folder.joinpath("page.html").read_text("utf-8")).render(
@@ -59,8 +59,8 @@ def page(bill: Bill, found: Sequence[FoundRun], columns: Sequence[str], now: dat
         total=lines[-1],
         remarks=[line for line in formats.remarks(bill) if not line.startswith(("finding (", "jumped:", "against "))],
         charts=drawn,
-        failures=rows.failures,
-        costliest=rows.costliest,
+        failures=failures,
+        costliest=costliest,
         jumps=[(each, [drift.in_words(jump) for jump in each.jumps if jump.jumped]) for each in bill.against],
         most=MOST_MESSAGE,
     )
@@ -68,6 +68,5 @@ def page(bill: Bill, found: Sequence[FoundRun], columns: Sequence[str], now: dat
 
 
 def plain(text: object) -> str:
-    """The text with invisible characters escaped, so none changes its direction or hides."""
-    characters = (" " if char in "\n\t" else char for char in writable(str(text)))
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in characters)
+    """The text on one line, with invisible characters escaped: none changes its direction or hides."""
+    return harmless(str(text).replace("\n", " ").replace("\t", " "))

@@ -10,7 +10,6 @@ from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple
 
-import msgspec
 import pyarrow as pa
 import pyarrow.compute
 
@@ -32,7 +31,7 @@ BINS = 40
 """Points of the throughput chart."""
 
 
-class FailureKind(msgspec.Struct, frozen=True):
+class FailureKind(NamedTuple):
     """One kind of failure: its rows, and one of their messages, which never holds the API key."""
 
     kind: str
@@ -53,13 +52,6 @@ class CostlyRow(NamedTuple):
     completion_tokens: int | None
 
 
-class Rows(NamedTuple):
-    """Data collected from the rows of every run."""
-
-    failures: list[FailureKind]
-    costliest: list[CostlyRow]
-
-
 def by_night(every: Sequence[CountedRun], span: DaySpan) -> list[Chart]:
     """Cost by model, and tokens by kind, night by night."""
     key = "night" if len({night(each.found, span.zone) for each in every}) <= MOST_NIGHTS else "month"
@@ -76,12 +68,7 @@ def by_night(every: Sequence[CountedRun], span: DaySpan) -> list[Chart]:
         place = labels.index(line.group[0])
         cost[line.group[1] if line.group[1] in shown else "others"][place] += float(line.cost_usd)
         cached, reasoning = line.cached_tokens or 0, line.reasoning_tokens or 0
-        tokens = (
-            line.prompt_tokens - cached,
-            cached,
-            line.completion_tokens - reasoning,
-            reasoning,
-        )
+        tokens = (line.prompt_tokens - cached, cached, line.completion_tokens - reasoning, reasoning)
         for kind, value in zip(_KINDS, tokens, strict=True):
             kinds[kind][place] += value
     return [
@@ -133,8 +120,8 @@ def _by_second(result: Result) -> Counter[int]:
     return seconds
 
 
-def rows(found: Sequence[FoundRun], span: DaySpan) -> Rows:
-    """Failures by kind, the commonest first, and the most expensive rows, of every run whose rows can be read."""
+def rows(found: Sequence[FoundRun], span: DaySpan) -> tuple[list[FailureKind], list[CostlyRow]]:
+    """The failures by kind, commonest first, and the most expensive rows. Runs without readable rows are left out."""
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
     costliest: list[CostlyRow] = []
@@ -144,8 +131,7 @@ def rows(found: Sequence[FoundRun], span: DaySpan) -> Rows:
             counts.update(of_run[0])
             examples = {**of_run[1], **examples}
             costliest += of_run[2]
-    failures = [FailureKind(kind, count, examples[kind]) for kind, count in counts.most_common()]
-    return Rows(failures, _most_costly(costliest))
+    return [FailureKind(kind, count, examples[kind]) for kind, count in counts.most_common()], _most_costly(costliest)
 
 
 _COLUMNS = ("row", "status", "attempts", "prompt_tokens", "completion_tokens", "cost_usd", "error")

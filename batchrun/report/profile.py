@@ -110,7 +110,7 @@ def profile(result: Result) -> Profile:
 
 
 def _leaves(column: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The fields of typed answers by dotted path. A list or JSON text is one field, of which nulls are counted."""
+    """The fields of typed answers by dotted path. A list or JSON text is one field; only its nulls are counted."""
     type_ = column.type
     if not pa.types.is_struct(type_):
         if path:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
@@ -24,11 +23,8 @@ _MODEL = ("model", "model_name", "model_id", "snapshot_id", "line_item")
 _USD = ("cost_usd", "amount_usd", "usd", "cost", "amount", "amount_value", "total", "price", "spend", "charge")
 
 
-class Line(NamedTuple):
-    """One billed item: a request by its id, or a day and a model. `cost_usd` None: unknown here."""
-
-    key: str
-    cost_usd: Decimal | None
+_Billed = tuple[str, Decimal | None]
+"""One billed item, by its request id or by its day and model, and its cost; None: unknown here."""
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -39,7 +35,7 @@ class Difference(msgspec.Struct, frozen=True):
     there_usd: Decimal
 
 
-class Reconciled(msgspec.Struct, frozen=True):
+class Reconciled(msgspec.Struct):
     """An invoice compared with the runs. `by`: `request` or `day and model`. The named items are the first 20 of each.
     `unread` are runs whose rows can't be read.
 
@@ -47,78 +43,58 @@ class Reconciled(msgspec.Struct, frozen=True):
     """
 
     by: str
-    matched: int
-    here_usd: Decimal
-    there_usd: Decimal
-    different: int
-    difference_usd: Decimal
-    missing_here: int
-    missing_here_usd: Decimal
-    missing_there: int
-    missing_there_usd: Decimal
-    unpriced: int
-    doubtful: int
-    doubtful_usd: Decimal
-    differences: tuple[Difference, ...]
-    only_there: tuple[str, ...]
-    only_here: tuple[str, ...]
-    unread: tuple[str, ...] = ()
+    matched: int = 0
+    here_usd: Decimal = Decimal(0)
+    there_usd: Decimal = Decimal(0)
+    different: int = 0
+    difference_usd: Decimal = Decimal(0)
+    missing_here: int = 0
+    missing_here_usd: Decimal = Decimal(0)
+    missing_there: int = 0
+    missing_there_usd: Decimal = Decimal(0)
+    unpriced: int = 0
+    doubtful: int = 0
+    doubtful_usd: Decimal = Decimal(0)
+    differences: list[Difference] = []
+    only_there: list[str] = []
+    only_here: list[str] = []
+    unread: list[str] = []
 
 
-def reconcile(invoice: Path, found: Sequence[FoundRun]) -> Reconciled:
+def reconcile(invoice: Path, runs: Sequence[FoundRun]) -> Reconciled:
     """The comparison.
 
     Raises:
         InputError: the invoice can't be read, or has no column of ids (or of days and models) and amounts.
     """
     by, there = _invoice(invoice)
-    here = _requests(found) if by == "request" else _days(found)
-    doubts = {doubt.request_id for each in found for doubt in each.account.possibly_billed if doubt.request_id}
-    total_there = sum(there.values(), Decimal(0))
-    matched = different = missing_there = unpriced = 0
-    total_here = gap = missing_there_usd = Decimal(0)
-    differences: list[Difference] = []
-    only_here: list[str] = []
-    for key, cost in here:
-        total_here += cost or 0
+    found = Reconciled(by, there_usd=sum(there.values(), Decimal(0)))
+    for key, cost in _requests(runs) if by == "request" else _days(runs):
+        found.here_usd += cost or 0
         billed = there.pop(key, None)
         if billed is None:
             if cost:
-                missing_there += 1
-                missing_there_usd += cost
-                if len(only_here) < MOST_NAMED:
-                    only_here.append(key)
+                found.missing_there += 1
+                found.missing_there_usd += cost
+                if len(found.only_here) < MOST_NAMED:
+                    found.only_here.append(key)
         elif cost is None:
-            unpriced += 1
+            found.unpriced += 1
         elif abs(cost - billed) <= _half_of_last_digit(billed):  # the invoice has our amount, as rounded there
-            matched += 1
+            found.matched += 1
         else:
-            different += 1
-            gap += billed - cost
-            if len(differences) < MOST_NAMED:
-                differences.append(Difference(key, cost, billed))
-    doubtful = {key: there.pop(key) for key in list(there) if key in doubts}
-    # the items of runs without readable rows are on the invoice and missing here
-    unread = (str(each.place) for each in found if by == "request" and run_rows.result_of(each.place) is None)
-    return Reconciled(
-        by=by,
-        matched=matched,
-        here_usd=total_here,
-        there_usd=total_there,
-        different=different,
-        difference_usd=gap,
-        missing_here=len(there),
-        missing_here_usd=sum(there.values(), Decimal(0)),
-        missing_there=missing_there,
-        missing_there_usd=missing_there_usd,
-        unpriced=unpriced,
-        doubtful=len(doubtful),
-        doubtful_usd=sum(doubtful.values(), Decimal(0)),
-        differences=tuple(differences),
-        only_there=tuple(list(there)[:MOST_NAMED]),
-        only_here=tuple(only_here),
-        unread=tuple(unread),
-    )
+            found.different += 1
+            found.difference_usd += billed - cost
+            if len(found.differences) < MOST_NAMED:
+                found.differences.append(Difference(key, cost, billed))
+    doubts = {doubt.request_id for each in runs for doubt in each.account.possibly_billed if doubt.request_id}
+    doubtful = [there.pop(key) for key in list(there) if key in doubts]
+    found.doubtful, found.doubtful_usd = len(doubtful), sum(doubtful, Decimal(0))
+    found.missing_here, found.missing_here_usd = len(there), sum(there.values(), Decimal(0))
+    found.only_there = list(there)[:MOST_NAMED]
+    if by == "request":  # the items of runs without readable rows are on the invoice and missing here
+        found.unread = [str(each.place) for each in runs if run_rows.result_of(each.place) is None]
+    return found
 
 
 def _half_of_last_digit(amount: Decimal) -> Decimal:
@@ -127,7 +103,7 @@ def _half_of_last_digit(amount: Decimal) -> Decimal:
 
 
 def _invoice(path: Path) -> tuple[str, dict[str, Decimal]]:
-    """The column that identifies its lines, and the amount for each key; lines with the same key are added."""
+    """What identifies a line (a request, or a day and model), and the sum of the amounts by it."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file)
@@ -161,7 +137,7 @@ def _amount(text: str | None, path: Path, number: int) -> Decimal:
     return amount
 
 
-def _days(found: Sequence[FoundRun]) -> Iterator[Line]:
+def _days(found: Sequence[FoundRun]) -> Iterator[_Billed]:
     costs: dict[str, Decimal] = {}
     unknown: set[str] = set()
     for each in found:
@@ -171,18 +147,18 @@ def _days(found: Sequence[FoundRun]) -> Iterator[Line]:
             if line.unpriced or line.without_usage:
                 unknown.add(key)
     for key, cost in sorted(costs.items()):
-        yield Line(key, None if key in unknown else cost)
+        yield key, None if key in unknown else cost
 
 
-def _requests(found: Sequence[FoundRun]) -> Iterator[Line]:
-    """Every attempt with an answer: those of the rows, and those whose answers are not in the output."""
+def _requests(found: Sequence[FoundRun]) -> Iterator[_Billed]:
+    """Every attempt that was answered, also if its answer is not in the output."""
     for each in found:
         if (result := run_rows.result_of(each.place)) is not None:
             for table in run_rows.tables(result, ["request_id", "answer_cost_usd", "prompt_tokens"]):
                 columns = (table[name].to_pylist() for name in table.column_names)
                 for id_, cost, tokens in zip(*columns, strict=True):
                     if id_ is not None and (cost is not None or tokens is not None):
-                        yield Line(str(id_), cost)
+                        yield str(id_), cost
         directory = RunDirectory(each.place)
         if not directory.checkpoint.exists():
             continue
@@ -192,13 +168,12 @@ def _requests(found: Sequence[FoundRun]) -> Iterator[Line]:
                     for attempt in checkpoint.discarded(chunk):
                         if attempt.request_id is not None and attempt.usage is not None:
                             cost = attempt.cost_pico_usd
-                            yield Line(attempt.request_id, None if cost is None else to_usd(cost))
+                            yield attempt.request_id, None if cost is None else to_usd(cost)
         except CheckpointError as error:
             raise InputError(f"{each.place}: its attempts can't be read: {error}") from error
 
 
 def in_words(found: Reconciled) -> Iterator[str]:
-    """The comparison for people."""
     yield f"by {found.by}: ${found.here_usd:,.6f} here, ${found.there_usd:,.6f} on the invoice"
     yield f"matched: {found.matched:,}"
     yield f"different amount: {found.different:,}, the invoice is ${found.difference_usd:,.6f} higher"

@@ -41,7 +41,7 @@ def read(path: Path) -> dict[str, Price]:
 
 
 class Repriced(NamedTuple):
-    """The runs at the new prices. `kept` says which attempts keep their cost all the same, and why, for people."""
+    """The runs at the new prices. `kept` tells people which attempts keep their cost, and why."""
 
     found: tuple[FoundRun, ...]
     kept: tuple[str, ...]
@@ -66,23 +66,17 @@ def repriced(found: Sequence[FoundRun], new: Mapping[str, Price]) -> Repriced:
             else:
                 totals[number] = _line(line, new[line.model])
         again.append(each._replace(account=msgspec.structs.replace(each.account, totals=totals, estimate=None)))
-    return Repriced(tuple(again), tuple(_kept(*key, count) for key, count in sorted(kept.items())))
-
-
-def _kept(model: str, used: str, attempts: int) -> str:
-    many = plural(attempts, "attempt")
-    return f"{many} of {model} kept the cost they had, since some used {used}, which these prices do not cover"
+    lines = (
+        f"{plural(attempts, 'attempt')} of {model} kept the cost they had, since some used {used}, "
+        "which these prices do not cover"
+        for (model, used), attempts in sorted(kept.items())
+    )
+    return Repriced(tuple(again), tuple(lines))
 
 
 def _line(line: TotalsLine, price: Price) -> TotalsLine:
-    usage = Usage(
-        line.prompt_tokens,
-        line.completion_tokens,
-        line.total_tokens,
-        line.cached_tokens,
-        line.reasoning_tokens,
-        line.cache_write_tokens,
-    )
+    counts = (line.cached_tokens, line.reasoning_tokens, line.cache_write_tokens)
+    usage = Usage(line.prompt_tokens, line.completion_tokens, line.total_tokens, *counts)
     table = prices.stated(line.model, msgspec.structs.replace(price, per_request=None), "")
     cost = to_usd(prices.cost(usage, table, line.service_tier or None) or 0)
     # a fee is paid for each answer; a line without tokens has none

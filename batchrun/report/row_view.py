@@ -24,7 +24,7 @@ MOST_SHOWN = 2_000
 
 
 class Selection(msgspec.Struct, frozen=True):
-    """The rows to show: those that match every condition, at most `most` (0: all), and their `columns` (none: all)."""
+    """Which rows to show: at most `most` (0: all) that match every condition, with their `columns` (none: all)."""
 
     statuses: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
@@ -65,7 +65,7 @@ def row_numbers(text: str) -> tuple[int, ...]:
 
 
 def rows(result: Result, selection: Selection) -> Iterator[dict[str, Any]]:
-    """The selected rows in order, each with its columns and those of its headline. Reads no further than needed."""
+    """The selected rows in order, with the chosen columns and those of the headline. Reads no further than needed."""
     inputs, own = _columns(result, selection)
     fields = []  # with the names and types in which `tables` reads them
     for field in result.schema:

@@ -12,38 +12,38 @@ from batchrun.errors import CheckpointError, ExitCode, InputError, writable
 from batchrun.report import resume_command
 from batchrun.report.cost_lines import cost_in_words, cost_so_far
 from batchrun.report.run_state import run_state
+from batchrun.report.runs import is_run
 from batchrun.report.summary import failures
-from batchrun.report.text_table import aligned
-from batchrun.report.wording import age_in_words
+from batchrun.report.wording import age_in_words, aligned
 from batchrun.store.rundir import RunDirectory
 
 
 class ListedRun(msgspec.Struct, frozen=True):
-    """One run. `state` is that of summary.json, or `died`, or `unreadable`; the figures of an unreadable one are 0.
+    """One run. `state` comes from summary.json, or is `died` or `unreadable`. An unreadable run has figures of 0.
 
     `working`: a process works on it. `next` is the command that finishes it; None if nothing is left to do, or if no
     command line started it. `age_s` counts from `updated_at`.
     """
 
     path: str
-    job: str
-    state: str
-    working: bool
-    complete: bool
-    rows: int
-    done: int
-    failed: int
-    pending: int
-    by_status: dict[str, int]
-    cost_usd: Decimal | None
-    possibly_billed_usd: Decimal
-    unpriced: int
-    created_at: datetime | None
-    updated_at: datetime | None
-    age_s: float | None
-    exit_code: int | None
-    reason: str | None
-    next: str | None
+    job: str = ""
+    state: str = "unreadable"
+    working: bool = False
+    complete: bool = False
+    rows: int = 0
+    done: int = 0
+    failed: int = 0
+    pending: int = 0
+    by_status: dict[str, int] = {}
+    cost_usd: Decimal | None = None
+    possibly_billed_usd: Decimal = Decimal(0)
+    unpriced: int = 0
+    created_at: datetime | None = None
+    updated_at: datetime | None = None
+    age_s: float | None = None
+    exit_code: int | None = None
+    reason: str | None = None
+    next: str | None = None
 
     @property
     def unfinished(self) -> bool:
@@ -81,21 +81,13 @@ def exit_code(runs: Sequence[ListedRun]) -> ExitCode:
     return ExitCode.STOPPED if any(run.unfinished for run in runs) else ExitCode.COMPLETE
 
 
-def as_json(runs: Sequence[ListedRun]) -> str:
-    """A JSON array with an object for each run; amounts are strings, times are UTC."""
-    return msgspec.json.format(msgspec.json.encode(runs), indent=2).decode()
-
-
 def lines(runs: Sequence[ListedRun]) -> Iterator[str]:
     """A table with a line for each run, and a count if there are several."""
-    yield from aligned([_HEADER, *map(_cells, runs)], _LEFT)
+    header = ("state", "done", "rows", "failed", "pending", "cost", "age", "run", "next")
+    yield from aligned([header, *map(_cells, runs)], left=(0, 7, 8))
     unfinished = sum(run.unfinished for run in runs)
     if len(runs) > 1:
         yield f"{len(runs):,} runs, {unfinished:,} unfinished"
-
-
-_HEADER = ("state", "done", "rows", "failed", "pending", "cost", "age", "run", "next")
-_LEFT = (0, 7, 8)
 
 
 def _cells(run: ListedRun) -> tuple[str, ...]:
@@ -107,23 +99,11 @@ def _cells(run: ListedRun) -> tuple[str, ...]:
     return (run.state, *counts, cost, age, run.path, run.next or "")
 
 
-def is_run(path: Path) -> bool:
-    """True for a run directory: other programs write a file called summary.json, too."""
-    directory = RunDirectory(path)
-    return directory.summary.exists() and (
-        directory.checkpoint.exists() or "run_id" in (directory.read_summary() or {})
-    )
-
-
 def _run(path: Path, now: datetime) -> ListedRun:
     try:
         found = run_state(RunDirectory(path))
     except (InputError, CheckpointError) as error:
-        return ListedRun(
-            path=writable(str(path)), job="", state="unreadable", working=False, complete=False, rows=0, done=0,
-            failed=0, pending=0, by_status={}, cost_usd=None, possibly_billed_usd=Decimal(0), unpriced=0,
-            created_at=None, updated_at=None, age_s=None, exit_code=None, reason=str(error), next=None,
-        )  # fmt: skip
+        return ListedRun(writable(str(path)), reason=str(error))
 
     summary = found.summary
     return ListedRun(

@@ -13,7 +13,7 @@ from batchrun.errors import InputError
 from batchrun.source import hive
 from batchrun.store import result_files
 from batchrun.store.result_folder import MANIFEST
-from batchrun.tables.rows import OWN_COLUMNS
+from batchrun.tables.rows import OWN_COLUMNS, prefix_in
 
 _T = TypeVar("_T")
 
@@ -53,10 +53,8 @@ def result_of(place: Path) -> Result | None:
     if (place / MANIFEST).exists():  # a folder that was moved: keys of partitions are in its folders' names alone
         keys = [name for name in hive.texts_of(files[0].relative_to(place)) if name not in schema.names]
         schema = pa.schema([*(pa.field(name, pa.string()) for name in keys), *schema])
-    ends = [name for name in schema.names if name.endswith("request_key")]
-    if not ends:
+    if (prefix := prefix_in(schema.names)) is None:
         return None
-    prefix = ends[-1].removesuffix("request_key")
     needed = ("row", "status", "finished_at", "latency_s", "requested_model", "cost_usd", "parsed", "reused")
     if any(prefix + name not in schema.names for name in needed):
         return None
@@ -109,7 +107,7 @@ def _ours(table: pa.Table, first: int) -> pa.Table:
 
 
 def tables(result: Result, own: Sequence[str], inputs: Sequence[str] = ()) -> Iterator[pa.Table]:
-    """The rows, some row groups at a time: the input's columns of these names, then ours without their prefix.
+    """The rows, some row groups at a time, with the `inputs` and then the `own` columns, which lose their prefix.
 
     Raises:
         InputError: a file can't be read.

@@ -1,6 +1,7 @@
 """The state of a run: as its last process wrote it, or, if that process was killed, as the disk shows it."""
 
 from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 
@@ -65,28 +66,14 @@ def from_checkpoint(directory: RunDirectory, checkpoint: Checkpoint, written: Su
     if written is not None and written.run_id == known.run_id:
         opened = max((chunk.end_row - known.first_row for chunk in checkpoint.chunks()), default=0)
         rows = min(known.rows, max(written.rows, opened))
-    return summarise(known, rows, prices, checkpoint.totals, _moment(directory, checkpoint, written), directory)
-
-
-def _moment(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | None) -> Moment:
-    """The last moment at which anything became durable."""
-    log = at_rest.wal_of(directory.checkpoint)
-    files = [path for path in (directory.checkpoint, log) if path.exists()]
+    # its moment is the last one at which anything became durable
+    files = [path for path in (directory.checkpoint, at_rest.wal_of(directory.checkpoint)) if path.exists()]
     now = datetime.fromtimestamp(max(path.stat().st_mtime for path in files), UTC)
-    started_at = now if written is None else written.started_at
-    return Moment(
-        state="stopped" if written is None else written.state,
-        invocation=checkpoint.invocation - 1,
-        started_at=started_at,
-        now=now,
-        elapsed_s=max(0.0, (now - started_at).total_seconds()),
-        sent=0,
-        limited_by="stopped",
-        pid=0 if written is None else written.pid,
-        host="" if written is None else written.host,
-        exit_code=None if written is None else written.exit_code,
-        reason=None if written is None else written.reason,
-        limits=None if written is None else written.limits,
-        command=None if written is None else written.command,
-        tags={} if written is None else written.tags,
-    )
+    kept: dict[str, Any] = {"state": "stopped", "started_at": now, "pid": 0, "host": ""}
+    if written is not None:
+        names = (*kept, "exit_code", "reason", "limits", "command", "tags")
+        kept = {name: getattr(written, name) for name in names}
+    elapsed_s = max(0.0, (now - kept["started_at"]).total_seconds())
+    invocation = checkpoint.invocation - 1
+    moment = Moment(invocation=invocation, now=now, elapsed_s=elapsed_s, sent=0, limited_by="stopped", **kept)
+    return summarise(known, rows, prices, checkpoint.totals, moment, directory)

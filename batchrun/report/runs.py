@@ -107,7 +107,7 @@ class Runs(NamedTuple):
     left_out: tuple[LeftOut, ...]
 
 
-def find(paths: Sequence[Path]) -> Runs:
+def find_runs(paths: Sequence[Path]) -> Runs:
     """Every run that the paths name or hold, once.
 
     Raises:
@@ -206,7 +206,7 @@ def _named(path: Path) -> Path | None:
     """The run directory or completions file that `path` names; None if it is a folder of them, or nothing."""
     if path.name == "summary.json" and path.is_file():
         return path.parent
-    if path.is_file() or _is_run(path):
+    if path.is_file() or is_run(path):
         return path
     return path / MANIFEST if (path / MANIFEST).is_file() else None  # a result's folder that was moved
 
@@ -231,12 +231,12 @@ def _runs_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
         if "summary.json" in files or "checkpoint.db" in files:
             yield Path(name)
-        if _is_run(Path(name)):
+        if is_run(Path(name)):
             folders.clear()  # no run inside a run
         folders[:] = [each for each in folders if not each.endswith(UNFINISHED)]
 
 
-def _is_run(directory: Path) -> bool:
+def is_run(directory: Path) -> bool:
     """True for a run directory, even a damaged one."""
     files = RunDirectory(directory)
     if files.checkpoint.exists():
@@ -254,7 +254,7 @@ def _account(place: Path) -> tuple[Account | None, str]:
     if place.is_file():
         return _of_file(place)
     files = RunDirectory(place)
-    if not _is_run(place):
+    if not is_run(place):
         return None, "its summary.json is not batchrun's"
     if not files.summary.exists():
         if (place / "salvaged.parquet").exists():
@@ -283,7 +283,7 @@ def _of_file(path: Path) -> tuple[Account | None, str]:
     except CheckpointError as error:
         return None, f"{error}".removeprefix(f"{path}: ")
     if footer is None:
-        where = path.parent if _is_run(path.parent) else "a run directory"
+        where = path.parent if is_run(path.parent) else "a run directory"
         return None, f"no bill in its footer; name {where} or a completions.parquet"
     return _decoded(msgspec.json.encode(footer), path), ""
 

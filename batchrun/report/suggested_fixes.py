@@ -17,14 +17,14 @@ from batchrun.response.refusal_subjects import Subject, speaks_of
 
 
 class Fix(msgspec.Struct, frozen=True):
-    """Change `setting` as `what` says. `flags` do that for one start; empty if a person must choose the value.
+    """Change `setting` as `what` says, with `--set` to `value`; None if a person must choose it.
 
     `same_command`: no flag is needed after the fix; the same command resumes the run.
     """
 
     setting: str
     what: str
-    flags: tuple[str, ...] = ()
+    value: str | None = None
     same_command: bool = False
 
     @property
@@ -92,7 +92,7 @@ def fix_for(message: str, settings: Collection[str] | None = None) -> Fix | None
     """
     readings = (_context, _limit, _role, _stream, _both, _parameter)
     fix = next((found for read in readings if (found := read(message)) is not None), None)
-    if fix is None or settings is None or not fix.flags or not fix.changes_the_question:
+    if fix is None or settings is None or fix.value is None or not fix.changes_the_question:
         return fix
     parts = fix.setting.split(".")
     given = ".".join(parts[: 3 if parts[1] == "extra" else 2])
@@ -107,14 +107,14 @@ def fix_for_key(reason: str, endpoint: Endpoint) -> Fix | None:
     status = re.search(r"\bHTTP (4\d\d)\b", reason)
     if status is None or (status[1] != "401" and not speaks_of(Subject.KEY, reason)):
         return None
-    rejected = "the server rejects the key"
+    setting, what = "api_key_env", "the server wants a key, and the job names none"
     if endpoint.api_key_env is not None:
-        return Fix("endpoint.api_key_env", f"{rejected} in ${endpoint.api_key_env}", same_command=True)
-    if endpoint.api_key_file is not None:
-        return Fix("endpoint.api_key_file", f"{rejected} in {endpoint.api_key_file}", same_command=True)
-    if endpoint.headers:
-        return Fix("endpoint.headers", f"{rejected} that they hold, if any", same_command=True)
-    return Fix("endpoint.api_key_env", "the server wants a key, and the job names none", same_command=True)
+        what = f"the server rejects the key in ${endpoint.api_key_env}"
+    elif endpoint.api_key_file is not None:
+        setting, what = "api_key_file", f"the server rejects the key in {endpoint.api_key_file}"
+    elif endpoint.headers:
+        setting, what = "headers", "the server rejects the key that they hold, if any"
+    return Fix(f"endpoint.{setting}", what, same_command=True)
 
 
 def fix_for_address(reason: str) -> Fix | None:
@@ -125,20 +125,19 @@ def fix_for_address(reason: str) -> Fix | None:
     # behind a company's proxy, no name outside resolves
     if "never reached" in reason and "ClientConnectorDNSError" in reason:
         what = "is the host's name right? Behind a proxy set endpoint.proxy: HTTPS_PROXY is not read"
-        return Fix("endpoint.url", what, same_command=True)
-    if "the server redirects to" in reason:
-        return Fix("endpoint.url", "the address of the API itself, which redirects nowhere", same_command=True)
-    if (other := other_apis.named_in(reason)) is not None:
+    elif "the server redirects to" in reason:
+        what = "the address of the API itself, which redirects nowhere"
+    elif (other := other_apis.named_in(reason)) is not None:
         what = f"{other.fix} (chat completions; the address that the job has gives {other.name})"
-        return Fix("endpoint.url", what, same_command=True)
-    if re.search(r"^no answer for .*\bthe answer is (not a chat completion|empty)", reason) is None:
+    elif re.search(r"^no answer for .*\bthe answer is (not a chat completion|empty)", reason) is not None:
+        what = "is it the address of chat completions? A base such as https://host/v1 gets /chat/completions appended"
+    else:
         return None
-    what = "is it the address of chat completions? A base such as https://host/v1 gets /chat/completions appended"
     return Fix("endpoint.url", what, same_command=True)
 
 
 def command_with(line: Sequence[str], fix: Fix, *, retry: bool) -> str:
-    """The command line, in words that are quoted for a shell, with the flags of the fix. `retry`: the run is complete,
+    """The command line, in words that are quoted for a shell, with the flag of the fix. `retry`: the run is complete,
     and its failed rows are sent.
 
     In an unfinished run, --accept-changes sends failed rows as another question. If the question stays the same,
@@ -146,12 +145,8 @@ def command_with(line: Sequence[str], fix: Fix, *, retry: bool) -> str:
     """
     consent = "--accept-changes" if fix.changes_the_question and not retry else "--retry-failed"
     kept = " ".join(word for word in line if word not in ("--new", consent))
-    flags = " ".join(map(quoted, fix.flags))
-    return f"{kept} {consent}" if flags in kept else f"{kept} {flags} {consent}"
-
-
-def _set(setting: str, value: str) -> tuple[str, ...]:
-    return ("--set", f"{setting}={value}")
+    flag = "--set " + quoted(f"{fix.setting}={fix.value}")
+    return f"{kept} {consent}" if flag in kept else f"{kept} {flag} {consent}"
 
 
 def _names(message: str, parameter: str) -> bool:
@@ -168,7 +163,7 @@ def _context(message: str) -> Fix | None:
         return None  # the prompt alone is too long, which no setting fixes
     less = str(max(1, left * 3 // 4))
     what = f"the context has room for {left} after this prompt; a quarter less leaves room for longer prompts"
-    return Fix("request.max_tokens", what, _set("request.max_tokens", less))
+    return Fix("request.max_tokens", what, less)
 
 
 def _limit(message: str) -> Fix | None:
@@ -177,20 +172,20 @@ def _limit(message: str) -> Fix | None:
     if not named:
         return None
     if (least := _AT_LEAST.search(message)) is not None and int(least[1]) > 1:
-        return Fix("request.max_tokens", f"at least {least[1]} here", _set("request.max_tokens", least[1]))
+        return Fix("request.max_tokens", f"at least {least[1]} here", least[1])
     setting = "endpoint.max_tokens_field"
     if (wanted := _WANTED.search(message)) is not None and _REFUSES.search(message):
         other = wanted[1].lower()
-        return Fix(setting, f"this endpoint wants {other}", _set(setting, other))
+        return Fix(setting, f"this endpoint wants {other}", other)
     if _CONTEXT.search(message):
         return Fix("request.max_tokens", "lower it: prompt and answer must fit into the model's context")
     if (most := _ABOVE.search(message) or _AT_MOST.search(message)) is not None:
         number = most[1].replace(",", "")
         if int(number) > 0:
-            return Fix("request.max_tokens", f"at most {number} here", _set("request.max_tokens", number))
+            return Fix("request.max_tokens", f"at most {number} here", number)
     if _NOT_TAKEN.search(message):
         other = _LIMITS[named[0] == "max_tokens"]
-        return Fix(setting, f"this endpoint does not take {named[0]}", _set(setting, other))
+        return Fix(setting, f"this endpoint does not take {named[0]}", other)
     return Fix("request.max_tokens", "set it as the message says")
 
 
@@ -205,17 +200,17 @@ def _role(message: str) -> Fix | None:
     if _REFUSES.search(message) is None:
         return None
     setting = "endpoint.developer_role"
-    return Fix(setting, "this endpoint does not take the role developer", _set(setting, "system"))
+    return Fix(setting, "this endpoint does not take the role developer", "system")
 
 
 def _stream(message: str) -> Fix | None:
     if _names(message, "stream_options") and _REFUSES.search(message):
         setting = "request.extra.stream_options"
-        return Fix(setting, "this endpoint does not take it; a stream may then bring no usage", _set(setting, "{}"))
+        return Fix(setting, "this endpoint does not take it; a stream may then bring no usage", "{}")
     if _ONLY_STREAMS.search(message):
-        return Fix("request.stream", "this endpoint only streams", _set("request.stream", "true"))
+        return Fix("request.stream", "this endpoint only streams", "true")
     if _NEVER_STREAMS.search(message):
-        return Fix("request.stream", "this endpoint does not stream", _set("request.stream", "false"))
+        return Fix("request.stream", "this endpoint does not stream", "false")
     return None
 
 
@@ -223,12 +218,12 @@ def _both(message: str) -> Fix | None:
     """Two parameters that exclude each other; a type of response_format, or a schema that `strict` does not allow."""
     if _BAD_SCHEMA.search(message):
         setting = "request.response_format.strict"
-        return Fix(setting, "strict does not allow this schema", _set(setting, "false"))
+        return Fix(setting, "strict does not allow this schema", "false")
     if _BOTH.search(message) and _names(message, "temperature") and _names(message, "top_p"):
-        return Fix("request.top_p", "this endpoint takes only one of the two: leave it out", _set("request.top_p", ""))
+        return Fix("request.top_p", "this endpoint takes only one of the two: leave it out", "")
     if _FORMAT.search(message):
         setting = "request.response_format"
-        return Fix(setting, "this endpoint does not take this type: leave it out", _set(setting, ""))
+        return Fix(setting, "this endpoint does not take this type: leave it out", "")
     return None
 
 
@@ -241,7 +236,7 @@ def _parameter(message: str) -> Fix | None:
         return None
     name = min(named)[1]
     setting = f"request.{name}" if name in _REQUEST else f"request.extra.{name}"
-    return Fix(setting, "this endpoint does not take it, or not this value: leave it out", _set(setting, ""))
+    return Fix(setting, "this endpoint does not take it, or not this value: leave it out", "")
 
 
 def _quoted(message: str, name: str) -> bool:

@@ -101,6 +101,14 @@ def read(directory: RunDirectory) -> Summary:
     return summary
 
 
+def read_or_none(directory: RunDirectory) -> Summary | None:
+    """The summary of the run in the directory; None if it is missing or can't be read."""
+    try:
+        return read(directory)
+    except (InputError, CheckpointError):
+        return None
+
+
 _OF_THE_RUN = (
     *("job", "run_id", "created_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
@@ -111,17 +119,10 @@ _OF_THE_RUN = (
 """The fields that describe the whole run, not one start of it."""
 
 _NOT_IN_CHECKPOINT = (
-    "unknown_finish_reasons",
-    "unpriced_tiers",
-    "unpriced_usage",
-    "example_error",
-    "price",
-    "estimate",
-    "shard",
-    "merged",
-    "command",
+    *("unknown_finish_reasons", "unpriced_tiers", "unpriced_usage", "example_error", "price", "estimate"),
+    *("shard", "merged", "command"),
 )
-"""Those of them that the checkpoint does not hold."""
+"""Fields of the run that the checkpoint does not hold."""
 
 
 def starting(
@@ -133,15 +134,8 @@ def starting(
     `earlier` is the summary of the start before; `spent` are the totals, once the checkpoint is open.
     """
     if earlier is None:
-        run = {
-            "job": job,
-            "run_id": "",
-            "created_at": moment.started_at,
-            "rejected": 0,
-            "price": None,
-            "estimate": None,
-        }
-        return _summary(moment, Totals(), directory, 0, run)
+        run: dict[str, Any] = {"job": job, "run_id": "", "created_at": moment.started_at, "rejected": 0}
+        return _summary(moment, Totals(), directory, 0, run | {"price": None, "estimate": None})
     run = {name: getattr(earlier, name) for name in ("job", "run_id", "created_at", "rejected", "price", "estimate")}
     now = _summary(moment, spent or Totals(), directory, earlier.rows, run)
     kept = _OF_THE_RUN if spent is None else _NOT_IN_CHECKPOINT
@@ -223,10 +217,11 @@ def files(directory: RunDirectory) -> dict[str, str]:
 
 def files_so_far(directory: RunDirectory, since: datetime) -> dict[str, str]:
     """The files of a run that is not complete, as far as the start at `since` wrote them."""
-    written = {"partial": directory.partial, "usage": directory.usage}
-    start_s = since.timestamp()
-    since_then = {name: path for name, path in written.items() if path.exists() and path.stat().st_mtime >= start_s}
-    return {name: writable(str(path)) for name, path in since_then.items()}
+    return {
+        name: writable(str(path))
+        for name, path in (("partial", directory.partial), ("usage", directory.usage))
+        if path.exists() and path.stat().st_mtime >= since.timestamp()
+    }
 
 
 def failures(summary: Summary, failing: Collection[Status] = FAILURES) -> int:

@@ -1,8 +1,8 @@
 """The screen of `batchrun watch`, for a terminal of any width. PURE."""
 
 import unicodedata
-from collections.abc import Callable
 
+from batchrun.errors import harmless
 from batchrun.report.progress import short_number
 from batchrun.run_summary import Summary
 
@@ -11,7 +11,7 @@ HOME, REST_OF_LINE, REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 """ECMA-48: move to the top left; erase to the end of the line; erase to the end of the screen."""
 
 
-def frame(summary: Summary, lines: list[str], columns: int, rows: int, harmless: Callable[[str], str]) -> str:
+def frame(summary: Summary, lines: list[str], columns: int, rows: int) -> str:
     """One screen: the status lines, cut to the width, a progress bar, and how rows ended."""
     shown = [*lines, ""]
     if summary.rows:

@@ -1,5 +1,6 @@
-"""Counts, ages and rates as people read them. PURE."""
+"""Counts, ages, rates and tables as people read them. PURE."""
 
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 
 
@@ -24,6 +25,19 @@ def age_in_words(age_s: float) -> str:
         if age_s >= size_s:
             return f"{age_s // size_s:.0f} {unit}"
     return f"{max(0, int(age_s))} s"
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
+    """A line for each row, with columns two spaces apart: those in `left` to the left, the others to the right."""
+    # a table library would replace these lines by a dependency (docs/decisions.md)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def rounded(limit: float | Decimal) -> float | Decimal:

@@ -39,7 +39,7 @@ def parse(stored: bytes, choices: int = 1) -> Answer:
 
 
 def parse_carefully(stored: bytes, choices: int = 1) -> Answer:
-    """The same for any bytes, the common answer's included."""
+    """As `parse`, for any bytes. It also reads what `parse_typed` reads, at a higher cost."""
     pieces = packed.pieces(stored)
     first = next(pieces, b"")
     comments = _COMMENTS.match(first)
@@ -106,7 +106,7 @@ def decode(body: bytes) -> tuple[Any, bool]:
 
 
 def _decode_piece(data: bytes) -> tuple[Any, bool]:
-    """The same for a piece of a stream, with its lone surrogates: the next piece may begin with the other half."""
+    """Decodes a piece of a stream. It keeps lone surrogates: the next piece may begin with the other half."""
     try:
         return msgspec.json.decode(data), False
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -265,7 +265,7 @@ class _StreamedAnswer:
         elif 0 in self._finish_reasons:
             whole["choices"] = [{"index": 0, "finish_reason": self._finish_reasons[0]}]
         of_choices = usages.of_choices(self._usages.values())
-        if of_choices is not None and usages.of(whole.get("usage")) is None:
+        if of_choices is not None and usages.read(whole.get("usage")) is None:
             whole["usage"] = usages.joined(whole.get("usage"), of_choices)
         answer = chat_completion.parse_object(_without_surrogates(whole) if self._flagged else whole, self._flagged)
         if self._searched and answer.billed_apart is None:

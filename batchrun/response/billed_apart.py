@@ -37,7 +37,7 @@ _SEARCH_CALLS = frozenset({"web_search_call", "file_search_call"})
 """Items of the output of the Responses API that have a fee each (developers.openai.com, "Pricing")."""
 
 
-def of(body: Mapping[str, Any], usages: Iterator[Mapping[str, Any]]) -> str | None:
+def kinds_in(body: Mapping[str, Any], usages: Iterator[Mapping[str, Any]]) -> str | None:
     """The kinds that the answer or one of its usages names, joined with commas; None: text alone."""
     found = {what for usage in usages for what in _in_usage(usage)}
     if has_searched(body):

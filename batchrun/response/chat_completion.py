@@ -122,9 +122,9 @@ def parse_object(body: dict[str, Any], flagged: bool) -> Answer:
     numbered = [(messages.index(each, place), place) for place, each in enumerate(choices) if isinstance(each, dict)]
     choice: dict[str, Any] = choices[min(numbered)[1]] if numbered else {}
     finish_reason = messages.finish_reason(choice)
-    message = messages.of(choice)
+    message = messages.message_of(choice)
     usage, service_tier, reported_cost_pico_usd = usages.stated_in(body)
-    apart = billed_apart.of(body, usages.of_answer(body))
+    apart = billed_apart.kinds_in(body, usages.of_answer(body))
 
     failure = error_body.failure_in(body)
     if failure is None and choice.get("error"):  # a choice's own error, as OpenRouter sends it
@@ -170,7 +170,7 @@ def parse_object(body: dict[str, Any], flagged: bool) -> Answer:
 
 
 def _choice(choice: dict[str, Any], place: int) -> Choice:
-    message = messages.of(choice)
+    message = messages.message_of(choice)
     content = None if message is None else messages.content(message.get("content"))
     return Choice(messages.index(choice, place), content, messages.finish_reason(choice))
 

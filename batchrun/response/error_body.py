@@ -199,7 +199,7 @@ def _status(fields: Mapping[str, Any], code: str | None) -> int | None:
 
 
 def _words(value: Any, depth: int) -> Iterator[str]:
-    """Every short text in an error object, except what it repeats of the question."""
+    """Every short text in an error object. Fields that repeat the question are left out."""
     if depth > MAX_DEPTH:
         return
     if isinstance(value, str) and 0 < len(value) <= 300:

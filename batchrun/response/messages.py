@@ -21,7 +21,7 @@ def finish_reason(choice: dict[str, Any]) -> str | None:
     return text(reason.get("type") if isinstance(reason, dict) else reason)
 
 
-def of(choice: dict[str, Any]) -> dict[str, Any] | None:
+def message_of(choice: dict[str, Any]) -> dict[str, Any] | None:
     """A choice's message, or what some servers send in its place: a text, or the only delta of a whole answer."""
     message, delta = choice.get("message"), choice.get("delta")
     if isinstance(message, dict):

@@ -23,6 +23,11 @@ def _has(*names: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda body: all(name in body for name in names)
 
 
+def _holds(name: str, *fields: str) -> Callable[[Mapping[str, Any]], bool]:
+    """True for an object in that place which has the fields."""
+    return lambda body: isinstance(inside := body.get(name), dict) and all(field in inside for field in fields)
+
+
 def _lists(name: str, field: str) -> Callable[[Mapping[str, Any]], bool]:
     """True for a list of objects that have the field."""
 
@@ -33,45 +38,42 @@ def _lists(name: str, field: str) -> Callable[[Mapping[str, Any]], bool]:
     return is_of
 
 
-def _is_of_ollama(body: Mapping[str, Any]) -> bool:
-    return isinstance(body.get("done"), bool) and "model" in body
-
-
-def _is_a_list_of_models(body: Mapping[str, Any]) -> bool:
-    return body.get("object") == "list" and _lists("data", "object")(body)
-
-
-def _is_of_anthropic(body: Mapping[str, Any]) -> bool:
-    return body.get("type") in ("message", "message_start") and ("stop_reason" in body or "message" in body)
-
-
-def _is_of_cohere(body: Mapping[str, Any]) -> bool:
-    message = body.get("message")
-    answers = isinstance(message, dict) and isinstance(message.get("content"), list) and "finish_reason" in body
-    return answers or "generation_id" in body
-
-
-def _is_of_bedrock(body: Mapping[str, Any]) -> bool:
-    output = body.get("output")
-    return "stopReason" in body and isinstance(output, dict) and "message" in output
-
-
-def _is_of_dashscope(body: Mapping[str, Any]) -> bool:
-    output = body.get("output")
-    return isinstance(output, dict) and "text" in output and "finish_reason" in output
-
-
 APIS = (
-    Api("Ollama's own API", "http://HOST:11434/v1", _is_of_ollama),
-    Api("Anthropic's Messages API", "https://api.anthropic.com/v1", _is_of_anthropic),
+    Api(
+        "Ollama's own API", "http://HOST:11434/v1", lambda body: isinstance(body.get("done"), bool) and "model" in body
+    ),
+    Api(
+        "Anthropic's Messages API",
+        "https://api.anthropic.com/v1",
+        lambda body: body.get("type") in ("message", "message_start") and ("stop_reason" in body or "message" in body),
+    ),
     Api(
         "Google's Gemini API",
         "https://generativelanguage.googleapis.com/v1beta/openai",
         _lists("candidates", "content"),
     ),
-    Api("Cohere's own API", "https://api.cohere.ai/compatibility/v1", _is_of_cohere),
-    Api("Bedrock's Converse API", "https://bedrock-runtime.REGION.amazonaws.com/openai/v1", _is_of_bedrock),
-    Api("Alibaba's DashScope API", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", _is_of_dashscope),
+    Api(
+        "Cohere's own API",
+        "https://api.cohere.ai/compatibility/v1",
+        lambda body: (
+            "generation_id" in body
+            or (
+                "finish_reason" in body
+                and isinstance(message := body.get("message"), dict)
+                and isinstance(message.get("content"), list)
+            )
+        ),
+    ),
+    Api(
+        "Bedrock's Converse API",
+        "https://bedrock-runtime.REGION.amazonaws.com/openai/v1",
+        lambda body: "stopReason" in body and _holds("output", "message")(body),
+    ),
+    Api(
+        "Alibaba's DashScope API",
+        "https://dashscope-intl.aliyuncs.com/compatible-mode/v1",
+        _holds("output", "text", "finish_reason"),
+    ),
     Api("llama.cpp's own API", "http://HOST:8080/v1", _has("content", "stop", "tokens_predicted")),
     Api(
         "Hugging Face's text generation",
@@ -81,7 +83,11 @@ APIS = (
     Api("a prediction API of Vertex AI or TensorFlow", "a base URL of chat completions", _has("predictions")),
     Api("Replicate's predictions", "the address of a gateway with chat completions", _has("urls", "status", "output")),
     Api("an embeddings API", "the base URL without /embeddings", _lists("data", "embedding")),
-    Api("a list of models", "the base URL without /models", _is_a_list_of_models),
+    Api(
+        "a list of models",
+        "the base URL without /models",
+        lambda body: body.get("object") == "list" and _lists("data", "object")(body),
+    ),
 )
 """The first that matches counts."""
 

@@ -25,7 +25,6 @@ def ends(data: bytes) -> bool:
 
 
 def is_response(decoded: Body) -> bool:
-    """True for the object of the Responses API."""
     return "choices" not in decoded and (
         decoded.get("object") == "response" or (isinstance(decoded.get("output"), list) and "status" in decoded)
     )

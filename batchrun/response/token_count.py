@@ -26,8 +26,7 @@ def count(body: bytes, answer: Answer) -> OfflineCount:
     answered = [answer.content, *((called.name, called.arguments) if called is not None else ())]
     batch_count = tokenizer()
     return OfflineCount(
-        tokens(list(_texts(decode(body)[0])), batch_count),
-        tokens([text for text in answered if text], batch_count),
+        tokens(list(_texts(decode(body)[0])), batch_count), tokens([text for text in answered if text], batch_count)
     )
 
 

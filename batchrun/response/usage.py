@@ -116,18 +116,18 @@ def stated_in(body: Mapping[str, Any]) -> tuple[Usage | None, str | None, int | 
     usage = body.get("usage")
     if isinstance(usage, dict) and usage.keys() <= _COMMON and "provider_metadata" not in body:
         tier = body.get("service_tier")
-        if (read := _common(usage)) is not None:
-            return read, None if tier is None else _service_tier(body), None
+        if (found := _common(usage)) is not None:
+            return found, None if tier is None else _service_tier(body), None
 
     choices = body.get("choices")
     each = (in_choice(choice) for choice in choices) if isinstance(choices, list) else ()
     of_all = of_choices(usage for usage in each if usage is not None)
     places = (*of_answer(body), of_all)
-    read = next((read for usage in places if (read := of(usage)) is not None), None)
-    return read, _service_tier(body), _reported_cost(body)
+    found = next((found for usage in places if (found := read(usage)) is not None), None)
+    return found, _service_tier(body), _reported_cost(body)
 
 
-def of(usage: Any) -> Usage | None:
+def read(usage: Any) -> Usage | None:
     """Both counts that are billed, or None: half a usage can't be priced."""
     if not isinstance(usage, dict):
         return None
@@ -135,7 +135,7 @@ def of(usage: Any) -> Usage | None:
 
 
 def found_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The object that states a usage, or a part of one or a cost, in an event of a stream, except those of choices."""
+    """The object in a stream's event that states some usage or a cost. Usage inside a choice does not count."""
     for usage in of_answer(body):
         if _first(usage, (*_PROMPT, *_COMPLETION)) is not None or _reported_cost({"usage": usage}) is not None:
             return usage
@@ -316,8 +316,10 @@ def _plausible(total: int, stated: int, reasoning: int | None) -> int:
 
 
 def _cache_is_beside(usage: Mapping[str, Any], prompt: int, cache: int, excess: int, reasoning: int) -> bool:
-    """True where the cache's tokens are not among those of the prompt: by the vendor's names, by what the total has in
-    `excess` of prompt and completion, or because the prompt is smaller.
+    """True if the prompt's count does not include the cache's tokens.
+
+    Three signs: the vendor's names for its counts, a total whose `excess` over prompt and completion is the cache, or a
+    prompt that is smaller than the cache.
     """
     if "prompt_tokens" not in usage and _CACHE_BESIDE_PROMPT & usage.keys() and _first(usage, _BESIDE) is not None:
         return True

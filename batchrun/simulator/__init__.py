@@ -10,14 +10,5 @@ from batchrun.simulator.ledger import LedgerLine, question_of, read_ledger
 from batchrun.simulator.limits import PlannedChange
 from batchrun.simulator.process import run
 
-__all__ = [
-    "SimulatorConfig",
-    "config_from_json",
-    "run",
-    "Fault",
-    "PlannedChange",
-    "parse_faults",
-    "LedgerLine",
-    "read_ledger",
-    "question_of",
-]
+__all__ = ["SimulatorConfig", "config_from_json", "run", "Fault", "PlannedChange", "parse_faults"]
+__all__ += ["LedgerLine", "read_ledger", "question_of"]

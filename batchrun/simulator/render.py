@@ -25,7 +25,6 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 def completion(answer: Answer, envelope: Envelope) -> bytes:
-    """The `chat.completion` object."""
     choices: list[dict[str, Any]] = []
     for index, choice in enumerate(answer.choices):
         message: dict[str, Any] = {"role": "assistant", "content": choice.content}

@@ -25,7 +25,7 @@ _ROLES = ("user", "assistant", "system", "developer")
 
 
 def as_chat(fields: Fields) -> Fields:
-    """The fields of the chat completion that asks the same.
+    """The same request as fields of a chat completion.
 
     Raises:
         Refused: 400, a field that the API does not have, or an item that has no known form.
@@ -70,7 +70,6 @@ def as_chat(fields: Fields) -> Fields:
 
 
 def response(answer: Answer, envelope: Envelope) -> bytes:
-    """The `response` object."""
     return _encode(_whole(answer, envelope))
 
 

@@ -241,7 +241,7 @@ class Simulator:
 
 
 async def _read(http: web.BaseRequest) -> bytes:
-    """The whole body. One that is too large is read to its end all the same: a client reads the refusal only then.
+    """The whole body. A body that is too large is also read to its end: only then does the client read the refusal.
 
     Raises:
         Refused: 413, it is too large; 400, it can't be decoded.

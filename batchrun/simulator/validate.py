@@ -24,35 +24,39 @@ _OutputTokens = Annotated[int, Meta(ge=1, le=MAX_OUTPUT_TOKENS)]
 _Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
-class ImageURL(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class _Strict(Struct, frozen=True, forbid_unknown_fields=True):
+    """An object of a request, which has no other fields than these."""
+
+
+class ImageURL(_Strict, frozen=True):
     url: str
     detail: Literal["auto", "low", "high"] = "auto"
 
 
-class TextPart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="text"):
+class TextPart(_Strict, frozen=True, tag_field="type", tag="text"):
     text: str
 
 
-class ImagePart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="image_url"):
+class ImagePart(_Strict, frozen=True, tag_field="type", tag="image_url"):
     image_url: ImageURL
 
 
-class RefusalPart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="refusal"):
+class RefusalPart(_Strict, frozen=True, tag_field="type", tag="refusal"):
     refusal: str
 
 
-class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class CalledFunction(_Strict, frozen=True):
     name: str
     arguments: str
 
 
-class ToolCall(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ToolCall(_Strict, frozen=True):
     id: str
     type: Literal["function"]
     function: CalledFunction
 
 
-class Message(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Message(_Strict, frozen=True):
     """One message. The fields of some roles are practice: clients send an assistant's message back as it came."""
 
     role: Literal["user", "assistant", "system", "developer", "tool", "function"]
@@ -73,55 +77,51 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         return (*tools, self.function_call) if isinstance(self.function_call, CalledFunction) else tools
 
 
-class Function(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Function(_Strict, frozen=True):
     name: _Name
     description: str | UnsetType = UNSET
     parameters: dict[str, Any] | UnsetType = UNSET
     strict: bool | UnsetType = UNSET  # practice
 
 
-class NamedFunction(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class NamedFunction(_Strict, frozen=True):
     name: str
 
 
-class Tool(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Tool(_Strict, frozen=True):
     type: Literal["function"]
     function: Function
 
 
-class NamedTool(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class NamedTool(_Strict, frozen=True):
     type: Literal["function"]
     function: NamedFunction
 
 
-class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="text"):
+class TextFormat(_Strict, frozen=True, tag_field="type", tag="text"):
     pass
 
 
-class JSONObjectFormat(
-    Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="json_object"
-):
+class JSONObjectFormat(_Strict, frozen=True, tag_field="type", tag="json_object"):
     pass
 
 
-class NamedSchema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class NamedSchema(_Strict, frozen=True):
     name: _Name
     schema: dict[str, Any]
     description: str | UnsetType = UNSET
     strict: bool | UnsetType = UNSET
 
 
-class JSONSchemaFormat(
-    Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="json_schema"
-):
+class JSONSchemaFormat(_Strict, frozen=True, tag_field="type", tag="json_schema"):
     json_schema: NamedSchema
 
 
-class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class StreamOptions(_Strict, frozen=True):
     include_usage: bool = False
 
 
-class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class ChatRequest(_Strict, frozen=True):
     """The body. Fields of the reference come first, then those of practice: validated, and otherwise ignored."""
 
     model: Annotated[str, Meta(min_length=1)]

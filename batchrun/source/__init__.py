@@ -18,27 +18,9 @@ from batchrun.source.table import TableSource
 from batchrun.source.window import START, Position, Record, Source, Span, Window
 from batchrun.storage.objects import InputFile
 
-__all__ = [
-    "find_files",
-    "file_at",
-    "open_source",
-    "rows_of",
-    "Rows",
-    "as_file",
-    "START",
-    "Position",
-    "Record",
-    "Source",
-    "Span",
-    "Window",
-    "JsonlSource",
-    "TableSource",
-    "FileIdentity",
-    "InputFile",
-    "changed",
-    "digest",
-    "fingerprint",
-]
+__all__ = ["find_files", "file_at", "open_source", "rows_of", "Rows", "as_file", "JsonlSource", "TableSource"]
+__all__ += ["START", "Position", "Record", "Source", "Span", "Window"]
+__all__ += ["FileIdentity", "InputFile", "changed", "digest", "fingerprint"]
 
 
 def open_source(files: tuple[InputFile, ...], max_line_bytes: int = MAX_LINE_BYTES, span: Span | None = None) -> Source:

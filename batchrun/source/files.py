@@ -18,8 +18,8 @@ _ALL: Filters = {}
 
 
 def find_files(path: str, filters: Filters = _ALL, access: Access = Access()) -> tuple[InputFile, ...]:  # noqa: B008
-    """The input files that `path` means, sorted by path string: a file, a directory, or a glob; or a URL of them. Of
-    those in folders named `key=value`, the ones that match the `filters`; no other is opened.
+    """The input files that `path` means, sorted by path string. It is a file, a directory or a glob, or a URL of one.
+    Of folders named `key=value`, only those that match the `filters` are read.
 
     A directory means its own files and those in its folders named `key=value`, at every depth. In directories and
     globs, names that start with "." or "_" are left out, files and folders both, as Spark and Hive do (`_SUCCESS`,
@@ -61,8 +61,8 @@ _NAMES: dict[Format, str] = {"jsonl": "JSON lines", "parquet": "Parquet", "csv":
 
 
 def _remote_matches(text: str, access: Access) -> list[InputFile]:
-    """The same of an object store."""
-    found, named = objects.find(text, access), urls.parse(text).path.rstrip("/")
+    """As `_matches`, in an object store."""
+    found, named = objects.find_remote(text, access), urls.parse(text).path.rstrip("/")
     if [file.url.path for file in found] == [named]:
         return list(found)
     pattern = urls.is_pattern(named)

@@ -84,8 +84,8 @@ def changed(files: tuple[InputFile, ...], identities: tuple[FileIdentity, ...]) 
 
 
 def digest(path: InputFile) -> str:
-    """BLAKE2b-128 of the file's bytes in hex, in one pass with constant memory; of a remote file its etag, if it has
-    one: reading it again would take as long and cost as much as the run's own reading.
+    """BLAKE2b-128 of the file's bytes in hex, in one pass with constant memory. A remote file is identified by its
+    etag, if it has one: another read would take as long and cost as much as the run's own.
 
     Raises:
         InputError: the file can't be read.

@@ -81,7 +81,7 @@ def batches(path: InputFile, skip: int) -> Iterator[pa.RecordBatch]:
 
 
 def column(path: InputFile, name: str) -> Iterator[pa.RecordBatch]:
-    """All rows with this column alone, of which nothing else is read.
+    """All rows with this column alone; no other column is read.
 
     Raises:
         InputError: as `batches`.

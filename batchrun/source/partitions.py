@@ -32,7 +32,7 @@ _INTEGER = re.compile(r"[+-]?\d{1,18}")
 
 
 def chosen(files: Sequence[InputFile], filters: Filters, path: str) -> tuple[InputFile, ...]:
-    """Those of the files whose keys match every filter. `path` is the input's, for messages.
+    """The files whose keys match every filter. `path` is the input's, for messages.
 
     Raises:
         InputError: a filter makes no sense, no file has a key of that name, or none matches.

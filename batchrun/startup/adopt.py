@@ -25,7 +25,7 @@ from batchrun.store.variants import Variant
 
 
 def changed_input(files: tuple[InputFile, ...], directory: RunDirectory, known: Manifest) -> str | None:
-    """How the input differs from the one of the run, by identity and then by content; None if it is the same."""
+    """How the input differs from the run's, by identity and then by content; None if it does not."""
     what = changed(files, known.files)
     if what is None or shards.digests(files, sharded=known.is_sharded) == known.digests:
         return None
@@ -88,21 +88,18 @@ def _adopt(
         )
         answers = changes.Answers(directory, checkpoint, known)
         keys_now = questions.rows(found.rejected)
-        mean_cost_usd = checkpoint.totals.mean_cost_usd()
-        seen, matches = changes.examine(answers, keys_now, found.rows, reasons, mean_cost_usd, directory.path)
+        seen, matches = changes.examine(answers, keys_now, found.rows, reasons)
         with matches, _deleted_on_error(directory.origins_of(new.layout)):
-            made = unsent_rows.find(start, new, questions.rows(found.rejected), note=lambda line: None)
+            made = unsent_rows.find_unsent(start, new, questions.rows(found.rejected), note=lambda line: None)
             carry_over = CarryOver(made, directory.origins_of(new.layout))
             seen = msgspec.structs.replace(seen, carried=carry_over.count(found.rows, lambda row: matches[row] == NONE))
             _require_consent(job, options, seen, settings)
             counts = {"kept": seen.kept, "dropped": seen.dropped, "to_send": seen.to_send}
             options.note(Notice(str(seen), "changes", changed=seen.changed, **counts))
             schema = input_pass.schema_of(source, new)
-            entries = {**new.encode(), **variants.encode(ways), origins.ENTRY: unsent_rows.encoded(made)}
+            entries = {**new.encode(), **variants.encode(ways), **origins.encode(made)}
             input_pass.keep_digests(job, directory, new.layout, pictures, found)
-            changes.lay_out(
-                answers, matches, source, new, schema, directory, checkpoint, entries, options.limit, carry_over
-            )
+            changes.lay_out(answers, matches, source, new, schema, entries, options.limit, carry_over)
             for old in (directory.images_of(known.layout), directory.origins_of(known.layout)):
                 old.unlink(missing_ok=True)
     return new

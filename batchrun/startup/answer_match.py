@@ -4,13 +4,12 @@ Memory is flat for any number of rows: both sides are spread over buckets and ma
 """
 
 import struct
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from batchrun.durable import disk_errors
+from batchrun.durable import unnamed_file
 from batchrun.startup import buckets
 from batchrun.startup.buckets import Buckets
 from batchrun.store.row_numbers import RowNumbers
@@ -29,8 +28,7 @@ class Matches(RowNumbers):
     """For each new row, in order, the old row whose answer it takes, or `NONE`. Close it."""
 
     def __init__(self, rows: int, directory: Path) -> None:
-        with disk_errors(directory):
-            self._unnamed = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (lives as long as this object)
+        self._unnamed = unnamed_file(directory)
         super().__init__(self._unnamed.fileno(), rows, directory)
         self.fill(NONE)
 
@@ -45,8 +43,7 @@ class Questions:
     """A digest of each record by ordinal, in a file without a name: its request key, or the digest of its images."""
 
     def __init__(self, directory: Path) -> None:
-        with disk_errors(directory):
-            self._file = tempfile.TemporaryFile(dir=directory, buffering=BUFFER_BYTES)  # noqa: SIM115
+        self._file = unnamed_file(directory, BUFFER_BYTES)
 
     def add(self, ordinal: int, key: bytes) -> None:
         """Adds the next record; ordinals ascend."""

@@ -48,7 +48,7 @@ def in_words(shared: SharedText, job: Job, tables: Mapping[str, PriceTable | Non
 
 
 def _saved(tokens: int, table: PriceTable | None, job: Job) -> Decimal | None:
-    """USD that so many tokens cost less when they come from the cache; None where the price is unknown."""
+    """What the cache saves on these tokens, in USD; None where the price is unknown."""
     if table is None:
         return None
     tier = prices.plain_tier(table, job.request.service_tier)

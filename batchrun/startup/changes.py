@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import cast
 
 import msgspec
@@ -28,7 +27,7 @@ from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked, files
 from batchrun.tables.arrow_types import Column
-from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table
+from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table, with_column
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -87,8 +86,8 @@ class Answers:
     """The settled rows of a run, in our own columns, from open chunks and parts."""
 
     def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, manifest: Manifest) -> None:
-        self._directory = directory
-        self._checkpoint = checkpoint
+        self.directory = directory
+        self.checkpoint = checkpoint
         self._manifest = manifest
         self.chunks = checkpoint.chunks()
         if result.FINISHED in checkpoint.manifest_entries():
@@ -119,8 +118,7 @@ class Answers:
             own = self.of_chunk(place)
             at = {row: index for index, row in enumerate(own.column("row").to_pylist())}
             taken = own.take([at[old] for old, _ in pairs])
-            numbers = pa.array([new for _, new in pairs], pa.int64())
-            tables.append(taken.set_column(0, OWN_COLUMNS.field("row"), numbers))
+            tables.append(with_column(taken, "row", [new for _, new in pairs]))
         return pa.concat_tables(tables).sort_by("row")
 
     def given_up(self, matches: Matches) -> list[TotalsLine]:
@@ -139,9 +137,9 @@ class Answers:
 
     def _of_chunk(self, place: int) -> pa.Table:
         chunk = self.chunks[place]
-        completions = self._checkpoint.completions(chunk.first_row, chunk.end_row)
+        completions = self.checkpoint.completions(chunk.first_row, chunk.end_row)
         newer = own_table(completions, keep_raw=self._manifest.output.keep_raw)
-        base = BasePart.of(chunk, self._directory, self._manifest.output.prefix)
+        base = BasePart.of(chunk, self.directory, self._manifest.output.prefix)
         return newer if base is None else base.updated(newer, chunk.first_row, chunk.end_row)
 
 
@@ -150,11 +148,9 @@ def examine(
     questions: Iterator[tuple[bytes, int]],
     rows: int,
     changed: tuple[str, ...],
-    mean_cost_usd: Decimal | None,
-    scratch: Path,
 ) -> tuple[Changes, Matches]:
     """The effect of the change, and the matches behind it. `questions` are (key, row) of the new input's rows."""
-    matches = match(answers.questions(), questions, rows, scratch)
+    matches = match(answers.questions(), questions, rows, answers.directory.path)
     kept = kept_answers = in_place = 0
     for new, old in enumerate(matches):
         if old == NONE:
@@ -166,6 +162,7 @@ def examine(
     fewer = max(0, answers.rows - rows) if paid else 0
     pending = answers.rows - answers.settled
     dropped = paid - kept_answers
+    mean_cost_usd = answers.checkpoint.totals.mean_cost_usd()
     seen = Changes(changed, rows, kept, dropped, in_place == paid, mean_cost_usd, fewer, answers.rows, pending)
     return seen, matches
 
@@ -176,8 +173,6 @@ def lay_out(
     source: Source,
     manifest: Manifest,
     schema: pa.Schema,
-    directory: RunDirectory,
-    checkpoint: Checkpoint,
     entries: dict[str, str],
     limit: int | None,
     carry: CarryOver,
@@ -188,7 +183,7 @@ def lay_out(
     Windows behind the last answer are left to be opened in their turn. A `limit` opens no row that needn't be: behind
     it and the last answer.
     """
-    types = manifest.column_types
+    directory, types = answers.directory, manifest.column_types
     generation = 1 + max((chunk.generation for chunk in answers.chunks), default=0)
     left = sum(old != NONE for old in matches)
     chunks: list[Chunk] = []
@@ -228,18 +223,17 @@ def lay_out(
             chunk = msgspec.structs.replace(chunk, generation=generation, part_digest=digest)
         chunks.append(chunk)
         first_row = end_row
-    checkpoint.replace_chunks(chunks, standing, entries, answers.given_up(matches))
+    answers.checkpoint.replace_chunks(chunks, standing, entries, answers.given_up(matches))
 
 
 def _with_originals(own: pa.Table, taken: Mapping[int, Taken]) -> pa.Table:
-    """The records with the numbers that the rows have now whose answers they took."""
+    """The records of copies, with `duplicate_of` set to the present number of the row whose answer they have."""
     rows, reused = (own.column(name).to_pylist() for name in ("row", "reused"))
     originals = [
         taken[row].original if copied and row in taken and taken[row].original >= 0 else None
         for row, copied in cast(Iterator[tuple[int, bool]], zip(rows, reused, strict=True))
     ]
-    field = OWN_COLUMNS.field("duplicate_of")
-    return own.set_column(OWN_COLUMNS.get_field_index(field.name), field, pa.array(originals, field.type))
+    return with_column(own, "duplicate_of", originals)
 
 
 def _windows(source: Source, manifest: Manifest, upto: int) -> Iterator[Window]:

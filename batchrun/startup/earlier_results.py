@@ -32,7 +32,7 @@ def sources(job: Job) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named)
 
 
-def find(job: Job, own: Path, note: Callable[[str], None] = lambda line: None) -> list[EarlierResult]:
+def find_earlier(job: Job, own: Path, note: Callable[[str], None] = lambda line: None) -> list[EarlierResult]:
     """The earlier results in the order in which they are searched: as named, and of a pattern the last name first.
 
     `own` is the run's own directory, which is left out. `note` gets a line for each source that has nothing.
@@ -83,7 +83,7 @@ def _paths(source: str, job: Job) -> Iterator[Path]:
 
 
 def _results(path: Path) -> Iterator[EarlierResult]:
-    """The results at a path: a file, a run, a folder of Parquet files, or a folder of these, the last name first."""
+    """The results at a path: a file, a run or a folder of Parquet files; in a folder of those, the last name first."""
     if path.is_file():
         if path.suffix == ".parquet" or not glob.has_magic(str(path)):
             yield EarlierResult(str(path), tuple(_old_file(file, path) for file in result_files.of(path)))

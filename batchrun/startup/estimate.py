@@ -24,8 +24,7 @@ from batchrun.report.wording import plural
 from batchrun.run_summary import Estimate, Summary
 from batchrun.startup.changes import Changes
 from batchrun.startup.input_check import Survey
-from batchrun.startup.previous_run import Means
-from batchrun.startup.previous_run import of as means_of
+from batchrun.startup.previous_run import Means, means_of
 
 FEWEST_TOKENS_PER_BYTE = 0.18  # long common words; prose of one language has about 0.23
 USUAL_TOKENS_PER_BYTE = 0.3  # a guess, above prose of one language
@@ -59,7 +58,8 @@ def estimate(
     if (each := mean.cost_by(tables)) is not None:  # prices are as they were then
         expected: Decimal | None = (each * to_send).quantize(PICO)
     else:
-        expected = _cost(found, tables, share, prompt, completion, mean.cached_share, tier)
+        usual = Usage(round(prompt), round(completion), 0, round(prompt * mean.cached_share))
+        expected = _cost(found, tables, share, usual, tier)
     basis = [mean.basis]
     if mean.cached_share:
         basis.append(f"{mean.cached_share:.0%} of the prompts cached")
@@ -72,7 +72,7 @@ def estimate(
         rows=to_send,
         prompt_tokens=round(prompt * to_send),
         completion_tokens=round(completion * to_send),
-        low_usd=_cost(found, tables, share, fewest, 1, 0.0, tier),
+        low_usd=_cost(found, tables, share, Usage(round(fewest), 1, 0), tier),
         expected_usd=expected,
         high_usd=_bound(found, tables, to_send, job.service_tiers),
         minutes=minutes,
@@ -137,16 +137,9 @@ def _usual(found: Survey, job: Job) -> Means:
 
 
 def _cost(
-    found: Survey,
-    tables: Mapping[str, PriceTable | None],
-    share: float,
-    prompt_tokens: float,
-    completion_tokens: float,
-    cached_share: float,
-    service_tier: str | None,
+    found: Survey, tables: Mapping[str, PriceTable | None], share: float, each: Usage, service_tier: str | None
 ) -> Decimal | None:
-    """USD of a share of the rows, of so many tokens each, in that tier; None where a price is unknown."""
-    each = Usage(round(prompt_tokens), round(completion_tokens), 0, round(prompt_tokens * cached_share))
+    """The cost of a share of the rows in that tier, if `each` uses so much; None where a price is unknown."""
     total = Decimal(0)
     for model, rows in found.models.items():
         if (table := tables.get(model)) is None:

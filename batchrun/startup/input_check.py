@@ -20,7 +20,7 @@ from batchrun.request.builder import RequestBuilder, detect_dialect
 from batchrun.request.images import Images
 from batchrun.request.templates import among
 from batchrun.source import Record, Source
-from batchrun.startup.ids import IdIndex
+from batchrun.startup.buckets import IdIndex
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.partitioned import PartitionLimit
 
@@ -83,25 +83,30 @@ class _Sizes(msgspec.Struct):
 
 
 class _Tally:
-    """Counts while the survey runs."""
+    """Counts while the survey runs, and passes each problem and each request on."""
 
-    def __init__(self, keep: Callable[[Problem], None]) -> None:
+    def __init__(
+        self,
+        keep: Callable[[Problem], None],
+        question: Callable[[int, bytes], None],
+        accepted: Callable[[Request], None],
+    ) -> None:
         self.rows = self.body_bytes = self.image_tokens = 0
         self.unusable, self.repeated = array("Q"), array("Q")
         self.first_problems: list[Problem] = []
         self.problem_kinds: dict[str, tuple[Problem, int]] = {}
-        self._sizes: dict[str, _Sizes] = {}
+        self.sizes: dict[str, _Sizes] = {}
         self.answer_schemas: set[str | None] = set()
         self._expected: Expected = ANYTHING
-        self._keep = keep
+        self._keep, self._question, self._accepted = keep, question, accepted
 
-    def accept(self, request: Request) -> None:
+    def accept(self, ordinal: int, request: Request) -> None:
         prompt, output = request.max_prompt_tokens, request.max_output_tokens
         self.rows += 1
         self.body_bytes += len(request.body)
         self.image_tokens += request.image_tokens
-        if (sizes := self._sizes.get(request.model)) is None:
-            sizes = self._sizes[request.model] = _Sizes()
+        if (sizes := self.sizes.get(request.model)) is None:
+            sizes = self.sizes[request.model] = _Sizes()
         sizes.rows += 1
         sizes.prompt_tokens += prompt
         sizes.output_tokens += output
@@ -109,31 +114,20 @@ class _Tally:
             sizes.max_prompt_tokens = prompt
         if output > sizes.max_output_tokens:
             sizes.max_output_tokens = output
-        if request.expected is self._expected:
-            return
-        self._expected = request.expected
-        if request.expected.in_json and len(self.answer_schemas) < 2:  # two show that there are several
-            schema = request.expected.schema
-            self.answer_schemas.add(None if schema is None else msgspec.json.encode(schema).decode())
+        if request.expected is not self._expected:
+            self._expected = request.expected
+            if request.expected.in_json and len(self.answer_schemas) < 2:  # two show that there are several
+                schema = request.expected.schema
+                self.answer_schemas.add(None if schema is None else msgspec.json.encode(schema).decode())
+        self._question(ordinal, request.key)
+        self._accepted(request)
 
     def withdraw(self, request: Request) -> None:
         """Takes back a request that turned out to repeat an id; the maxima and sums stay upper bounds."""
         self.rows -= 1
         self.body_bytes -= len(request.body)
         self.image_tokens -= request.image_tokens
-        self._sizes[request.model].rows -= 1
-
-    def models(self) -> dict[str, int]:
-        """The requests of each model that is left."""
-        return {model: sizes.rows for model, sizes in self._sizes.items() if sizes.rows}
-
-    def max_request(self) -> dict[str, tuple[int, int]]:
-        """The largest (prompt tokens, output tokens) of a request, by model."""
-        return {model: (sizes.max_prompt_tokens, sizes.max_output_tokens) for model, sizes in self._sizes.items()}
-
-    def max_tokens(self) -> dict[str, tuple[int, int]]:
-        """The same of all requests together."""
-        return {model: (sizes.prompt_tokens, sizes.output_tokens) for model, sizes in self._sizes.items()}
+        self.sizes[request.model].rows -= 1
 
     def reject(self, problem: Problem, ordinals: "array[int]") -> None:
         ordinals.append(problem.ordinal)
@@ -167,7 +161,7 @@ def survey(
         InputError: the input can't be read further, or nothing says what to send.
         JobError: the template is invalid, or the output would have too many partitions.
     """
-    tally = _Tally(keep)
+    tally = _Tally(keep, question, accepted)
     types = ColumnTypes() if source.format == "jsonl" else None
     partitions = PartitionLimit(job.output)
     builder: RequestBuilder | None = None
@@ -181,9 +175,7 @@ def survey(
             if builder is None:
                 builder = RequestBuilder(job, detect_dialect(job, record.columns))
                 id_column = job.input.id or ("custom_id" if builder.dialect == "openai-batch" else None)
-            if (
-                problem := _take(record, builder, images, ids, id_column, tally, question, pictured, accepted)
-            ) is not None:
+            if (problem := _add(record, builder, images, ids, id_column, tally, pictured)) is not None:
                 tally.reject(Problem(record.ordinal, record.place, problem, record.columns), tally.unusable)
             else:
                 partitions.observe(record.columns)
@@ -199,26 +191,24 @@ def survey(
         rejected=array("Q", heapq.merge(tally.unusable, tally.repeated)),
         first_problems=tuple(tally.first_problems),
         problem_kinds=tuple(tally.problem_kinds.values()),
-        models=tally.models(),
+        models={model: sizes.rows for model, sizes in tally.sizes.items() if sizes.rows},
         body_bytes=tally.body_bytes,
-        max_request=tally.max_request(),
-        max_tokens=tally.max_tokens(),
+        max_request={model: (each.max_prompt_tokens, each.max_output_tokens) for model, each in tally.sizes.items()},
+        max_tokens={model: (each.prompt_tokens, each.output_tokens) for model, each in tally.sizes.items()},
         types=types,
         answer_schema=tally.answer_schemas.pop() if len(tally.answer_schemas) == 1 else None,
         image_tokens=tally.image_tokens,
     )
 
 
-def _take(
+def _add(
     record: Record,
     builder: RequestBuilder,
     images: Images,
     ids: IdIndex,
     id_column: str | None,
     tally: _Tally,
-    question: Callable[[int, bytes], None],
     pictured: Callable[[int, bytes], None],
-    accepted: Callable[[Request], None],
 ) -> str | None:
     """Counts the record if it makes a valid request; else returns the reason."""
     try:
@@ -234,9 +224,7 @@ def _take(
             return missing + among(tuple(record.columns), id_column)
         if (problem := ids.add_id(record.ordinal, record.columns[id_column])) is not None:
             return f"{id_column}: {problem}"
-    tally.accept(request)
-    question(record.ordinal, request.key)
-    accepted(request)
+    tally.accept(record.ordinal, request)
     return None
 
 

@@ -125,13 +125,11 @@ def columns_in_words(source: Source, found: Survey) -> str | None:
 def schema_of(source: Source, known: Manifest) -> pa.Schema:
     types = known.column_types or ColumnTypes()
     return output_schema(
-        source.schema if isinstance(source, TableSource) else types.schema(),
-        known.output,
-        known.answer_column,
+        source.schema if isinstance(source, TableSource) else types.schema(), known.output, known.answer_column
     )
 
 
 def keep_digests(job: Job, directory: RunDirectory, layout: int, pictures: Questions, found: Survey) -> None:
-    """Stores the digests of the rows' images if these are files, which can change while the input does not."""
+    """Stores the digests of the rows' images, if images are files: these can change while the input stays the same."""
     if job.input.image_root is not None:
         image_digests.write(directory.images_of(layout), pictures.rows(found.rejected))

@@ -8,7 +8,7 @@ import msgspec
 from batchrun.job.job import Job
 from batchrun.report import summary as summaries
 from batchrun.run_summary import Shard, Summary
-from batchrun.startup import resume as planning
+from batchrun.startup import resume
 from batchrun.startup.adopt import ChangedError
 from batchrun.startup.changes import Changes
 from batchrun.startup.run_options import RunOptions
@@ -25,7 +25,7 @@ class Preview(msgspec.Struct, frozen=True):
     changes: Changes | None
 
 
-def of_run(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Preview:
+def preview_of(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Preview:
     """The run that a start with this job would resume.
 
     Raises:
@@ -39,7 +39,8 @@ def of_run(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Pre
     ):
         entries = checkpoint.manifest_entries()
         try:
-            plan = planning.make(job, directory, checkpoint, RunOptions(read_only=True, shard=shard), datetime.now(UTC))
+            options = RunOptions(read_only=True, shard=shard)
+            plan = resume.plan_start(job, directory, checkpoint, options, datetime.now(UTC))
             to_send = plan.manifest.rows - checkpoint.totals.settled()
             if (made := plan.origins) is not None:
                 to_send -= max(0, made.reused + made.duplicates - summary.reused)

@@ -10,7 +10,6 @@ import pyarrow as pa
 
 from batchrun import arrow_files
 from batchrun import compute as pc
-from batchrun.errors import CheckpointError, InputError
 from batchrun.job.job import Job
 from batchrun.limits import capacity
 from batchrun.prices import PriceTable
@@ -39,22 +38,21 @@ class Means(msgspec.Struct, frozen=True):
         return self.cost_usd if self.price == _undated("; ".join(prices_in_words(tables))) else None
 
 
-def newest(job: Job, besides: Path | None = None) -> Means | None:
+def newest_means(job: Job, besides: Path | None = None) -> Means | None:
     """The means of the job's newest run in `output.path`, not counting `besides`; None where no run has answers."""
     for path in rundir.dated(rundir.pattern_of(job.output), job.name):
         if besides is not None and path.resolve() == besides.resolve():
             continue
         directory = RunDirectory(path)
-        try:
-            summary = summaries.read(directory)
-        except (InputError, CheckpointError):
+        summary = summaries.read_or_none(directory)
+        if summary is None or summary.job != job.name:
             continue
-        if summary.job == job.name and (means := of(summary, f"the newest run, {path}")) is not None:
+        if (means := means_of(summary, f"the newest run, {path}")) is not None:
             return msgspec.structs.replace(means, latency_s=_latency_s(directory, job.output.prefix))
     return None
 
 
-def of(summary: Summary, whose: str) -> Means | None:
+def means_of(summary: Summary, whose: str) -> Means | None:
     """The means of a run's rows; None where no answer stated its usage."""
     size = capacity.size_of(summary.totals)
     if not size.answers:

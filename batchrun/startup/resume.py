@@ -51,7 +51,7 @@ class Plan(msgspec.Struct, frozen=True):
     origins: Origins | None = None
 
 
-def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: RunOptions, now: datetime) -> Plan:
+def plan_start(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: RunOptions, now: datetime) -> Plan:
     """Plans this start. A first start reads and checks the whole input and stores the manifest.
 
     Raises:
@@ -74,7 +74,7 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
     paths = input_pass.input_files(job, directory, options, started=False)
     files = fingerprint(paths)
     skip = options.skip_invalid
-    part = shards.find(job, paths, options.shard, directory.path, options.checked, skip_invalid=skip)
+    part = shards.find_input(job, paths, options.shard, directory.path, options.checked, skip_invalid=skip)
     source, share = part.source, None
     if options.shard is not None and part.span is not None:
         share = InputShare(options.shard, part.span, tuple(sorted(map(str, failing(job.finish)))))
@@ -84,17 +84,18 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
         run_id = uuid.uuid4().hex[:12]
         new = input_pass.manifest_of(job, source, files, found, run_id=run_id, created_at=now, share=share)
         input_pass.keep_digests(job, directory, new.layout, pictures, found)
-        made = unsent_rows.find(start, new, keys.rows(found.rejected), options.note)
+        made = unsent_rows.find_unsent(start, new, keys.rows(found.rejected), options.note)
     ways = (variants.of_job(job),)
-    plan = _plan(job, new, ways, 0, source, {}, options.limit, today, resumed=False)
-    before = previous_run.newest(job, besides=directory.path)
+    prices, schema = _prices(job, new, ways, {}, today), input_pass.schema_of(source, new)
+    before = previous_run.newest_means(job, besides=directory.path)
     to_send = found.rows if made is None else made.new
-    expected = estimate(found, job, plan.prices, to_send, None, daily.left_s(now), before)
+    expected = estimate(found, job, prices, to_send, None, daily.left_s(now), before)
     expected = msgspec.structs.replace(expected, rows=found.rows)  # those that are not sent cost nothing
-    plan = msgspec.structs.replace(plan, manifest=msgspec.structs.replace(new, estimate=expected), origins=made)
-    entries = {**plan.manifest.encode(), **price_tables.encode(plan.prices), **variants.encode(ways)}
-    checkpoint.write_manifest({**entries, origins.ENTRY: unsent_rows.encoded(made)})
-    return plan
+    new = msgspec.structs.replace(new, estimate=expected)
+    entries = new.encode() | price_tables.encode(prices) | variants.encode(ways) | origins.encode(made)
+    checkpoint.write_manifest(entries)
+    rows = new.rows if options.limit is None else min(options.limit, new.rows)
+    return Plan(new, rows, ways, 0, resumed=False, source=source, schema=schema, prices=prices, origins=made)
 
 
 def require_same_shape(job: Job, known: Manifest) -> None:
@@ -121,25 +122,20 @@ def _resume(start: Start, entries: dict[str, str], today: str) -> Plan:
     finally:  # other rows that were not accepted must not stay in the place of the run's own
         stdin_copy.restore_unless_accepted(directory, Manifest.decode(checkpoint.manifest_entries()))
     prices_known = price_tables.decode(entries)
-    limit = None if options.limit is None else max(options.limit, start.opened_rows(known))
-    plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
-    if plan.prices != prices_known:
-        checkpoint.write_manifest(price_tables.encode(plan.prices))
-    return msgspec.structs.replace(plan, origins=made)
+    prices, schema = _prices(job, known, ways, prices_known, today), input_pass.schema_of(source, known)
+    if prices != prices_known:
+        checkpoint.write_manifest(price_tables.encode(prices))
+    rows = known.rows if options.limit is None else min(max(options.limit, start.opened_rows(known)), known.rows)
+    return Plan(known, rows, ways, variant, resumed=True, source=source, schema=schema, prices=prices, origins=made)
 
 
-def _plan(
-    job: Job,
-    manifest: Manifest,
-    ways: tuple[Variant, ...],
-    variant: int,
-    source: Source,
-    known: Tables,
-    limit: int | None,
-    today: str,
-    *,
-    resumed: bool,
-) -> Plan:
+def _prices(job: Job, manifest: Manifest, ways: tuple[Variant, ...], known: Tables, today: str) -> Tables:
+    """The price of every model, with which the budget can be kept. A price that is `known` holds for the whole run,
+    unless the job states one.
+
+    Raises:
+        JobError: as `preconditions.require_budget`.
+    """
     tables = {
         model: known.get(model)
         if known.get(model) and model not in job.pricing
@@ -147,6 +143,4 @@ def _plan(
         for model in (*manifest.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
     }
     preconditions.require_budget(job, manifest.max_request, tables)
-    rows = manifest.rows if limit is None else min(limit, manifest.rows)
-    schema = input_pass.schema_of(source, manifest)
-    return Plan(manifest, rows, ways, variant, resumed, source, schema, tables)
+    return tables

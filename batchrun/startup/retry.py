@@ -5,14 +5,13 @@ the process dies meanwhile.
 """
 
 import sys
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
 import msgspec
 
-from batchrun.durable import disk_errors
+from batchrun.durable import disk_errors, unnamed_file
 from batchrun.errors import InputError, JobError
 from batchrun.records import Notice
 from batchrun.report.cost_lines import about_cost
@@ -53,11 +52,7 @@ def reopen(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses
 
 
 def _reopen_chunks(
-    plan: Plan,
-    directory: RunDirectory,
-    checkpoint: Checkpoint,
-    statuses: Collection[str],
-    entries: Mapping[str, str],
+    plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses: Collection[str], entries: Mapping[str, str]
 ) -> int:
     """Makes the rows pending in one transaction, with the `entries` of the manifest; returns how many rows."""
     chunks = checkpoint.chunks()
@@ -90,8 +85,7 @@ class _Rows:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        with disk_errors(directory):
-            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (lives as long as this object)
+        self._file = unnamed_file(directory)
 
     def add(self, rows: Sequence[Reopened]) -> None:
         with disk_errors(self._directory):

@@ -1,4 +1,4 @@
-"""Finds what a job asks the server itself to do for a fee beside tokens, which a cap on cost can't reserve. PURE."""
+"""Finds tools of the server in a job, such as web search, that cost a fee which a cap on cost can't reserve. PURE."""
 
 from collections.abc import Iterator, Mapping
 
@@ -17,7 +17,7 @@ _ONLINE = ":online"
 
 
 def warning(job: Job, tables: Mapping[str, PriceTable | None]) -> Notice | None:
-    """The warning that a cap on cost does not reserve these fees; None without a cap, or where the job states a fee.
+    """Warns that a cap on cost does not reserve these fees. None without a cap, or if the job states a fee.
 
     Parameters that rows bring are not checked.
     """
@@ -37,7 +37,7 @@ def warning(job: Job, tables: Mapping[str, PriceTable | None]) -> Notice | None:
 
 
 def _requested(job: Job) -> Iterator[str]:
-    """The parameters of the job that ask for it, as paths."""
+    """The paths of the job's parameters that request such a tool."""
     extra = job.request.extra
     for name in _PARAMETERS:
         if extra.get(name) not in (None, False, []):

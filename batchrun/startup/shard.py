@@ -21,7 +21,7 @@ from batchrun.run_summary import Shard
 from batchrun.source import InputFile, JsonlSource, Source, Span, TableSource, digest, open_source, parquet
 from batchrun.source.content import content_of
 from batchrun.startup import preconditions
-from batchrun.startup.ids import IdIndex
+from batchrun.startup.buckets import IdIndex
 from batchrun.startup.input_check import PROGRESS_EVERY
 from batchrun.store.manifest import Manifest
 from batchrun.tables.json_columns import ColumnTypes
@@ -52,7 +52,7 @@ def parse(text: str) -> Shard:
 
 
 def rows_of(shard: Shard, rows: int) -> tuple[int, int]:
-    """The shard's rows of so many: the first, and one past the last. The first shards have a row more than the rest."""
+    """The shard's part of `rows` rows: its first row, and one past its last. The first shards may have a row more."""
     each, more = divmod(rows, shard.count)
     first = shard.number * each + min(shard.number, more)
     return first, first + each + (shard.number < more)
@@ -61,7 +61,7 @@ def rows_of(shard: Shard, rows: int) -> tuple[int, int]:
 # ── the job of a shard ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def part_of(job: Job, named: str | None, note: Callable[[str], None]) -> tuple[Job, Shard | None]:
+def divided_job(job: Job, named: str | None, note: Callable[[str], None]) -> tuple[Job, Shard | None]:
     """The job of the shard that `--shard` names, and that shard; the job itself without one. `note` gets its limits.
 
     Raises:
@@ -89,13 +89,13 @@ def job_of(job: Job, shard: Shard) -> Job:
         return job
     endpoints = job.endpoints
     if job.more_endpoints:
-        endpoints = [_parts(each, f"endpoint[{place}]", _IN_ENDPOINT, shard) for place, each in enumerate(endpoints)]
+        endpoints = [_divided(each, f"endpoint[{place}]", _IN_ENDPOINT, shard) for place, each in enumerate(endpoints)]
     return msgspec.structs.replace(
         job,
         endpoint=endpoints[0],
         more_endpoints=endpoints[1:],
-        limits=_parts(job.limits, "limits", _IN_LIMITS, shard),
-        budget=_parts(job.budget, "budget", _IN_BUDGET, shard),
+        limits=_divided(job.limits, "limits", _IN_LIMITS, shard),
+        budget=_divided(job.budget, "budget", _IN_BUDGET, shard),
     )
 
 
@@ -108,13 +108,15 @@ _IN_BUDGET = ("max_cost_usd", "per_start_usd", "max_tokens", "max_requests")
 _IN_ENDPOINT = ("requests_per_minute", "tokens_per_minute", "max_in_flight")
 
 
-def _parts(table: T, name: str, settings: tuple[str, ...], shard: Shard) -> T:
+def _divided(table: T, name: str, settings: tuple[str, ...], shard: Shard) -> T:
     whole = {setting: getattr(table, setting) for setting in settings}
     given = {setting: value for setting, value in whole.items() if value is not None}
-    return msgspec.structs.replace(table, **{key: part(value, shard, f"{name}.{key}") for key, value in given.items()})
+    return msgspec.structs.replace(
+        table, **{key: portion(value, shard, f"{name}.{key}") for key, value in given.items()}
+    )
 
 
-def part(whole: float | Decimal, shard: Shard, setting: str) -> float | Decimal:
+def portion(whole: float | Decimal, shard: Shard, setting: str) -> float | Decimal:
     """The shard's part of a limit. All parts add up to the whole; the first shards get what does not divide evenly.
 
     Counts are divided in ones, money in cents or in the last digit that the amount has. Only requests per second may
@@ -156,7 +158,7 @@ _WORDS = {
 
 
 def in_words(whole: Job, own: Job, shard: Shard) -> list[str]:
-    """The limits of the shard, and of what they are a part; and which are not divided."""
+    """The shard's part of each limit, and the limits that are not divided."""
     if whole.limits.limits_are == "per_process":
         return [f'shard {shard}: each shard has all of the limits, as limits.limits_are = "per_process" says']
     words = []
@@ -177,7 +179,7 @@ def in_words(whole: Job, own: Job, shard: Shard) -> list[str]:
 # ── its part of the input ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Part(msgspec.Struct, frozen=True):
+class InputPart(msgspec.Struct, frozen=True):
     """The input of a run: of a shard, its part of it. `job` is the job as its records are read.
 
     Of a shard, `span` is where it is, and `types` (of JSON lines) are those of the whole input, so that all shards read
@@ -190,7 +192,7 @@ class Part(msgspec.Struct, frozen=True):
     types: ColumnTypes | None = None
 
 
-def find(
+def find_input(
     job: Job,
     files: tuple[InputFile, ...],
     shard: Shard | None,
@@ -198,7 +200,7 @@ def find(
     progress: Callable[[int], None] = lambda rows: None,
     *,
     skip_invalid: bool = False,
-) -> Part:
+) -> InputPart:
     """The shard's part of the input, all of it without a shard. `scratch` is a directory for ids that don't fit into
     memory.
 
@@ -211,7 +213,7 @@ def find(
     """
     whole = open_source(files, job.input.max_line_bytes)
     if shard is None:
-        return Part(whole, job)
+        return InputPart(whole, job)
     span = whole.find_span(lambda records: rows_of(shard, records))
     preconditions.require_rows(job, span.records)
     first = next((record for record in whole.records() if record.problem is None), None)
@@ -240,11 +242,11 @@ def find(
                     "another input.id"
                 )
     own = open_source(files, job.input.max_line_bytes, span)
-    return Part(own, reading(job, dialect), span, types)
+    return InputPart(own, reading(job, dialect), span, types)
 
 
 def reading(job: Job, dialect: str) -> Job:
-    """The job as it reads a shard's records: the dialect is that of the whole input, and no row is required."""
+    """The job for a shard's records: with the dialect of the whole input, and without a minimum of rows."""
     return msgspec.structs.replace(job, input=msgspec.structs.replace(job.input, dialect=dialect, min_rows=0))
 
 

@@ -1,13 +1,11 @@
 """Copies rows from standard input or a program into the run directory, where a resume reads them again."""
 
 import hashlib
-import os
-import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from batchrun.durable import READ_BYTES, disk_errors, fsync
-from batchrun.errors import DiskError, InputError
+from batchrun.durable import READ_BYTES, disk_errors, fsync, replacing, unnamed_file
+from batchrun.errors import InputError
 from batchrun.source import InputFile, digest
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -17,7 +15,7 @@ NOTHING = hashlib.blake2b(digest_size=16).hexdigest()
 
 
 def save(stream: BinaryIO, directory: RunDirectory, *, started: bool) -> Path:
-    """The file with the rows of this start: the run's own copy if the stream has the same rows, or none.
+    """The file with the rows of this start. It is the run's own copy if the stream has the same rows, or no row.
 
     A new run takes the rows that it is given, and the copy of an earlier start only if it is given none. Rows that
     differ from those of a started run stay beside its own copy until they are accepted.
@@ -34,7 +32,7 @@ def save(stream: BinaryIO, directory: RunDirectory, *, started: bool) -> Path:
 
 def _save_beside(stream: BinaryIO, directory: RunDirectory) -> Path:
     found = hashlib.blake2b(digest_size=16)
-    with tempfile.TemporaryFile(dir=directory.path) as copy:  # without a name, so that a finished run stays as it is
+    with unnamed_file(directory.path) as copy:  # without a name, so that a finished run stays as it is
         while block := _read(stream):
             found.update(block)
             copy.write(block)
@@ -76,20 +74,11 @@ def spool(stream: BinaryIO, to: Path) -> None:
     Raises:
         DiskError: the copy could not be written; nothing of it is left behind.
     """
-    descriptor, name = tempfile.mkstemp(dir=to.parent, prefix=f".{to.name}.")
-    partial = Path(name)
-    try:
-        with open(descriptor, "wb") as file:
+    with replacing(to) as temporary:
+        temporary.touch(mode=0o600)
+        with temporary.open("wb") as file:
             while block := _read(stream):
                 file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(to)
-        fsync(to.parent)
-    except OSError as error:
-        raise DiskError(f"{to}: can't save standard input: {error.strerror}; free some space there") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read(stream: BinaryIO) -> bytes:

@@ -45,7 +45,6 @@ class Writer(msgspec.Struct, frozen=True):
 
 
 def this_process(writer: str, job: str) -> Writer:
-    """This process, as the writer of that name."""
     return Writer(writer, job, socket.gethostname(), os.getpid(), datetime.now(UTC).replace(microsecond=0))
 
 

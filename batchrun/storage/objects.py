@@ -134,7 +134,7 @@ def file_at(text: str, access: Access = Access()) -> RemoteFile:  # noqa: B008  
     return RemoteFile(url, *connect(url, access))
 
 
-def find(text: str, access: Access = Access()) -> list[RemoteFile]:  # noqa: B008  (frozen)
+def find_remote(text: str, access: Access = Access()) -> list[RemoteFile]:  # noqa: B008  (frozen)
     """The objects that the URL names, unsorted: one object, all those below a folder, or those that fit a pattern.
 
     Raises:

@@ -31,7 +31,7 @@ class Published(msgspec.Struct, frozen=True):
 
     @property
     def staged_name(self) -> str:
-        """Its name until all are there. No pattern such as **/*.parquet finds it, and another content has another."""
+        """Its name until all files are there. No pattern such as **/*.parquet finds it, and no other content has it."""
         return f"{self.name}.{self.digest}.part"
 
 
@@ -141,7 +141,7 @@ def _put_files(
     kept: Mapping[str, str],
     reached: Callable[[str], None],
 ) -> None:
-    """The files are in their places, all that can be copied within the store at the same moment or nearly."""
+    """Puts the files in their places. Those that the store itself can copy appear there at nearly the same moment."""
     if len(files) == 1:  # it is replaced as a whole
         folder.put_file(files[0].name, files[0].local)
         reached(files[0].name)

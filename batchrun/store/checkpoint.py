@@ -328,6 +328,17 @@ def read_copy(path: Path) -> tuple[dict[str, str], list[Chunk]]:
         return dict(database.records("manifest")), chunks
 
 
+def write_new(path: Path, records: Mapping[str, Sequence[Record]]) -> None:
+    """Makes a checkpoint of these records, by table, in one transaction."""
+    with contextlib.closing(Database.open(path, db_tables.TABLES, FORMAT, lambda full: False)) as database:
+
+        def insert() -> None:
+            for name, lines in records.items():
+                database.insert(name, lines)
+
+        database.transaction(insert)
+
+
 def read_finished(path: Path) -> dict[str, str]:
     """The manifest entries of a finished run, read without touching any file."""
     with contextlib.closing(Database.open_read_only(path, db_tables.TABLES, FORMAT)) as database:

@@ -300,7 +300,7 @@ class Chunks:
                     own = base.updated(own, first_row, end_row)
                 if with_pending:
                     earlier = open_chunk.earlier
-                    own = pending.beside(own, first_row, end_row, earlier.discarded, earlier.lost)
+                    own = pending.with_pending(own, first_row, end_row, earlier.discarded, earlier.lost)
                 if own.num_rows != table.num_rows:
                     raise CheckpointError(f"chunk {open_chunk.chunk.chunk}: rows are missing from the checkpoint")
                 yield joined(table, own, self._schema, self._parsed)
@@ -370,7 +370,7 @@ class Chunks:
         while (unread := self._next_window()) is not None:
             row = self._next_row
             for batch in unread.table.to_batches(max_chunksize=BATCH_ROWS):
-                own = pending.beside(OWN_COLUMNS.empty_table(), row, row + batch.num_rows)
+                own = pending.with_pending(OWN_COLUMNS.empty_table(), row, row + batch.num_rows)
                 yield joined(typed([batch], self._types), own, self._schema, self._parsed)
                 row += batch.num_rows
             self._position, self._next_row = unread.end, row

@@ -55,6 +55,11 @@ def last_copy(origin: int) -> int:
     return _WANTED - origin if origin <= _WANTED else -1
 
 
+def encode(made: "Origins | None") -> dict[str, str]:
+    """The manifest's entry for the origins."""
+    return {ENTRY: msgspec.json.encode(made).decode()}
+
+
 class OldFile(msgspec.Struct, frozen=True):
     """A file of earlier answers as it was when they were looked up. `name` is its run's directory, else its path."""
 

@@ -60,7 +60,7 @@ def without_input(first_row: int, end_row: int, schema: pa.Schema) -> Iterator[p
     """Pending rows whose input can't be read: its columns are null, which `schema` must allow."""
     inputs = len(schema) - len(OWN_COLUMNS)
     for row in range(first_row, end_row, BATCH_ROWS):
-        own = pending.beside(OWN_COLUMNS.empty_table(), row, min(row + BATCH_ROWS, end_row))
+        own = pending.with_pending(OWN_COLUMNS.empty_table(), row, min(row + BATCH_ROWS, end_row))
         ours = zip(own.columns, list(schema)[inputs:], strict=True)
         arrays = [pa.nulls(own.num_rows, field.type) for field in list(schema)[:inputs]]
         arrays += [

@@ -49,7 +49,6 @@ class Column(msgspec.Struct, frozen=True):
     fields: "tuple[tuple[str, Column], ...]" = ()
 
     def type(self) -> pa.DataType:
-        """The Arrow type."""
         match self.kind:
             case "struct":
                 return pa.struct([pa.field(name, field.type()) for name, field in self.fields])

@@ -60,5 +60,4 @@ def usage_rows(totals: Sequence[TotalsLine]) -> list[dict[str, Any]]:
 
 
 def totals_of(rows: Sequence[dict[str, Any]]) -> list[TotalsLine]:
-    """The rows of usage.parquet as lines."""
     return [TotalsLine(**{**row, "day": "" if row["day"] is None else row["day"].isoformat()}) for row in rows]

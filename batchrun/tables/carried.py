@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from batchrun import compute as pc
-from batchrun.tables.rows import OWN_COLUMNS
+from batchrun.tables.rows import OWN_COLUMNS, own_columns
 
 NOTHING = Decimal(0)
 
@@ -33,7 +33,7 @@ def carried(
     the present settings of the job, None: those of the answers; `model` is used where they name no requested model.
     """
     count = len(rows)
-    columns: dict[str, Any] = {name: answers.column(name) for name in answers.column_names}
+    columns: dict[str, Any] = {name: answers.column(name) for name in OWN_COLUMNS.names}
     was_reused = pc.fill_null(columns["reused"], False)
     first_cost = pc.if_else(was_reused, columns["reused_cost_usd"], columns["cost_usd"])
     named = columns["reused_from"]
@@ -51,18 +51,8 @@ def carried(
         "variant": columns["variant"] if variant is None else [variant] * count,
         "invocation": [invocation] * count,
     }
-    arrays: list[Any] = []
-    for field in OWN_COLUMNS:
-        value = known.get(field.name)
-        if isinstance(value, list):
-            arrays.append(pa.array(value, field.type))
-        elif value is not None:
-            arrays.append(value)
-        elif field.name in OF_THE_REQUEST:
-            arrays.append(pa.nulls(count, field.type))
-        else:
-            arrays.append(columns[field.name])
-    return pa.Table.from_arrays(arrays, schema=OWN_COLUMNS)
+    of_the_answer = {name: column for name, column in columns.items() if name not in OF_THE_REQUEST}
+    return own_columns({**of_the_answer, **known}, count)
 
 
 OF_THE_REQUEST = frozenset(

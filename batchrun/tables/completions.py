@@ -25,11 +25,10 @@ def of_rows(rows: pa.RecordBatch) -> Iterator[Completion]:
 def settled(
     records: Sequence[CompletionRecord], inputs: Sequence[dict[str, Any]], parsed: Column, *, keep_raw: bool
 ) -> Iterator[Completion]:
-    """The completions that these records are, equal to what `of_rows` gives once they are in the output. `inputs` are
-    the rows' columns that the output has.
-
-    Without 40 Arrow columns between, since a reader gets a few rows at a time.
+    """The records as completions, equal to what `of_rows` makes of them in the output. `inputs` are the rows' columns
+    that the output has.
     """
+    # not by way of 40 Arrow columns: a reader gets only a few rows at a time
     values = own_values(records, keep_raw=keep_raw)
     for name in ("created", "finished_at"):
         values[name] = [None if us is None else _EPOCH + timedelta(microseconds=us) for us in values[name]]

@@ -30,15 +30,7 @@ MAX_KEYS = 100  # objects with more are maps, not records
 MAX_DEPTH = 8  # a value that is nested deeper is a document, not a record
 EXACT = 2**53  # doubles hold every integer up to here
 
-_KINDS = {
-    NoneType: "null",
-    bool: "bool",
-    int: "int",
-    float: "float",
-    str: "string",
-    dict: "object",
-    list: "array",
-}
+_KINDS = {NoneType: "null", bool: "bool", int: "int", float: "float", str: "string", dict: "object", list: "array"}
 _SCALARS: dict[frozenset[str], pa.DataType] = {
     frozenset(): pa.string(),
     frozenset({"bool"}): pa.bool_(),

@@ -67,7 +67,7 @@ class JsonLinesFile:
 
 
 def _in_json(type_: Any) -> pa.DataType:
-    """The type whose Python values msgspec writes as described above."""
+    """The type to cast to, so that msgspec writes the values as the module's text says."""
     if pa.types.is_timestamp(type_) and type_ == pa.timestamp("us", tz="UTC"):
         return cast(pa.DataType, type_)
     if pa.types.is_decimal(type_) or pa.types.is_timestamp(type_) or pa.types.is_date(type_) or pa.types.is_time(type_):

@@ -18,7 +18,7 @@ from batchrun import compute as pc
 from batchrun.errors import InputError
 from batchrun.records import Status
 from batchrun.source import hive
-from batchrun.tables.rows import NOT_IN_PARSED, OWN_COLUMNS
+from batchrun.tables.rows import NOT_IN_PARSED, OWN_COLUMNS, own_columns, prefix_in, with_column
 
 KEY = "request_key"
 KEYS_AT_ONCE = 262_144  # 4 MB of keys
@@ -50,11 +50,10 @@ class OldAnswers:
         with self._readable():
             self._file = pq.ParquetFile(arrow_files.opened(path), pre_buffer=False)
         schema = self._file.schema_arrow
-        keys = [name for name in schema.names if name.endswith(KEY)]
-        if not keys:
+        if (prefix := prefix_in(schema.names)) is None:
             self._file.close(force=True)
             raise InputError(f"{path}: no answers to reuse: it has no column {KEY}")
-        prefix = keys[-1].removesuffix(KEY)
+
         self._names = {name: prefix + name for name in OWN_COLUMNS.names if prefix + name in schema.names}
         keys_of_folders = hive.texts_of(path)
         self._of_folder = {
@@ -171,29 +170,27 @@ class OldAnswers:
 
     def _as_ours(self, table: pa.Table) -> pa.Table:
         """The columns as `OWN_COLUMNS`: a tool that wrote the file again may have changed their types."""
-        arrays: list[Any] = []
+        values: dict[str, Any] = {}
+        for name, text in self._of_folder.items():
+            same = pa.repeat(pa.scalar(text, pa.string()), table.num_rows)
+            values[name] = same.cast(OWN_COLUMNS.field(name).type)
         for field in OWN_COLUMNS:
-            if field.name in self._of_folder:
-                value = pa.scalar(self._of_folder[field.name], pa.string())
-                arrays.append(pa.repeat(value, table.num_rows).cast(field.type))
-                continue
-            if field.name not in table.column_names or field.name == "parsed":
-                arrays.append(pa.nulls(table.num_rows, field.type))
+            if field.name not in table.column_names or field.name == "parsed" or field.name in values:
                 continue
             column = table.column(field.name)
             if field.name == KEY:
-                arrays.append(_as_keys(column.combine_chunks(), self._path))
+                values[KEY] = _as_keys(column.combine_chunks(), self._path)
                 continue
             try:
-                arrays.append(column.cast(field.type))
+                values[field.name] = column.cast(field.type)
             except pa.ArrowException as error:
                 raise InputError(
                     f"{self._path}: column {self._names[field.name]} is {column.type} instead of {field.type}; "
                     "cast it, or leave it out"
                 ) from error
-        ours = pa.Table.from_arrays(arrays, schema=OWN_COLUMNS)
+        ours = own_columns(values, table.num_rows)
         if "status" not in table.column_names and "status" not in self._of_folder:
-            ours = _with(ours, "status", ["ok"] * table.num_rows)
+            ours = with_column(ours, "status", ["ok"] * table.num_rows)
 
         # `parsed` is the content of each row whose answer was the requested JSON: of those that have something there,
         # or an error that only says that it could not hold all of a good answer.
@@ -207,7 +204,7 @@ class OldAnswers:
             found = [text is not None and text.lstrip().startswith(("{", "[")) for text in contents]
         parsed = [text if wanted and _is_json(text) else None for text, wanted in zip(contents, found, strict=True)]
         errors = [None if note else error for error, note in zip(errors, noted, strict=True)]
-        return _with(_with(ours, "error", errors), "parsed", parsed)
+        return with_column(with_column(ours, "error", errors), "parsed", parsed)
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
@@ -215,11 +212,6 @@ class OldAnswers:
             yield
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{self._path}: its answers can't be read: {error}") from error
-
-
-def _with(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:
-    field = table.schema.field(name)
-    return table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
 
 
 def _is_json(text: str | None) -> bool:

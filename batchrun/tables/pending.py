@@ -6,13 +6,13 @@ from typing import Any, cast
 import pyarrow as pa
 
 from batchrun.records import Discarded
-from batchrun.tables.rows import OWN_COLUMNS, usd_array
+from batchrun.tables.rows import own_columns, usd_array
 
 PENDING = "pending"
 """The status of a row without an outcome. No row of a complete result has it."""
 
 
-def beside(
+def with_pending(
     own: pa.Table,
     first_row: int,
     end_row: int,
@@ -46,9 +46,5 @@ def beside(
         ],
         "reused": [False] * len(missing),
     }
-    arrays = [
-        pa.array(values[field.name], field.type) if field.name in values else pa.nulls(len(missing), field.type)
-        for field in OWN_COLUMNS
-    ]
-    pending = pa.Table.from_arrays(arrays, schema=OWN_COLUMNS)
+    pending = own_columns(values, len(missing))
     return pa.concat_tables([own, pending]).sort_by("row") if there else pending

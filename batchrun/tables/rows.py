@@ -15,6 +15,7 @@ from batchrun.job.settings import Output
 from batchrun.records import Answer, Choice, CompletionRecord, FunctionCall, RowError, SetAside, Status, Usage
 from batchrun.response import answer as answers
 from batchrun.response import packed
+from batchrun.run_summary import TotalsLine
 from batchrun.tables.arrow_types import JSON, Column, array_of
 
 T = TypeVar("T")
@@ -113,32 +114,18 @@ _NO_USAGE = msgspec.structs.replace(Usage(0, 0, 0), **dict.fromkeys(Usage.__stru
 NOT_IN_PARSED = "not_in_parsed"
 """The `error.kind` of a good answer of which `parsed` can't hold everything: the rest is in `content` only."""
 
-_USAGE: list[tuple[str, pa.DataType]] = [
-    ("invocation", pa.int32()),
-    ("model", pa.string()),
-    ("status", pa.string()),
-    ("day", pa.date32()),
-    ("service_tier", pa.string()),
-    ("rows", pa.int64()),
-    ("attempts", pa.int64()),
-    ("prompt_tokens", pa.int64()),
-    ("cached_tokens", pa.int64()),
-    ("completion_tokens", pa.int64()),
-    ("reasoning_tokens", pa.int64()),
-    ("total_tokens", pa.int64()),
-    ("cost_usd", USD),
-    ("unpriced", pa.int64()),
-    ("without_usage", pa.int64()),
-    ("offline_prompt_tokens", pa.int64()),
-    ("offline_completion_tokens", pa.int64()),
-    ("cache_write_tokens", pa.int64()),
-    ("reported_cost_usd", USD),
-    ("reused", pa.int64()),
-    ("duplicates", pa.int64()),
-    ("saved_usd", USD),
-]
-USAGE_COLUMNS = pa.schema(_USAGE)
+_USAGE_TYPES: Mapping[Any, pa.DataType] = {int: pa.int64(), int | None: pa.int64(), str: pa.string(), Decimal: USD}
+_OTHER_TYPES: Mapping[str, pa.DataType] = {"invocation": pa.int32(), "day": pa.date32()}
+USAGE_COLUMNS = pa.schema(
+    [(name, _OTHER_TYPES.get(name, _USAGE_TYPES[hint])) for name, hint in TotalsLine.__annotations__.items()]
+)
 """The columns of usage.parquet: the fields of `TotalsLine`, with its day as a date."""
+
+
+def prefix_in(names: Sequence[str]) -> str | None:
+    """The prefix of our columns in a file, by that of its `request_key`; None: the file has none, so it is not ours."""
+    found = [name for name in names if name.endswith("request_key")]
+    return found[-1].removesuffix("request_key") if found else None
 
 
 def output_schema(input_schema: pa.Schema, output: Output, parsed: Column = JSON) -> pa.Schema:
@@ -184,6 +171,24 @@ def own_table(
         else:
             made[field.name] = pa.array(of_rows, field.type)
     return pa.Table.from_arrays(list(made.values()), schema=OWN_COLUMNS)
+
+
+def with_column(table: pa.Table, name: str, values: Sequence[Any]) -> pa.Table:
+    """The table with these values in a column that it has; the column's type stays."""
+    field = table.schema.field(name)
+    return table.set_column(table.schema.get_field_index(name), field, pa.array(values, field.type))
+
+
+def own_columns(values: Mapping[str, Any], rows: int) -> pa.Table:
+    """Our columns of so many rows: lists or columns by name; those without a value are null."""
+    arrays: list[Any] = []
+    for field in OWN_COLUMNS:
+        value = values.get(field.name)
+        if value is None:
+            arrays.append(pa.nulls(rows, field.type))
+        else:
+            arrays.append(pa.array(value, field.type) if isinstance(value, list) else value)
+    return pa.Table.from_arrays(arrays, schema=OWN_COLUMNS)
 
 
 def own_values(
@@ -250,10 +255,7 @@ def _typed(own: pa.Table, parsed: Column) -> pa.Table:
     errors = with_problems(own.column("error").to_pylist(), problems)
     place = own.schema.get_field_index("parsed")
     typed = own.set_column(place, pa.field("parsed", parsed.type()), array)
-    if not problems:
-        return typed
-    error = own.schema.field("error")
-    return typed.set_column(own.schema.get_field_index("error"), error, pa.array(errors, error.type))
+    return with_column(typed, "error", errors) if problems else typed
 
 
 def with_problems(errors: list[Any], problems: Mapping[int, str]) -> list[Any]:

@@ -47,7 +47,7 @@ def provider(host: str) -> str:
     return next((name for end, name in _PROVIDERS.items() if f".{host}".endswith(f".{end}")), "openai")
 
 
-def of_job(job: Job) -> Attributes:
+def job_attributes(job: Job) -> Attributes:
     """The attributes that all requests of the job have. With several endpoints no server is named."""
     urls = [urlsplit(each.url) for each in job.endpoints]
     hosts = {url.hostname or "" for url in urls}

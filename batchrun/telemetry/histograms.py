@@ -24,7 +24,6 @@ class Point(msgspec.Struct):
     max: float = float("-inf")
 
     def copy(self) -> "Point":
-        """The point as it is now."""
         return msgspec.structs.replace(self, counts=list(self.counts))
 
 

@@ -44,12 +44,7 @@ class LogLines:
 
     def ended(self, summary: Summary, at: datetime) -> str:
         """How the start ended."""
-        end = {
-            "state": summary.state,
-            "exit_code": summary.exit_code,
-            "reason": summary.reason,
-            "files": summary.files,
-        }
+        end = {"state": summary.state, "exit_code": summary.exit_code, "reason": summary.reason, "files": summary.files}
         level = "info" if not summary.exit_code else "warning"
         done = f"{summary.done:,} of {plural(summary.rows, 'row')} done"
         message = summary.reason or f"{summary.state}: {done}, {failures(summary):,} failed, {headline_usd(summary)}"
@@ -68,7 +63,7 @@ class LogLines:
 
 
 def figures(summary: Summary) -> dict[str, object]:
-    """The figures of a progress line, and those that monitoring systems get."""
+    """The figures of a progress line, and the further ones that monitoring systems get."""
     live, totals = summary.live, summary.totals
     return {
         "rows": summary.rows,

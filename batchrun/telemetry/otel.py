@@ -76,7 +76,7 @@ class OpenTelemetry:
         self._samples: Samples = {}
         self._labels: Labels = {}
         self._chunks: dict[int, tuple[Span, int, int]] = {}
-        self._sets = genai.AttributeSets(genai.of_job(job))
+        self._sets = genai.AttributeSets(genai.job_attributes(job))
         self._own: list[MeterProvider | TracerProvider] = []
         logging.getLogger("opentelemetry").addHandler(_Once(self._warn))
         histograms = (

@@ -39,7 +39,6 @@ class WithHistograms(MetricExporter):
         self._started_ns = time.time_ns()
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **more: Any) -> MetricExportResult:
-        """See MetricExporter."""
         is_delta = self._temporality is AggregationTemporality.DELTA
         from_ns, now_ns = self._started_ns, time.time_ns()
         if is_delta:
@@ -71,9 +70,7 @@ class WithHistograms(MetricExporter):
         return self._exporter.export(MetricsData(resources), timeout_millis=timeout_millis, **more)
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
-        """See MetricExporter."""
         return self._exporter.force_flush(timeout_millis)
 
     def shutdown(self, timeout_millis: float = 30_000, **more: Any) -> None:
-        """See MetricExporter."""
         self._exporter.shutdown(timeout_millis, **more)

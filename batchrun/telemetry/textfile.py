@@ -43,11 +43,11 @@ class TextFile:
         self._side_thread = SideThread(lambda: self._warn(f"telemetry.prometheus_dir: {folder} does not answer"))
 
     def show(self, snapshot: Snapshot) -> None:
-        """The file has these figures, whole, or will as soon as its file system answers."""
+        """Replaces the file by one with these figures, at once or as soon as its file system answers."""
         self._side_thread.do(lambda: self._write(snapshot))
 
     def end(self, snapshot: Snapshot | None) -> None:
-        """The file has these last figures (None: those it has), and another run may write it."""
+        """Writes the last figures (None: the file stays as it is), then lets another run write it."""
 
         def write() -> None:
             if snapshot is not None:
@@ -70,7 +70,7 @@ class TextFile:
             self._warn(f"telemetry.prometheus_dir: {self.path} can't be written: {error.strerror or error}")
 
     def _take_over(self) -> bool:
-        """Locks the file for this process, and reads what it keeps of the runs before; False: another has it."""
+        """Locks the file and reads the time of the last success from it; False if another process has locked it."""
         lock = os.open(self.path.with_name(f".{self.path.stem}.lock"), os.O_RDONLY | os.O_CREAT, MODE)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
+from batchrun.errors import ExitCode, JobError
 from batchrun.job.job import Job
 from batchrun.records import Notice
-from batchrun.report.summary import Moment, read, starting
+from batchrun.report.summary import Moment, read_or_none, starting
 from batchrun.run_summary import Shard, Summary
 from batchrun.store.rundir import RunDirectory
 from batchrun.telemetry.samples import Snapshot
@@ -101,10 +101,7 @@ class Views:
         if (last := self._last) is not None and last.exit_code is not None:
             state = last.state if last.exit_code == exit_code else "failed"
             return msgspec.structs.replace(last, state=state, exit_code=int(exit_code))
-        try:
-            earlier = read(self._directory)
-        except (InputError, CheckpointError):
-            earlier = None
+        earlier = read_or_none(self._directory)
         now = datetime.now(UTC)
         moment = Moment(
             state="failed",

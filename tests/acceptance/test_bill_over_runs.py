@@ -18,9 +18,10 @@ import pytest
 
 from batchrun.errors import JobError
 from batchrun.records import PossiblyBilled
-from batchrun.report import bill, figures, keys
-from batchrun.report.runs import FoundRun, find
+from batchrun.report import figures, keys
+from batchrun.report.runs import FoundRun, find_runs
 from batchrun.simulator import Fault, LedgerLine, SimulatorConfig, parse_faults
+from tests.bills import bill_over
 from tests.cli_process import batchrun, finish, kill_when, read_summary, start, write_job, write_rows
 from tests.result_files import row, write_result
 from tests.simulator_process import running_simulator
@@ -99,11 +100,15 @@ def run_ids(nights: Nights) -> dict[str, str]:
     return {read_summary(out)["run_id"]: out.name for out in sorted((nights.folder / "runs" / "night").iterdir())}
 
 
+def possibly_billed(nights: Nights) -> set[str | None]:
+    """The ids of the requests whose cost no run knows; None for one that got none."""
+    found = find_runs([nights.folder / "runs"]).found
+    return {doubt.request_id for each in found for doubt in each.account.possibly_billed}
+
+
 def known_to_the_ledger(nights: Nights) -> dict[str, list[dict[str, Any]]]:
     """By night, what the simulator billed, besides the attempts that the bill names as possibly billed."""
-    doubts = {
-        doubt.request_id for found in find([nights.folder / "runs"]).found for doubt in found.account.possibly_billed
-    }
+    doubts = possibly_billed(nights)
     by_night: dict[str, list[dict[str, Any]]] = {night: [] for night in NIGHTS}
     ids = run_ids(nights)
     for served in nights.ledger:
@@ -136,7 +141,7 @@ def test_each_run_costs_what_the_ledger_billed(nights: Nights) -> None:
             assert Decimal(line["cost_usd"]) == cost
     assert list(bill["unpriced"]) == ["mystery-model"]
     # the kill of the last night may come after a slot was taken and before the server has done the work
-    listed = {doubt.request_id for found in find([nights.folder / "runs"]).found for doubt in lost(found)}
+    listed = {doubt.request_id for found in find_runs([nights.folder / "runs"]).found for doubt in lost(found)}
     sent = {entry["client_request_id"] for entry in nights.ledger}
     assert bill["total"]["attempts"] == len(sent | listed)
 
@@ -247,7 +252,7 @@ def test_a_killed_run_names_ids_in_flight(tmp_path: Path) -> None:
     ledger, out, job = killed_in_flight(tmp_path)
     sent = {str(each.client_request_id) for each in ledger}
     hung = {str(each.client_request_id) for each in ledger if each.fault == "hang"}
-    (found,) = find([out]).found
+    (found,) = find_runs([out]).found
     doubts = {doubt.request_id for doubt in found.account.possibly_billed}
     assert hung <= doubts <= sent
     lines = ["request_id,amount_usd", *(f"{each},0.001" for each in sorted(hung))]
@@ -265,7 +270,7 @@ def test_a_killed_run_names_ids_in_flight(tmp_path: Path) -> None:
 def test_a_killed_run_without_ids_names_none(tmp_path: Path) -> None:
     """An id that was not sent can't be looked up."""
     _, out, _ = killed_in_flight(tmp_path, "--set", "endpoint.client_request_id=false")
-    (found,) = find([out]).found
+    (found,) = find_runs([out]).found
     assert {doubt.request_id for doubt in found.account.possibly_billed} == {None}
 
 
@@ -277,7 +282,7 @@ def test_rows_name_their_local_day_within_utc(nights: Nights) -> None:
     out = nights.folder / "runs" / "night" / NIGHTS[0]
     rows = pq.read_table(out / "completions.parquet").to_pylist()
     summary = read_summary(out)
-    (found,) = find([out]).found
+    (found,) = find_runs([out]).found
     first = datetime(2026, 11, 28, tzinfo=UTC)
     # rows move to times around midnight in Tokyo: a run over it, made of this one
     moved = [row | {"finished_at": first.replace(hour=14 + number % 2, minute=30)} for number, row in enumerate(rows)]
@@ -288,7 +293,7 @@ def test_rows_name_their_local_day_within_utc(nights: Nights) -> None:
     lines = [line | {"day": "2026-11-28"} for line in summary["totals"]]
     reported = summary | {"totals": lines, "created_at": "2026-11-28T14:00:00Z", "updated_at": "2026-11-28T16:00:00Z"}
     (copy / "summary.json").write_text(json.dumps(reported))
-    bills = {line.group[0]: line for line in bill.collect([copy], ("day",), keys.span("Asia/Tokyo", None, None)).lines}
+    bills = {line.group[0]: line for line in bill_over([copy], ("day",), keys.span("Asia/Tokyo", None, None)).lines}
     assert list(bills) == ["2026-11-28", "2026-11-28 or 2026-11-29", "2026-11-29"]
     for day, parity in (("2026-11-28", 0), ("2026-11-29", 1)):
         expected = [row for number, row in enumerate(rows) if number % 2 == parity]
@@ -298,7 +303,7 @@ def test_rows_name_their_local_day_within_utc(nights: Nights) -> None:
     assert sum(line.attempts for line in bills.values()) == sum(row["attempts"] for row in rows)
     assert bills["2026-11-28 or 2026-11-29"].rows == 0
     assert found.account.run_id == summary["run_id"]
-    second = bill.collect([copy], ("day",), keys.span("Asia/Tokyo", "2026-11-29", "2026-11-29")).total
+    second = bill_over([copy], ("day",), keys.span("Asia/Tokyo", "2026-11-29", "2026-11-29")).total
     assert second.latencies is not None
     assert second.rows == sum(second.latencies.values()) == bills["2026-11-29"].rows
     shutil.rmtree(copy)
@@ -335,9 +340,7 @@ def test_an_invalid_date_range_is_refused(wrong: tuple[str, str | None, str | No
 
 def invoice(nights: Nights, path: Path) -> Decimal:
     """What the provider would bill for all that it served, by request; its sum."""
-    doubts = {
-        doubt.request_id for found in find([nights.folder / "runs"]).found for doubt in found.account.possibly_billed
-    }
+    doubts = possibly_billed(nights)
     lines, total = ["request_id,model,amount_usd"], Decimal(0)
     for served in nights.ledger:
         if served["billed"]:
@@ -439,10 +442,10 @@ def test_limit_share_is_of_the_tightest_limit(tmp_path: Path) -> None:
     run("short", 100.0, (50, 0), (100, None))  # 50 % of its requests
     run("burst", 5.0, (900, 0), (100, None))
     run("free", 500.0, (900, 0), (None, None))
-    by_run = {line.group[0]: line for line in bill.collect([tmp_path], ("run",)).lines}
+    by_run = {line.group[0]: line for line in bill_over([tmp_path], ("run",)).lines}
     shares = {name: figures.figure(line, "limit_share") for name, line in by_run.items()}
     assert shares == {"long": 0.9, "short": 0.5, "burst": None, "free": None}
-    assert figures.figure(bill.collect([tmp_path], ("job",)).lines[0], "limit_share") == 0.8  # of 400 seconds
+    assert figures.figure(bill_over([tmp_path], ("job",)).lines[0], "limit_share") == 0.8  # of 400 seconds
 
 
 def test_a_run_is_filed_under_its_date(tmp_path: Path) -> None:
@@ -451,7 +454,7 @@ def test_a_run_is_filed_under_its_date(tmp_path: Path) -> None:
     places = ("2026-11-01", "2026-11-01-2", "nightly", "2026-12-01/reviews")
     for number, place in enumerate(places):
         write_result(tmp_path / place, [row(0)], run_id=str(number), created_at=started)
-    reported = bill.collect([tmp_path], ("night",), keys.span("Asia/Tokyo", None, None))
+    reported = bill_over([tmp_path], ("night",), keys.span("Asia/Tokyo", None, None))
     assert {line.group: line.runs for line in reported.lines} == {
         ("2026-11-01",): 2,
         ("2026-11-03",): 1,
@@ -469,7 +472,7 @@ def test_a_thousand_runs_cost_twice_their_reading(tmp_path: Path) -> None:
         (folder / "completions.parquet").hardlink_to(first / "completions.parquet")
         (folder / "summary.json").write_text(json.dumps(summary | {"run_id": f"r{number}"}))
     began = time.process_time()  # of all threads: other tests share the machine
-    reported = bill.collect([tmp_path], ("night", "model"))
+    reported = bill_over([tmp_path], ("night", "model"))
     collected = time.process_time()
     for number in range(200):
         pq.read_table(tmp_path / str(number) / "completions.parquet", columns=["latency_s"], partitioning=None)

@@ -23,9 +23,9 @@ from batchrun.job.settings import Retry
 from batchrun.limits.admission import Limit
 from batchrun.policy import BY_STATUS, FAULT_VERDICTS, RULES, judge
 from batchrun.records import Attempt, PossiblyBilled, Status, Verdict
-from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
 from batchrun.report.findings import THRESHOLDS
+from batchrun.report.keys import KEYS
 from batchrun.response.answer import parse
 from batchrun.run_summary import Summary, TotalsLine
 from batchrun.simulator import SimulatorConfig, parse_faults

@@ -29,6 +29,7 @@ from batchrun.simulator import SimulatorConfig
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.totals import DISCARDED, FIGURES, plus
 from tests import level
+from tests.bills import bill_over
 from tests.cli_process import batchrun, read_summary, write_job, write_rows
 from tests.endings import completion, discarded
 from tests.money import pico
@@ -96,8 +97,8 @@ def test_the_bill_ignores_path_order_and_copies(
     bills = []
     for _ in range(3):
         order.shuffle(places)
-        bills.append(report.collect([*places, *order.sample(places, 1)], by))
-    assert bills[0] == bills[1] == bills[2] == report.collect([folder], by)
+        bills.append(bill_over([*places, *order.sample(places, 1)], by))
+    assert bills[0] == bills[1] == bills[2] == bill_over([folder], by)
     total = TotalsLine(0, "", "")
     for line in ledgers:
         total = plus(total, line)
@@ -172,7 +173,7 @@ def test_a_forked_copy_is_reported_as_uncounted(tmp_path: Path) -> None:
     newest = write_summary(tmp_path / "a", summary_of("r", "job", here, 3, 0))
     other = write_summary(tmp_path / "b", summary_of("r", "job", there, 2, 5))
     for paths in ([newest, other], [other, newest]):
-        bill = report.collect(paths, ("job",))
+        bill = bill_over(paths, ("job",))
         assert bill.total.cost_usd == 3
         (left_out,) = bill.left_out
         assert left_out.path == str(other)
@@ -219,13 +220,13 @@ def test_what_is_not_a_run_is_named(tmp_path: Path) -> None:
         (folder := tmp_path / "runs" / name).mkdir()
         (folder / "summary.json").write_text(content)
     (tmp_path / "runs" / "summary.json").write_text("{}")
-    bill = report.collect([tmp_path / "runs"], ("job",))
+    bill = bill_over([tmp_path / "runs"], ("job",))
     assert bill.runs == 1
     assert [Path(each.path).name for each in bill.left_out] == ["runs", "coverage", "empty", "list", "torn"]
     assert {each.why for each in bill.left_out} == {"its summary.json is not batchrun's"}
     for path in (tmp_path / "runs" / "list", tmp_path / "runs" / "torn" / "summary.json", tmp_path / "nowhere"):
         with pytest.raises(InputError, match=str(path)):
-            report.collect([path], ("job",))
+            bill_over([path], ("job",))
 
 
 def test_a_file_without_a_bill_is_refused(tmp_path: Path) -> None:
@@ -233,10 +234,10 @@ def test_a_file_without_a_bill_is_refused(tmp_path: Path) -> None:
     (run / "checkpoint.db").touch()
     pq.write_table(pa.table({"a": [1]}), run / "usage.parquet")
     with pytest.raises(InputError, match=f"no bill in its footer; name {run} or a completions.parquet"):
-        report.collect([run / "usage.parquet"], ("job",))
+        bill_over([run / "usage.parquet"], ("job",))
     (text := tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(InputError, match=f"{text}: no readable Parquet file"):
-        report.collect([text], ("job",))
+        bill_over([text], ("job",))
 
 
 DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
@@ -267,7 +268,7 @@ def test_an_unreadable_run_is_never_left_out(tmp_path: Path, damage: str) -> Non
     (run / "summary.json").unlink()
     assert f"{run}/summary.json is missing" in batchrun("report", tmp_path).stderr
     (run / "salvaged.parquet").touch()
-    bill = report.collect([tmp_path], ("job",))
+    bill = bill_over([tmp_path], ("job",))
     assert (bill.runs, [each.path for each in bill.left_out]) == (1, [str(run)])
 
 
@@ -277,7 +278,7 @@ def test_runs_behind_links_count_once(tmp_path: Path) -> None:
     (tmp_path / "runs" / "2026-10").symlink_to(archive)
     (tmp_path / "runs" / "latest").symlink_to(archive / "night")
     (archive / "again").symlink_to(tmp_path / "runs")
-    bill = report.collect([tmp_path / "runs", archive], ("job",))
+    bill = bill_over([tmp_path / "runs", archive], ("job",))
     assert (bill.runs, bill.left_out) == (1, ())
 
 
@@ -302,7 +303,7 @@ def test_money_is_booked_on_the_day_spent(tmp_path: Path) -> None:
         checkpoint.close()
     run = write_summary(tmp_path / "run", summary_of("r", "job", lines, 2, 0))
     each = Decimal("0.0000455")
-    by_day = {line.group[0]: line for line in report.collect([run], ("day",)).lines}
+    by_day = {line.group[0]: line for line in bill_over([run], ("day",)).lines}
     assert {day: line.cost_usd for day, line in by_day.items()} == {
         "2026-11-27": 1 + each,
         "2026-11-28": each,
@@ -322,7 +323,7 @@ def test_booked_lines_carry_their_rows_day(tmp_path: Path) -> None:
     for row in rows:
         day = row["finished_at"].date().isoformat()
         expected[day] = expected.get(day, Decimal(0)) + row["cost_usd"]
-    bill = report.collect([out], ("day",))
+    bill = bill_over([out], ("day",))
     assert {line.group[0]: line.cost_usd for line in bill.lines} == expected
     usage = pq.read_table(out / "usage.parquet").to_pylist()
     assert {row["day"].isoformat() for row in usage} == set(expected)

@@ -54,8 +54,8 @@ class Runs(NamedTuple):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
     folder = tmp_path_factory.mktemp("nights")
     source = write_rows(folder / "in.jsonl", ROWS)
-    with running_simulator(SimulatorConfig(latency_s=0.05, ledger=str(folder / "ledger"))) as simulator:
-        made = Runs(folder, write_job(folder / "labels.toml", simulator.url, source, "[limits]\nmax_in_flight = 4"))
+    with running_simulator(SimulatorConfig(latency_s=0.2, ledger=str(folder / "ledger"))) as simulator:
+        made = Runs(folder, write_job(folder / "labels.toml", simulator.url, source, "[limits]\nmax_in_flight = 16"))
         process = start("run", made.job, "-o", made.killed)
         kill_when(process, lambda: len(simulator.ledger()) >= 64)
         process.communicate()
@@ -71,7 +71,7 @@ def test_status_after_a_kill_reads_the_disk(runs: Runs) -> None:
     before = snapshot(runs.killed)
     found = run_state(RunDirectory(runs.killed))
     assert found.died
-    assert found.summary.rows - found.summary.pending >= 60
+    assert found.summary.rows - found.summary.pending >= 48
     assert sum(found.summary.by_status.values()) == found.summary.rows - found.summary.pending
     ended = batchrun("status", runs.killed)
     assert (ended.exit_code, ended.stderr) == (0, "")
@@ -85,7 +85,7 @@ def test_status_after_a_kill_matches_the_resume(runs: Runs, tmp_path: Path) -> N
     """What it reports is what the next start finds."""
     shutil.copytree(runs.killed, tmp_path / "run")
     found = run_state(RunDirectory(tmp_path / "run")).summary
-    assert 1 <= found.possibly_billed_count <= 4
+    assert 1 <= found.possibly_billed_count <= 16
     ended = batchrun("run", runs.job, "-o", tmp_path / "run")
     assert ended.exit_code == 0
     done, cost = ROWS - found.pending, found.cost_usd

@@ -14,7 +14,6 @@ import pytest
 
 from batchrun.report import watch_screen
 from batchrun.simulator import SimulatorConfig
-from batchrun.terminal import harmless
 from tests.cli_process import batchrun, finish, start, wait_until, write_job, write_rows
 from tests.run.test_progress import summary
 from tests.simulator_process import running_simulator
@@ -24,7 +23,7 @@ HOSTILE = "\x1b[2J模型\r\n" * 30
 
 @pytest.mark.parametrize("columns", [1, 2, 10, 39, 80, 200])
 def test_no_frame_line_exceeds_the_terminal(columns: int) -> None:
-    reported = watch_screen.frame(summary(example_error=HOSTILE), [HOSTILE, "plain"], columns, 24, harmless)
+    reported = watch_screen.frame(summary(example_error=HOSTILE), [HOSTILE, "plain"], columns, 24)
     lines = reported.removeprefix(watch_screen.HOME).removesuffix(watch_screen.REST_OF_SCREEN).split("\r\n")
     assert lines.pop() == ""
     assert 0 < len(lines) < 24

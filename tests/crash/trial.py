@@ -15,11 +15,11 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.report import bill
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
 from batchrun.store import in_flight
 from batchrun.store.in_flight import NamedRequest
 from tests import cli_process, prefork
+from tests.bills import bill_over
 from tests.cli_process import KEY, KEY_ENV, Ended, read_summary, snapshot, write_job, write_rows
 from tests.crash.launcher import Orders
 from tests.crash.schedule import Kill, Plan
@@ -171,7 +171,7 @@ class Trial:
             summary=read_summary(self.out),
             output=self.completions(),
             usage=pq.read_table(self.out / "usage.parquet"),
-            reported=bill.collect([self.out], ("run",)),
+            reported=bill_over([self.out], ("run",)),
             undisturbed=undisturbed,
             in_flight=self._in_flight,
             asked_again=sum(line.status == REFUSED.status for line in self._simulator.ledger()),

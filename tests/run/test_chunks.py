@@ -149,7 +149,7 @@ def test_rejected_rows_are_left_out(tmp_path: Path) -> None:
     directory = RunDirectory(run)
     directory.create()
     checkpoint = Checkpoint(directory.checkpoint, free_reserve=lambda: False)
-    resume.make(small_chunks(path), directory, checkpoint, RunOptions(skip_invalid=True), NOW)
+    resume.plan_start(small_chunks(path), directory, checkpoint, RunOptions(skip_invalid=True), NOW)
     checkpoint.close()
     table, _ = finish(run, small_chunks(path))
     assert table.column("text").to_pylist() == [f"text {number}" for number in range(18)]

@@ -23,7 +23,7 @@ from batchrun.simulator import Fault, SimulatorConfig
 from batchrun.store import partial
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import files
-from batchrun.tables.pending import PENDING, beside
+from batchrun.tables.pending import PENDING, with_pending
 from batchrun.tables.rows import own_table
 from tests.cli_process import batchrun, kill_when, read_summary, snapshot, start, write_job, write_rows
 from tests.crash.test_verify import flip, last_of_a_page
@@ -385,7 +385,7 @@ def test_a_pending_row_lists_its_attempts() -> None:
     """How often it was sent, what that cost and how it ended."""
     own = own_table([completion(1)], keep_raw=False)
     tried = [discarded(2, 1, cost_pico_usd=pico("0.5")), discarded(2, 2, http_status=503, error_kind="overloaded")]
-    rows = beside(own, 0, 5, {2: tried, 3: [discarded(3, cost_pico_usd=None)]}, {4: 3}).to_pylist()
+    rows = with_pending(own, 0, 5, {2: tried, 3: [discarded(3, cost_pico_usd=None)]}, {4: 3}).to_pylist()
     assert [row["status"] for row in rows] == ["pending", "ok", "pending", "pending", "pending"]
     assert [row["attempts"] for row in rows] == [0, 1, 2, 1, 3]
     assert [row["cost_usd"] for row in rows] == [0, Decimal("0.0000455"), Decimal("0.5"), None, 0]

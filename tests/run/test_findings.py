@@ -10,8 +10,8 @@ import pytest
 
 from batchrun.errors import InputError, JobError
 from batchrun.report import compare, earlier_runs, findings, run_rows
-from batchrun.report.bill import Bill, Query, of_runs
-from batchrun.report.runs import find
+from batchrun.report.bill import Bill, Query, bill_of
+from batchrun.report.runs import find_runs
 from tests.cli_process import batchrun
 from tests.result_files import row, write_result
 
@@ -26,7 +26,7 @@ def night(folder: Path, number: int, change: Change, *, typed: bool = False, **s
 
 
 def collect(folder: list[Path], query: Query) -> Bill:
-    return of_runs(find(folder), query)
+    return bill_of(find_runs(folder), query)
 
 
 def plain(_: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from batchrun.startup import buckets
-from batchrun.startup.ids import IdIndex
+from batchrun.startup.buckets import IdIndex
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -51,7 +51,7 @@ def test_string_and_integer_ids_differ(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_a_disk_error(tmp_path: Path) -> None:
     script = (
-        "import pathlib, resource, signal; from batchrun.startup.ids import IdIndex\n"
+        "import pathlib, resource, signal; from batchrun.startup.buckets import IdIndex\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         f"index = IdIndex(pathlib.Path({str(tmp_path)!r}))\n"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.report import bill as report
 from batchrun.report import formats
+from tests.bills import bill_over
 from tests.cli_process import batchrun, write_job, write_rows
 from tests.crash.test_network_faults import run
 from tests.endings import answer_body
@@ -62,7 +62,7 @@ def test_no_cell_of_a_report_is_a_formula(tmp_path: Path) -> None:
         for number, name in enumerate(names):
             (folder := tmp_path / str(number)).mkdir()
             run(folder, server, 1, request={"model": name})
-    bill = report.collect([tmp_path / str(number) / "out" for number in range(len(names))], ("model",))
+    bill = bill_over([tmp_path / str(number) / "out" for number in range(len(names))], ("model",))
     cells = [cell for line in csv.reader(io.StringIO(formats.render(bill, "csv").decode())) for cell in line]
     assert {"'=HYPERLINK(1)", "'+1", "'-1", "'@SUM(1)", "'\t=1", "plain"} <= set(cells)
     assert not [cell for cell in cells if cell[:1] in ("=", "+", "-", "@", "\t", "\r")]

@@ -17,9 +17,9 @@ from batchrun import prices
 from batchrun.money import to_usd
 from batchrun.price_list import lookup
 from batchrun.records import Usage
-from batchrun.report import bill as report
 from batchrun.simulator import Fault, SimulatorConfig
 from batchrun.simulator.ledger import LedgerLine
+from tests.bills import bill_over
 from tests.cli_process import batchrun, kill_when, read_summary, start, write_job, write_rows
 from tests.simulator_process import running_simulator
 
@@ -204,7 +204,7 @@ def test_rejected_paid_answers_are_waste(tmp_path: Path, way: Callable[[Night], 
     assert (wasted > 0) == wasteful
     assert_lines_are_the_rows(rows, summary["totals"])
     assert summary["by_status"] == dict(Counter(row["status"] for row in rows))
-    bill = report.collect([night.out], ("job",))
+    bill = bill_over([night.out], ("job",))
     assert (bill.total.cost_usd, bill.total.wasted_usd, bill.total.rows) == (cost, wasted, len(rows))
     assert pq.read_table(night.out / "usage.parquet").num_rows == len(summary["totals"])
     ended = batchrun("verify", night.out)
@@ -224,11 +224,11 @@ def test_a_resumed_salvage_is_the_newest_copy(tmp_path: Path) -> None:
     (night.out / "completions.parquet").write_bytes(lost)
     assert batchrun("verify", night.out, "--salvage").exit_code == 7
     damaged, night.out = night.out, night.out.with_name("out.salvaged")
-    before = report.collect([tmp_path], ("job",))
+    before = bill_over([tmp_path], ("job",))
     assert [each.why for each in before.left_out] == ["salvaged and not resumed yet; the damaged run has the bill"]
     night.start(faults=UNFIT_ROWS, code=3)
     for paths in ([tmp_path], [damaged, night.out], [night.out, damaged]):
-        bill = report.collect(paths, ("job",))
+        bill = bill_over(paths, ("job",))
         assert (bill.runs, bill.total.rows, bill.total.cost_usd) == (1, ROWS, night.billed_usd())
         assert bill.total.wasted_usd == bill.total.cost_usd - kept_usd(night.out)
         assert [each.path for each in bill.left_out] == [str(damaged)]
@@ -270,13 +270,13 @@ def test_retried_models_are_billed_separately(tmp_path: Path) -> None:
     second = Decimal(summary["cost_usd"]) - first
     rows = pq.read_table(night.out / "completions.parquet").to_pylist()
     assert Counter(row["requested_model"] for row in rows) == {MODEL: ROWS - 4, OTHER: 4}
-    lines = {line.group[0]: line for line in report.collect([night.out], ("model",)).lines}
+    lines = {line.group[0]: line for line in bill_over([night.out], ("model",)).lines}
     assert {model: line.rows for model, line in lines.items()} == {MODEL: ROWS - 4, OTHER: 4}
     assert {model: line.cost_usd for model, line in lines.items()} == {MODEL: first, OTHER: second}
     assert {model: line.attempts for model, line in lines.items()} == {MODEL: ROWS, OTHER: 4}
     kept = sum(row["answer_cost_usd"] for row in rows if row["requested_model"] == MODEL)
     assert lines[MODEL].wasted_usd == first - kept > 0
     assert lines[OTHER].wasted_usd == 0
-    by_both = {line.group: line.rows for line in report.collect([night.out], ("model", "status")).lines if line.rows}
+    by_both = {line.group: line.rows for line in bill_over([night.out], ("model", "status")).lines if line.rows}
     assert by_both == Counter((row["requested_model"], row["status"]) for row in rows)
     assert_lines_are_the_rows(rows, summary["totals"])

@@ -43,7 +43,7 @@ USAGES: tuple[tuple[str | None, dict[str, Any]], ...] = (
 
 @pytest.mark.parametrize(("kinds", "usage"), USAGES)
 def test_each_vendors_count_names_its_kind(kinds: str | None, usage: dict[str, Any]) -> None:
-    assert billed_apart.of({}, iter([{"prompt_tokens": 9}, usage])) == kinds
+    assert billed_apart.kinds_in({}, iter([{"prompt_tokens": 9}, usage])) == kinds
 
 
 CITED = {"annotations": [{"type": "url_citation", "url_citation": {"url": "https://example.com"}}]}
@@ -65,4 +65,4 @@ CITED = {"annotations": [{"type": "url_citation", "url_citation": {"url": "https
 def test_a_search_shows_in_the_answer_itself(searched: bool, body: dict[str, Any]) -> None:
     """OpenAI's usage does not state it."""
     assert billed_apart.has_searched(body) is searched
-    assert billed_apart.of(body, iter([])) == ("web searches" if searched else None)
+    assert billed_apart.kinds_in(body, iter([])) == ("web searches" if searched else None)

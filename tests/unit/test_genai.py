@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from batchrun.records import RowError, Status
-from batchrun.telemetry.genai import MOST_SETS, AttributeSets, error_type, of_job, provider
+from batchrun.telemetry.genai import MOST_SETS, AttributeSets, error_type, job_attributes, provider
 from tests.endings import MODEL, completion, discarded
 from tests.jobs import job_over
 
@@ -35,7 +35,7 @@ def test_a_known_host_is_its_provider(host: str, name: str) -> None:
     ],
 )
 def test_the_server_is_named_by_the_url(url: str, server: dict[str, object]) -> None:
-    attributes = of_job(job_over(None, endpoint={"url": url, "auth": "none"}))
+    attributes = job_attributes(job_over(None, endpoint={"url": url, "auth": "none"}))
     assert {name: value for name, value in attributes.items() if name.startswith("server.")} == server
     assert attributes["gen_ai.operation.name"] == "chat"
 
@@ -43,7 +43,7 @@ def test_the_server_is_named_by_the_url(url: str, server: dict[str, object]) -> 
 def test_several_endpoints_name_no_server() -> None:
     job = job_over(None, endpoint={"url": "https://api.groq.com/openai/v1", "auth": "none"})
     other = msgspec.structs.replace(job.endpoint, url="https://api.openai.com/v1")
-    attributes = of_job(msgspec.structs.replace(job, more_endpoints=[other]))
+    attributes = job_attributes(msgspec.structs.replace(job, more_endpoints=[other]))
     assert "server.address" not in attributes
     assert attributes["gen_ai.provider.name"] == "openai"
 

@@ -15,7 +15,7 @@ from genai_prices.data import providers
 
 from batchrun.money import to_pico
 from batchrun.price_list import convert, newest
-from batchrun.price_list.lookup import find, table_of
+from batchrun.price_list.lookup import find_model, table_of
 from batchrun.price_list.tables import Model, Vendor
 from batchrun.prices import ORDINARY, cost
 from batchrun.records import Usage
@@ -154,7 +154,7 @@ def test_names_mean_the_models_of_the_package(provider: theirs.Provider) -> None
     assert vendor.address == provider.api_pattern
     for name in names(provider):
         found = provider.find_model(name, all_providers=providers)
-        ours = find(vendor, name)
+        ours = find_model(vendor, name)
         assert (ours is None) == (found is None), name
         if found is not None and id(found) in own:
             assert ours is own[id(found)], name

@@ -195,7 +195,9 @@ def test_shards_of_any_format_read_rows_once(tmp_path: Path) -> None:
 def test_more_shards_than_rows_leave_some_without(tmp_path: Path) -> None:
     for rows, sizes in ((0, [0, 0, 0, 0]), (2, [1, 1, 0, 0])):
         files = (write_lines(tmp_path / f"{rows}.jsonl", texts(rows)),)
-        own = [shards.find(job_over(files[0], input={"min_rows": 0}), files, shard, tmp_path) for shard in all_of(4)]
+        own = [
+            shards.find_input(job_over(files[0], input={"min_rows": 0}), files, shard, tmp_path) for shard in all_of(4)
+        ]
         assert [len(list(each.source.records())) for each in own] == sizes
 
 
@@ -210,11 +212,11 @@ def test_every_shard_refuses_a_repeated_id(tmp_path: Path) -> None:
         job = job_over(file, input={"id": "id"})
         for shard in all_of(5):
             with pytest.raises(InputError, match="id: record 40 of the input, counted from 0, has the id of record 3;"):
-                shards.find(job, (file,), shard, tmp_path)
-            part = shards.find(job, (file,), shard, tmp_path, skip_invalid=True)
+                shards.find_input(job, (file,), shard, tmp_path)
+            part = shards.find_input(job, (file,), shard, tmp_path, skip_invalid=True)
             assert part.span is not None
             assert part.span.records == 50
-        part = shards.find(job_over(file), (file,), Shard(0, 5), tmp_path)
+        part = shards.find_input(job_over(file), (file,), Shard(0, 5), tmp_path)
         assert part.span is not None
         assert part.span.records == 50
 

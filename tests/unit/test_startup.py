@@ -51,7 +51,7 @@ class Starts:
     def make(self, job: Job | None = None, **requested: Any) -> Plan:
         with opened(self.directory) as checkpoint:
             asked_for = RunOptions(problem=self.messages.append, note=self.messages.append, **requested)
-            return resume.make(job or self.job(), self.directory, checkpoint, asked_for, NOW)
+            return resume.plan_start(job or self.job(), self.directory, checkpoint, asked_for, NOW)
 
     def refused(self, job: Job | None = None, **requested: Any) -> str:
         with pytest.raises(BatchrunError) as error:
