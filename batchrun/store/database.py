@@ -49,7 +49,7 @@ class Database:
         """
         with _sqlite_errors(path):
             _require_whole(path.with_name(path.name + "-wal"))
-            connection = sqlite3.connect(path, BUSY_S, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             with _closed_on_error(connection):
                 path.chmod(0o600)
                 for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
@@ -70,7 +70,7 @@ class Database:
             DiskError: the file can't be opened or made.
         """
         with _sqlite_errors(path):
-            connection = sqlite3.connect(path, SHARED_BUSY_S, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(path, timeout=SHARED_BUSY_S, isolation_level=None, check_same_thread=False)
             with _closed_on_error(connection):
                 path.chmod(0o600)
                 connection.execute("PRAGMA synchronous = FULL")

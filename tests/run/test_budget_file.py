@@ -23,9 +23,20 @@ TODAY, TOMORROW = Period("2026-11-30", "2026-11"), Period("2026-12-01", "2026-12
 BOUND = pico("0.01")
 
 
+OPENED: list[BudgetFile] = []
+
+
+@pytest.fixture(autouse=True)
+def all_closed() -> Iterator[None]:
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
+
 def opened(path: Path, day: object = None, month: object = None, name: str = "nightly") -> BudgetFile:
     caps = Caps(None if day is None else pico(day), None if month is None else pico(month))
-    return BudgetFile(path, name, caps, Path("runs/a"))
+    OPENED.append(BudgetFile(path, name, caps, Path("runs/a")))
+    return OPENED[-1]
 
 
 def draw(file: BudgetFile, lease: Lease, need: object) -> Drawn:
