@@ -17,8 +17,9 @@ def to_pico(usd: Decimal, rounding: str = ROUND_HALF_EVEN) -> int:
 
 
 def to_usd(pico_usd: int) -> Decimal:
-    """The same amount with 12 decimals; 0 without any, so that no text has `0E-12`."""
-    return pico_usd * PICO if pico_usd else Decimal(0)
+    """The same amount, as a person would write it: `5` and `0.2`, neither `5.000000000000` nor `0E-12`."""
+    whole, rest = divmod(pico_usd, 10**12)
+    return (pico_usd * PICO).normalize() if rest else Decimal(whole)
 
 
 def in_words(pico_usd: int) -> str:
