@@ -8,7 +8,7 @@ from batchrun import prices
 from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.answer_schema import KINDS
-from batchrun.money import MAX_USD
+from batchrun.money import MAX_PICO_USD
 from batchrun.policy import ANSWERED, CAPACITY, Judgement
 from batchrun.prices import PriceTable
 from batchrun.records import (
@@ -27,8 +27,6 @@ from batchrun.records import (
 from batchrun.response import token_count
 from batchrun.response.usage import LITELLM_COST, cost_in_headers
 from batchrun.row_status import PLAIN, Settlement
-
-_MAX_PICO_USD = MAX_USD * 10**12
 
 
 class AttemptResult(msgspec.Struct, frozen=True):
@@ -191,7 +189,7 @@ def cost_of(
         return 0 if reported_pico_usd is None else reported_pico_usd
     known = prices.cost(answer.usage, table, answer.service_tier, attempt.started_at + attempt.latency_s)
     covers_all = answer.billed_apart is None or (table is not None and table.every_tier)
-    if known is None or known > _MAX_PICO_USD or not covers_all:
+    if known is None or known > MAX_PICO_USD or not covers_all:
         return reported_pico_usd or None  # gateways report 0 for models whose price they don't know
     return known
 

@@ -182,8 +182,9 @@ class Backlog:
         """True for a busy row of a kind that fails while another kind is answered: its failure is no evidence about the
         endpoint.
         """
-        no_other_kind = self.drained and self._mixing.answered is not Kind.RETRY
-        return not no_other_kind and self._mixing.is_doubted(row)
+        if self.drained and self._mixing.answered is not Kind.RETRY:
+            return False  # no row of the kind that is answered is left
+        return self._mixing.is_doubted(row)
 
     def ended(self, pending: Pending, verdict: Verdict) -> None:
         """An attempt of the row has ended with this verdict."""
@@ -237,8 +238,11 @@ class Backlog:
 
     def _pop_mixed(self) -> Pending | None:
         """A row of the first kind that has one; None if it is better to wait for the kind that is answered."""
-        retries = self._mixing.answered is Kind.RETRY and self._retries
-        comes_soon = bool(retries) and self._retries[0][0] <= self._clock() + SOON_S
+        comes_soon = (
+            self._mixing.answered is Kind.RETRY
+            and bool(self._retries)
+            and self._retries[0][0] <= self._clock() + SOON_S
+        )
         pops = {Kind.RETRY: self._least_tried, Kind.AHEAD: self._ahead, Kind.NEXT: self._next_new}
         for kind in self._mixing.kinds(may_wait=self._busy > 0 or comes_soon):
             if (pending := pops[kind]()) is not None:

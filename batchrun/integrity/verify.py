@@ -18,7 +18,7 @@ from batchrun.integrity import audit, db_records, readable_groups
 from batchrun.integrity.audit import RowSums
 from batchrun.integrity.db_records import DbRecords
 from batchrun.integrity.findings import SALVAGE, Damage, Findings, Span, merged
-from batchrun.money import to_usd
+from batchrun.money import usd_or_none
 from batchrun.report.wording import plural
 from batchrun.store import in_flight, price_tables, result, result_folder, spill, variants
 from batchrun.store.at_rest import wal_of
@@ -175,7 +175,7 @@ class Inspection:
             overlay = [self.known.rows[row] for row in newer]
             self.sums.add(
                 [str(row.status) for row in overlay],
-                [None if (cost := row.cost_pico_usd) is None else to_usd(cost) for row in overlay],
+                [usd_or_none(row.cost_pico_usd) for row in overlay],
             )
 
     def _rows_of(

@@ -24,8 +24,8 @@ BUDGET = Binding(Limit.BUDGET)
 NO_SLOT = Binding(Limit.IN_FLIGHT)
 """All slots are taken: only a commit helps, as no other block does."""
 
-_MAX_PICO_USD = 2**63 - 1
-"""Nine million USD: what slots and records have room for."""
+_MOST_RECORDED = 2**63 - 1
+"""10⁻¹² USD, nine million USD: what slots and records have room for."""
 
 SEARCHING_S = 0.05
 """While a limit is searched from far below, an accepted attempt may raise the rate before the next one is due."""
@@ -184,8 +184,8 @@ class Gate:
         """The attempt's reserved upper bounds, as they are recorded: cost in 10⁻¹² USD (None: unknown) and tokens."""
         demand = self._flights[slot].demand
         bound = demand.upper_bound_pico_usd
-        if bound is not None and bound > _MAX_PICO_USD:
-            bound = _MAX_PICO_USD
+        if bound is not None and bound > _MOST_RECORDED:
+            bound = _MOST_RECORDED
         return bound, demand.upper_bound_tokens
 
     def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:

@@ -91,7 +91,8 @@ DERIVED: dict[str, Callable[[BillLine], Decimal | float | None]] = {
 }
 """Computed from a line's sums, so the total's figures are not means of means."""
 
-SUMS = BillLine.__struct_fields__[1:-3]  # without the group, the latencies and the two that `limit_share` is made of
+_HELD = ("latencies", "limit_used_s", "limit_s")
+SUMS = tuple(name for name in BillLine.__struct_fields__[1:] if name not in _HELD)
 FIGURES = (*SUMS, *DERIVED)
 """Every column of a bill after its keys, in order."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 
 from batchrun.errors import CheckpointError, InputError
-from batchrun.money import to_usd
+from batchrun.money import usd_or_none
 from batchrun.report import run_rows
 from batchrun.report.runs import FoundRun
 from batchrun.store import at_rest
@@ -167,8 +167,7 @@ def _requests(found: Sequence[FoundRun]) -> Iterator[_Billed]:
                 for chunk in checkpoint.chunks():
                     for attempt in checkpoint.discarded(chunk):
                         if attempt.request_id is not None and attempt.usage is not None:
-                            cost = attempt.cost_pico_usd
-                            yield attempt.request_id, None if cost is None else to_usd(cost)
+                            yield attempt.request_id, usd_or_none(attempt.cost_pico_usd)
         except CheckpointError as error:
             raise InputError(f"{each.place}: its attempts can't be read: {error}") from error
 

@@ -146,7 +146,7 @@ def command_with(line: Sequence[str], fix: Fix, *, retry: bool) -> str:
     consent = "--accept-changes" if fix.changes_the_question and not retry else "--retry-failed"
     kept = " ".join(word for word in line if word not in ("--new", consent))
     flag = "--set " + quoted(f"{fix.setting}={fix.value}")
-    return f"{kept} {consent}" if flag in kept else f"{kept} {flag} {consent}"
+    return f"{kept} {consent}" if f" {flag} " in f"{kept} " else f"{kept} {flag} {consent}"
 
 
 def _names(message: str, parameter: str) -> bool:

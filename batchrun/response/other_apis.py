@@ -28,6 +28,12 @@ def _holds(name: str, *fields: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda body: isinstance(inside := body.get(name), dict) and all(field in inside for field in fields)
 
 
+def _is_of_cohere(body: Mapping[str, Any]) -> bool:
+    message = body.get("message")
+    answers = isinstance(message, dict) and isinstance(message.get("content"), list) and "finish_reason" in body
+    return answers or "generation_id" in body
+
+
 def _lists(name: str, field: str) -> Callable[[Mapping[str, Any]], bool]:
     """True for a list of objects that have the field."""
 
@@ -55,14 +61,7 @@ APIS = (
     Api(
         "Cohere's own API",
         "https://api.cohere.ai/compatibility/v1",
-        lambda body: (
-            "generation_id" in body
-            or (
-                "finish_reason" in body
-                and isinstance(message := body.get("message"), dict)
-                and isinstance(message.get("content"), list)
-            )
-        ),
+        _is_of_cohere,
     ),
     Api(
         "Bedrock's Converse API",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batchrun.durable import disk_errors
-from batchrun.money import to_usd
+from batchrun.money import usd_or_none
 from batchrun.records import PossiblyBilled
 
 _FIELDS = struct.Struct("<qi16sqq?")
@@ -101,7 +101,7 @@ def possibly_billed(lost: Sequence[NamedRequest], invocation: int, cause: str, p
             row=entry.row,
             n=entry.n,
             key=entry.key.hex(),
-            upper_bound_usd=None if (bound := entry.upper_bound_pico_usd) is None else to_usd(bound),
+            upper_bound_usd=usd_or_none(entry.upper_bound_pico_usd),
             upper_bound_tokens=entry.upper_bound_tokens,
             cause=cause,
             invocation=invocation,

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from batchrun.money import to_usd
+from batchrun.money import to_usd, usd_or_none
 from batchrun.records import (
     DAY_S,
     CompletionRecord,
@@ -142,7 +142,7 @@ def possibly_billed(ending: Ending, invocation: int) -> PossiblyBilled:
         row=ending.row,
         n=n,
         key=ending.key.hex(),
-        upper_bound_usd=None if (bound := ending.possibly_billed_pico_usd) is None else to_usd(bound),
+        upper_bound_usd=usd_or_none(ending.possibly_billed_pico_usd),
         upper_bound_tokens=ending.possibly_billed_tokens,
         cause=cause,
         invocation=invocation,

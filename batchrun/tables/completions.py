@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from batchrun.money import to_usd
+from batchrun.money import usd_or_none
 from batchrun.records import Choice, CompletionRecord, FunctionCall, RowError, SetAside, Status
 from batchrun.tables.arrow_types import Column, array_of
 from batchrun.tables.rows import OWN_COLUMNS, Completion, own_values, with_problems
@@ -33,7 +33,7 @@ def settled(
     for name in ("created", "finished_at"):
         values[name] = [None if us is None else _EPOCH + timedelta(microseconds=us) for us in values[name]]
     for name in ("cost_usd", "reported_cost_usd", "answer_cost_usd"):
-        values[name] = [None if pico_usd is None else to_usd(pico_usd) for pico_usd in values[name]]
+        values[name] = [usd_or_none(pico_usd) for pico_usd in values[name]]
     if parsed.kind != "json":
         array, problems = array_of(parsed, values["parsed"])
         values["parsed"] = array.to_pylist()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from batchrun.report.suggested_fixes import fix_for, fix_for_address
+from batchrun.report.suggested_fixes import Fix, command_with, fix_for, fix_for_address
 from batchrun.simulator import Fault, SimulatorConfig
 from tests.cli_process import KEY, Ended, batchrun, read_summary, write_job, write_rows
 from tests.endings import answer_body
@@ -283,3 +283,12 @@ def test_the_fixed_command_keeps_any_name(tmp_path: Path, flags: tuple[str, ...]
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {printed}"], check=True, capture_output=True).stdout
     assert os.fsencode(source) in words.split(b"\0")
     assert "--new" not in printed
+
+
+@pytest.mark.parametrize(("given", "flags"), [("4", 1), ("400", 2)])
+def test_a_fix_is_named_once_in_the_command(given: str, flags: int) -> None:
+    """A setting that only begins like the fix is not the fix."""
+    line = ["batchrun", "run", "job.toml", "--set", f"request.max_tokens={given}"]
+    command = command_with(line, Fix("request.max_tokens", "at most 4 here", "4"), retry=True)
+    assert command.count("--set request.max_tokens=") == flags
+    assert "--set request.max_tokens=4 " in command
