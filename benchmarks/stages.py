@@ -31,10 +31,11 @@ from batchrun.response import answer as answers
 from batchrun.source import START, find_files, open_source
 from batchrun.startup.input_check import survey
 from batchrun.store import db_tables
+from batchrun.store.booking import fold
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.in_flight import InFlightFile
 from batchrun.store.stored_window import BATCH_ROWS, StoredWindow, typed, write
-from batchrun.store.totals import Totals, fold
+from batchrun.store.totals import Totals
 from batchrun.tables import files
 from batchrun.tables.rows import joined, output_schema, own_table
 

@@ -18,13 +18,14 @@ from batchrun.records import Status
 from batchrun.run_summary import TotalsLine
 from batchrun.source import START, Source, Window
 from batchrun.startup.answer_match import NONE, Matches, match
-from batchrun.store import result, stored_window, totals
+from batchrun.store import booking, result, stored_window
 from batchrun.store.base_part import BasePart
 from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
+from batchrun.store.totals import Totals
 from batchrun.tables import booked, files
 from batchrun.tables.arrow_types import Column
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table, with_column
@@ -127,12 +128,12 @@ class Answers:
         for old in matches:
             if old != NONE:
                 kept[old] = 1
-        account = totals.Totals()
+        account = Totals()
         for place in range(len(self.chunks)):
             own = self.of_chunk(place)
             answers = zip(cast(list[int], own.column("row").to_pylist()), booked.lines(own), strict=True)
-            moved = (line for row, answer in answers if not kept[row] for line in totals.moved_to_discarded(answer))
-            account = totals.with_changes(account, moved)
+            moved = (line for row, answer in answers if not kept[row] for line in booking.moved_to_discarded(answer))
+            account = booking.with_changes(account, moved)
         return list(account.replaced.values())
 
     def _of_chunk(self, place: int) -> pa.Table:

@@ -17,11 +17,12 @@ from batchrun.errors import BatchrunError, CheckpointError, DiskError
 from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled
 from batchrun.run_summary import TotalsLine
 from batchrun.store import db_tables
+from batchrun.store.booking import with_carried, with_changes, with_reopened
 from batchrun.store.commits import Commits, Listeners
 from batchrun.store.database import Database, Record
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.ledger import SINCE, Ledger, among, groups
-from batchrun.store.totals import Totals, row_counts_again, with_carried, with_changes, with_reopened
+from batchrun.store.totals import Totals
 
 FORMAT = 9
 """`PRAGMA user_version`. A run directory with another number is of another version: exit 7."""
@@ -203,7 +204,8 @@ class Checkpoint:
         def replace() -> Totals:
             # no row is reopened any more: each that is still pending counts by its old record again
             records = self._database.records("reopened", "WHERE row NOT IN (SELECT row FROM rows)")
-            totals = with_changes(self.totals, (row_counts_again(Reopened(*record).line) for record in records))
+            again = (TotalsLine(*Reopened(*record).line.key, rows=1) for record in records)
+            totals = with_changes(self.totals, again)
             totals = with_changes(totals, dropped)
             for table in ("chunks", "rows", "originals", "reopened", "standing"):
                 self._database.query(f"DELETE FROM {table}")  # noqa: S608  (our own names)

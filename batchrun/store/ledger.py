@@ -11,16 +11,10 @@ import msgspec
 from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled
 from batchrun.run_summary import LineKey, TotalsLine
 from batchrun.store import db_tables
+from batchrun.store.booking import fold, possibly_billed, with_possibly_billed
 from batchrun.store.database import MAX_PARAMETERS, Database, Record
 from batchrun.store.db_tables import Reopened
-from batchrun.store.totals import (
-    UNSTATED,
-    Totals,
-    Unstated,
-    fold,
-    possibly_billed,
-    with_possibly_billed,
-)
+from batchrun.store.totals import UNSTATED, Totals, Unstated
 
 SINCE = "since"
 """The manifest entry with the invocation that made the present chunks. Attempts of earlier invocations are of other

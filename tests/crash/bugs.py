@@ -143,8 +143,8 @@ _LOST_UNCOUNTED = Bug(
     "batchrun.store.totals",
     (
         (
-            "        return [*lines_with_figures, *self._lost_lines()]\n",
-            "        return [*lines_with_figures, *self._lost_lines()[:0]]\n",
+            "        return [*lines_with_figures, *lost]\n",
+            "        return [*lines_with_figures, *lost[:0]]\n",
         ),
     ),
     "attempts: the rows say",

@@ -10,8 +10,9 @@ from batchrun.errors import CheckpointError
 from batchrun.records import CompletionRecord, Discarded, Ending
 from batchrun.simulator import SimulatorConfig
 from batchrun.store import spill
+from batchrun.store.booking import fold
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.totals import Totals, fold
+from batchrun.store.totals import Totals
 from tests import level
 from tests.cli_process import batchrun, finish, read_summary, start, write_job, write_rows
 from tests.crash.strace import Fault, prefix

@@ -18,11 +18,12 @@ from batchrun.errors import BatchrunError, CheckpointError, DiskError, ExitCode,
 from batchrun.money import to_usd
 from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled, RowError, Status
 from batchrun.store import db_tables
+from batchrun.store.booking import answer_line, fold, possibly_billed, with_possibly_billed
 from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
 from batchrun.store.commits import MAX_GROUP
 from batchrun.store.database import _sqlite_errors
 from batchrun.store.db_tables import Chunk, Reopened
-from batchrun.store.totals import Totals, answer_line, fold, possibly_billed, with_possibly_billed
+from batchrun.store.totals import Totals
 from tests import checkpoint_writer, level
 from tests.endings import completion, discarded, stored_attempt
 from tests.money import pico

@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 from batchrun.money import to_usd
 from batchrun.records import DAY_S, CompletionRecord, Ending, OfflineCount, PossiblyBilled, Status, Usage, utc_day
 from batchrun.run_summary import TotalsLine
-from batchrun.store.totals import (
-    DISCARDED,
-    LOST,
-    MAX_NAMED,
-    Totals,
-    Unstated,
-    fold,
-    possibly_billed,
-    with_possibly_billed,
-)
+from batchrun.store.booking import MAX_NAMED, fold, possibly_billed, with_possibly_billed
+from batchrun.store.totals import DISCARDED, LOST, Totals, Unstated
 from tests.endings import MODEL, completion, discarded
 from tests.money import pico
 from tests.random_endings import ENDINGS
