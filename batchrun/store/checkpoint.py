@@ -19,9 +19,9 @@ from batchrun.run_summary import TotalsLine
 from batchrun.store import db_tables
 from batchrun.store.booking import with_carried, with_changes, with_reopened
 from batchrun.store.commits import Commits, Listeners
-from batchrun.store.database import Database, Record
+from batchrun.store.database import Database, Record, among
 from batchrun.store.db_tables import Chunk, Reopened
-from batchrun.store.ledger import SINCE, Ledger, among, groups
+from batchrun.store.ledger import SINCE, Ledger
 from batchrun.store.totals import Totals
 
 FORMAT = 9
@@ -43,20 +43,14 @@ class Checkpoint:
             DiskError: the file can't be opened or created.
         """
         self._path = path
-        self._listeners = listeners = Listeners()
-
-        def make_room(full: DiskError) -> bool:
-            """Frees the reserve on a full disk, so that requests in flight can still be stored, and ends the run."""
-            freed = free_reserve()
-            if freed:
-                listeners.on_failure(full)
-            return freed
-
-        self._database = (
-            Database.open_copy(path, FORMAT) if quick else Database.open(path, db_tables.TABLES, FORMAT, make_room)
-        )
+        self._free_reserve = free_reserve
+        self._listeners = Listeners()
+        if quick:
+            self._database = Database.open_copy(path, FORMAT)
+        else:
+            self._database = Database.open(path, db_tables.TABLES, FORMAT, self._make_room)
         self._ledger = Ledger(self._database)
-        self._commits = Commits(path, self._ledger, listeners)
+        self._commits = Commits(path, self._ledger, self._listeners)
 
     def listen(
         self,
@@ -153,11 +147,11 @@ class Checkpoint:
             bounds = chunk.first_row, chunk.end_row
             totals = with_carried(self.totals, carried, self._ledger.earlier_answers(carried.keys()))
             self._database.replace("chunks", [msgspec.structs.astuple(chunk)])
-            for rows in groups(keep):
-                query = f"INSERT OR REPLACE INTO originals SELECT * FROM rows {among(rows)}"  # noqa: S608
+            for selected, rows in among(keep):
+                query = f"INSERT OR REPLACE INTO originals SELECT * FROM rows {selected}"  # noqa: S608
                 self._database.query(query, rows)
-            for rows in groups(drop):
-                self._database.query(f"DELETE FROM originals {among(rows)}", rows)  # noqa: S608
+            for selected, rows in among(drop):
+                self._database.query(f"DELETE FROM originals {selected}", rows)  # noqa: S608
             self._database.query("DELETE FROM rows WHERE row >= ? AND row < ?", bounds)
             ((found,),) = self._database.query("SELECT changes()")
             if stored is not None and found != stored:
@@ -246,8 +240,8 @@ class Checkpoint:
 
         def read() -> set[int]:
             found: set[int] = set()
-            for group in groups(rows):
-                query = f"SELECT row FROM rows {among(group)}"  # noqa: S608
+            for selected, group in among(rows):
+                query = f"SELECT row FROM rows {selected}"  # noqa: S608
                 found |= {row for (row,) in self._database.query(query, group)}
             return found
 
@@ -259,8 +253,8 @@ class Checkpoint:
         def read() -> list[CompletionRecord]:
             found: dict[int, CompletionRecord] = {}
             for table in ("originals", "rows"):  # the newer record is the one of an open chunk
-                for group in groups(rows):
-                    records = self._database.records(table, among(group), group)
+                for selected, group in among(rows):
+                    records = self._database.records(table, selected, group)
                     found |= {record[0]: db_tables.completion(record) for record in records}
             return [found[row] for row in sorted(found)]
 
@@ -319,7 +313,15 @@ class Checkpoint:
             with disk_errors(self._path.parent):
                 fsync(self._path.parent)
 
+    def _make_room(self, full: DiskError) -> bool:
+        """Frees the reserve on a full disk, so that requests in flight can still be stored, and ends the run."""
+        freed = self._free_reserve()
+        if freed:
+            self._listeners.on_failure(full)
+        return freed
+
     def _between(self, table: str, first_row: int, end_row: int) -> Iterator[Record]:
+        """The table's records of rows `first_row` to `end_row` - 1, in order."""
         return self._database.records(table, "WHERE row >= ? AND row < ? ORDER BY 1, 2", (first_row, end_row))
 
 

@@ -46,11 +46,10 @@ class Commits:
         self._spill = path.with_name(SPILL)
         self._ledger = ledger
         self._listeners = listeners
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()  # None ends the thread
         self._endings: deque[Ending] = deque()
         self._entries: deque[tuple[str, str]] = deque()
         self._idle = False
-        self._closing = False
         self._failed: BatchrunError | None = None
         self.broken = False
         self._restore_spilled()
@@ -69,8 +68,8 @@ class Commits:
         self._endings.append(ending)
         if self._idle:  # waking the thread for every row would cost as much as the row's commit (measured)
             self._idle = False
-            # what else ends in this turn of the event loop shares the commit
-            self._listeners.call_soon(lambda: self._calls.put(_wake_up))
+            # what else ends in this turn of the event loop shares the commit; a call that does nothing wakes the thread
+            self._listeners.call_soon(lambda: self._calls.put(lambda: None))
 
     def put_entry(self, name: str, value: str) -> None:
         """Queues a manifest entry; it is durable before any ending that is put later."""
@@ -100,24 +99,26 @@ class Commits:
         if self._thread.is_alive():
             if not self.failed:
                 self.call(last)
-            self._calls.put(self._close)
+            self._calls.put(None)
             self._thread.join()
 
     # ── the database's own thread ─────────────────────────────────────────────────────────────────────────────────
 
     def _serve(self) -> None:
-        while not self._closing:
+        while True:
             call = self._next_call()
             while self._endings:  # those put before the call, and those that came since
-                self._commit(self._pop_group())
+                self._commit_group()
             self._write_entries()
+            if call is None:
+                return
             call()
 
-    def _next_call(self) -> Callable[[], None]:
+    def _next_call(self) -> Callable[[], None] | None:
         """The next call; until there is one, commits endings as they come."""
         while self._calls.empty():
             if self._endings:
-                self._commit(self._pop_group())
+                self._commit_group()
                 continue
             self._idle = True  # set before the queue is checked: an ending that is put later wakes this thread
             if not self._endings:
@@ -125,12 +126,8 @@ class Commits:
             self._idle = False
         return self._calls.get()
 
-    def _pop_group(self) -> list[Ending]:
-        count = min(len(self._endings), MAX_GROUP)
-        return [self._endings.popleft() for _ in range(count)]
-
     def _write_entries(self) -> None:
-        # called after a group of endings was popped, so that entries put before one of them are written first
+        """Commits the manifest entries that were put."""
         entries = dict(self._entries.popleft() for _ in range(len(self._entries)))
         if entries and self._failed is None:
             try:
@@ -138,13 +135,15 @@ class Commits:
             except BatchrunError as error:
                 self._fail(error)
 
-    def _close(self) -> None:
-        self._closing = True
+    def _commit_group(self) -> None:
+        """Makes the oldest endings durable, in the database or else in the spill file, and hands them to `on_commit`.
 
-    def _commit(self, endings: list[Ending]) -> None:
-        self._write_entries()
-        if not endings or self.broken:
-            return  # the slots keep the names
+        If neither can be written they are dropped; their slots still name them.
+        """
+        endings = [self._endings.popleft() for _ in range(min(len(self._endings), MAX_GROUP))]
+        self._write_entries()  # only now, so that an entry put before one of these endings is written first
+        if self.broken:
+            return
         if self._failed is None:
             try:
                 self._ledger.commit(endings)
@@ -178,10 +177,7 @@ class Commits:
                 fsync(self._path.parent)
 
     def _fail(self, error: BatchrunError) -> None:
+        """Reports the first failure; from then on nothing is written to the database."""
         if self._failed is None:
             self._failed = error
             self._listeners.on_failure(error)
-
-
-def _wake_up() -> None:
-    """A call that does nothing."""

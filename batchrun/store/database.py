@@ -9,7 +9,7 @@ import os
 import sqlite3
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,8 +19,7 @@ from batchrun.durable import FILE_SIZE_STEP, fsync, is_at_size_limit
 from batchrun.errors import ANOTHER, BatchrunError, CheckpointError, DiskError, RunLockedError
 from batchrun.store.wal import commits_dropped
 
-MAX_PARAMETERS = 32_766
-"""Most parameters in one SQLite statement (sqlite.org, "Implementation Limits")."""
+_MAX_PARAMETERS = 32_766  # in one statement (sqlite.org, "Implementation Limits")
 
 BUSY_S = 1.0  # how long another program may read the file while a run starts
 SHARED_BUSY_S = 30.0  # how long the transactions of other processes may take together
@@ -47,16 +46,20 @@ class Database:
             CheckpointError: damaged, of another version, or open in another program.
             DiskError: the file can't be opened or created.
         """
-        with _sqlite_errors(path):
-            _require_whole(path.with_name(path.name + "-wal"))
-            connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
-            with _closed_on_error(connection):
-                path.chmod(0o600)
-                for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
-                    connection.execute(f"PRAGMA {pragma}").fetchone()
-                connection.execute("PRAGMA temp_store = MEMORY")
-                database = cls(path, connection, make_room)
-                database._set_up(tables, version)
+        log = path.with_name(path.name + "-wal")
+        with _sqlite_errors(path):  # before SQLite opens the log: it would drop what it can't read, and say nothing
+            dropped = commits_dropped(log.read_bytes()) if log.exists() else 0
+        if dropped > 1:
+            raise CheckpointError(
+                f"{log}: damaged ({dropped} commits can't be read); keep a copy of this directory before anything else"
+            )
+        with _connected(path, timeout=BUSY_S) as connection:
+            path.chmod(0o600)
+            for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
+                connection.execute(f"PRAGMA {pragma}").fetchone()
+            connection.execute("PRAGMA temp_store = MEMORY")
+            database = cls(path, connection, make_room)
+            database._set_up(tables, version)
         return database
 
     @classmethod
@@ -69,13 +72,11 @@ class Database:
             CheckpointError: damaged, of another version, or locked for longer than `SHARED_BUSY_S`.
             DiskError: the file can't be opened or made.
         """
-        with _sqlite_errors(path):
-            connection = sqlite3.connect(path, timeout=SHARED_BUSY_S, isolation_level=None, check_same_thread=False)
-            with _closed_on_error(connection):
-                path.chmod(0o600)
-                connection.execute("PRAGMA synchronous = FULL")
-                database = cls(path, connection, lambda error: False)
-                database._set_up(tables, version)
+        with _connected(path, timeout=SHARED_BUSY_S) as connection:
+            path.chmod(0o600)
+            connection.execute("PRAGMA synchronous = FULL")
+            database = cls(path, connection, lambda error: False)
+            database._set_up(tables, version)
         return database
 
     @classmethod
@@ -85,22 +86,19 @@ class Database:
             raise CheckpointError(
                 f"{path}: missing or empty, though its run is complete; restore the file, or {ANOTHER}"
             )
-        with _sqlite_errors(path):
-            connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+        # `immutable`: SQLite takes no lock, looks for no journal, and makes no file beside this one
+        with _connected(path, f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True) as connection:
             database = cls(path, connection, lambda error: False)
-            with _closed_on_error(connection):
-                database._require(tables, version)
+            database._require(tables, version)
         return database
 
     @classmethod
     def open_copy(cls, path: Path, version: int) -> Self:
         """Opens a private copy, with its log, to read at once: only the records that are read are checked."""
-        with _sqlite_errors(path):
-            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        with _connected(path) as connection:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchone()  # so the log's index needs no file
             database = cls(path, connection, lambda error: False)
-            with _closed_on_error(connection):
-                connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchone()
-                database._require_version(version)
+            database._require_version(version)
         return database
 
     def query(self, statement: str, parameters: Sequence[Field] = ()) -> list[Record]:
@@ -138,8 +136,8 @@ class Database:
         # `executemany` releases and takes the interpreter's lock for each record: beside a busy event loop a commit
         # took 75 ms (measured)
         width = len(records[0]) + 1 if records else 1
-        for start in range(0, len(records), MAX_PARAMETERS // width):
-            group = records[start : start + MAX_PARAMETERS // width]
+        for start in range(0, len(records), _MAX_PARAMETERS // width):
+            group = records[start : start + _MAX_PARAMETERS // width]
             parameters: list[Field] = []
             for record in group:
                 parameters += record
@@ -160,6 +158,7 @@ class Database:
             self._connection.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(path),))
 
     def close(self) -> None:
+        """Closes the file. What was committed is in it, or in the log beside it."""
         self._connection.close()
 
     def _with_room(self, write: Callable[[], None]) -> None:
@@ -167,7 +166,9 @@ class Database:
         try:
             write()
         except DiskError as error:
-            if not _is_full(error) or not self._make_room(error):
+            cause = error.__cause__
+            is_full = isinstance(cause, sqlite3.Error) and _code(cause) == sqlite3.SQLITE_FULL
+            if not is_full or not self._make_room(error):
                 raise
             write()
 
@@ -215,21 +216,19 @@ class Database:
             )
 
 
-def _require_whole(log: Path) -> None:
-    if log.exists() and (dropped := commits_dropped(log.read_bytes())) > 1:
-        raise CheckpointError(
-            f"{log}: damaged ({dropped} commits can't be read); keep a copy of this directory before anything else"
-        )
-
-
 @contextlib.contextmanager
-def _closed_on_error(connection: sqlite3.Connection) -> Iterator[None]:
-    """Closes the connection if the block, which sets it up, raises."""
-    try:
-        yield
-    except BaseException:
-        connection.close()
-        raise
+def _connected(path: Path, database: str | None = None, **options: Any) -> Iterator[sqlite3.Connection]:
+    """A connection to the file, or to `database` by its URI, for the block to set up: it is closed if the block raises.
+
+    Python's own transactions are off (`isolation_level`), and any one thread at a time may use it.
+    """
+    with _sqlite_errors(path):
+        connection = sqlite3.connect(database or path, isolation_level=None, check_same_thread=False, **options)
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
 
 
 @contextlib.contextmanager
@@ -243,6 +242,7 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=4096)
 def _insertion(verb: str, table: str, width: int, records: int) -> str:
+    """The statement for so many records of `width` fields. The same sizes come again, so texts are kept."""
     fields = f"({','.join('?' * width)})"
     return f"{verb} INTO {table} VALUES {','.join([fields] * records)}"
 
@@ -252,6 +252,7 @@ _REFUSALS = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTO
 
 
 def _as_ours(path: Path, error: sqlite3.Error | UnicodeDecodeError | OSError) -> BatchrunError:
+    """The error as ours: a full or failing disk, a lock of another program, or else a damaged file."""
     if isinstance(error, UnicodeDecodeError):  # raised by sqlite3 for a message that quotes damaged text
         return CheckpointError(f"{path}: damaged; keep a copy of this directory before anything else")
     if isinstance(error, OSError):
@@ -278,12 +279,17 @@ def _says_read_only(path: Path) -> bool:
         return False
 
 
-def _is_full(error: DiskError) -> bool:
-    return isinstance(error.__cause__, sqlite3.Error) and _code(error.__cause__) == sqlite3.SQLITE_FULL
-
-
 def _code(error: sqlite3.Error) -> int:
+    """SQLite's primary result code, without the byte that makes it an extended one."""
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+
+
+def among(rows: Collection[int]) -> Iterator[tuple[str, list[int]]]:
+    """The clauses that select these rows, each with its parameters: as many rows as fit into one statement."""
+    left = list(rows)
+    for start in range(0, len(left), _MAX_PARAMETERS):
+        group = left[start : start + _MAX_PARAMETERS]
+        yield f"WHERE row IN ({','.join('?' * len(group))})", group
 
 
 def crc_of(record: Record) -> int:

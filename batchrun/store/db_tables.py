@@ -119,6 +119,7 @@ def completion_record(c: CompletionRecord, batch: int) -> Record:
 
 
 def completion(record: Record) -> CompletionRecord:
+    """The completion in a record of `rows` or `originals`."""
     return _decode(record[2])
 
 
@@ -139,6 +140,7 @@ def _in_characters(c: CompletionRecord) -> CompletionRecord:
 
 
 def discarded_record(d: Discarded, invocation: int) -> Record:
+    """The record in `attempts`. The bounds are not in it: those of a possibly billed attempt are in that table."""
     u = d.usage
     usage = (None,) * len(Usage.__struct_fields__) if u is None else msgspec.structs.astuple(u)
     cost = None if d.cost_pico_usd is None else str(to_usd(d.cost_pico_usd))
@@ -156,7 +158,8 @@ def discarded(record: Record) -> Discarded:
         row=row, n=n, verdict=Verdict(verdict), counted=bool(counted), http_status=http_status, error_kind=kind,
         message=message, request_id=request_id, at=at, model=model,
         usage=None if tokens[0] is None else Usage(*tokens),
-        cost_pico_usd=pico_usd(cost), possibly_billed_pico_usd=None, maybe_billed=False, key=b"", said=said,
+        cost_pico_usd=pico_usd(cost),
+        possibly_billed_pico_usd=None, maybe_billed=False, key=b"", said=said,
     )  # fmt: skip
 
 
@@ -190,7 +193,3 @@ def totals_line(record: Record) -> TotalsLine:
 def replaced_record(line: TotalsLine, revision: int) -> Record:
     """`revision` grows from one version of a line to the next: the figures themselves may fall."""
     return (*totals_record(line), revision)
-
-
-def replaced_line(record: Record) -> TotalsLine:
-    return totals_line(record[:-1])

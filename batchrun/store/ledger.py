@@ -4,7 +4,7 @@ Most commits only add rows. Their numbers are larger than the one in `counted`, 
 rows to the stored ones. Every other change writes the totals in its transaction. It belongs to the database's thread.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -12,7 +12,7 @@ from batchrun.records import CompletionRecord, Discarded, Ending, PossiblyBilled
 from batchrun.run_summary import LineKey, TotalsLine
 from batchrun.store import db_tables
 from batchrun.store.booking import fold, possibly_billed, with_possibly_billed
-from batchrun.store.database import MAX_PARAMETERS, Database, Record
+from batchrun.store.database import Database, Record, among
 from batchrun.store.db_tables import Reopened
 from batchrun.store.totals import UNSTATED, Totals, Unstated
 
@@ -67,7 +67,7 @@ class Ledger:
         completions = [ending for ending in endings if isinstance(ending, CompletionRecord)]
         earlier = self.earlier_answers([completion.row for completion in completions])
         totals = fold(self.totals, endings, started, earlier)
-        in_doubt = _in_doubt(endings, started)
+        in_doubt = [possibly_billed(ending, started) for ending in endings if ending.maybe_billed]
         records = [db_tables.completion_record(completion, self._batch + 1) for completion in completions]
         changes_more = in_doubt or self.has_reopened or totals.unstated is not self.totals.unstated
         if invocation is None and len(completions) == len(endings) and not changes_more:
@@ -88,8 +88,8 @@ class Ledger:
 
     def count_spilled(self, endings: Sequence[Ending]) -> None:
         """The totals count these endings, which are durable elsewhere."""
-        totals = fold(self.totals, endings, self.invocation)
-        self.totals = with_possibly_billed(totals, _in_doubt(endings, self.invocation))
+        in_doubt = [possibly_billed(ending, self.invocation) for ending in endings if ending.maybe_billed]
+        self.totals = with_possibly_billed(fold(self.totals, endings, self.invocation), in_doubt)
 
     def add_possibly_billed(self, entries: Sequence[PossiblyBilled]) -> None:
         """The attempts are on the permanent list of possibly billed requests."""
@@ -137,9 +137,8 @@ class Ledger:
         if not self.has_reopened:
             return {}
         again: list[Reopened] = []
-        for group in groups(rows):
-            found = self._database.records("reopened", among(group), group)
-            again += [Reopened(*record) for record in found]
+        for selected, group in among(rows):
+            again += [Reopened(*record) for record in self._database.records("reopened", selected, group)]
         return {each.row: each.line for each in again}
 
     def has_end(self, row: int, n: int) -> bool:
@@ -153,23 +152,8 @@ class Ledger:
         return any(self._database.query(*query) for query in queries.items())
 
 
-def groups(rows: Collection[int]) -> Iterator[list[int]]:
-    """The rows, in lists that fit into one statement."""
-    left = list(rows)
-    for start in range(0, len(left), MAX_PARAMETERS):
-        yield left[start : start + MAX_PARAMETERS]
-
-
-def among(rows: Sequence[int]) -> str:
-    """The clause that selects these rows."""
-    return f"WHERE row IN ({','.join('?' * len(rows))})"
-
-
-def _in_doubt(endings: Iterable[Ending], invocation: int) -> list[PossiblyBilled]:
-    return [possibly_billed(ending, invocation) for ending in endings if ending.maybe_billed]
-
-
 def _changed(known: Mapping[LineKey, TotalsLine], lines: Mapping[LineKey, TotalsLine]) -> list[TotalsLine]:
+    """The lines that are not the same objects as the known ones: `fold` makes a new one for each change."""
     return [line for key, line in lines.items() if known.get(key) is not line]
 
 
@@ -180,7 +164,7 @@ Read = Callable[[str], Iterable[Record]]
 def read_totals(records: Read, unstated: Unstated) -> Totals:
     """The stored totals, which may lack rows of the latest commits."""
     lines = [db_tables.totals_line(record) for record in records("totals")]
-    changes = [db_tables.replaced_line(record) for record in records("replaced")]
+    changes = [db_tables.totals_line(record[:-1]) for record in records("replaced")]  # the last field is the revision
     totals = Totals(
         booked={line.key: line for line in lines},
         replaced={line.key: line for line in changes},
