@@ -28,7 +28,7 @@ from batchrun.run_summary import Summary
 from batchrun.source import Rows, as_file
 from batchrun.startup import shard as shards
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import rundir
+from batchrun.store import run_path
 from batchrun.store.chunks import Mirror
 from batchrun.store.rundir import RunDirectory
 from batchrun.telemetry.views import Views
@@ -150,7 +150,7 @@ def run_start(job: Job | str | Path, rows: Rows | None, options: Options, host: 
                 mirrored = msgspec.structs.replace(hooks, mirror=mirror)
                 return engine.run(wanted, directory, keys, run_options, mirrored, runtime)
 
-            url = rundir.published_at(wanted.output, directory.path)
+            url = run_path.published_at(wanted.output, directory.path)
             summary = work() if url is None else destination.run(wanted, directory, url, work, note)
     except BaseException as error:
         ended(int(error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR), str(error))
@@ -191,14 +191,13 @@ def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
 def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Job, RunDirectory, str | None]:
     """The job with its input of the run's logical date, the run's directory, and the command line that resumes it."""
     now = datetime.now().astimezone()
-    pattern, new = rundir.pattern_of(job.output), options.get("new", False)
     taken, elsewhere = functools.partial(destination.is_taken, job), functools.partial(destination.elsewhere, job)
-    date = options.get("date")
-    path, earlier = rundir.place(pattern, job.name, date=date, now=now, new=new, taken=taken, elsewhere=elsewhere)
+    date, new = options.get("date"), options.get("new", False)
+    path, earlier = run_path.choose(job, date=date, now=now, new=new, taken=taken, elsewhere=elsewhere)
     if earlier is not None:
         line = f"resuming the unfinished run of {earlier} ({path}); --new starts another"
         note(Notice(line, "resuming", date=earlier, directory=path))
-    if dates := [left for left, _ in rundir.unfinished(pattern, job.name, path)]:
+    if dates := [left for left, _ in run_path.unfinished(job, path)]:
         more = f" and {len(dates) - MOST_DATES:,} more" if dates[MOST_DATES:] else ""
         named = ", ".join(dates[:MOST_DATES]) + more
         if len(dates) == 1:
@@ -207,11 +206,11 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Job
             finish = f"this command with --date {dates[0]} finishes the first"
             line = f"earlier runs of this job are unfinished: {named}; {finish}"
         note(Notice(line, "unfinished runs", dates=dates))
-    logical_date = rundir.logical_date(date or earlier, now)
+    logical_date = run_path.logical_date(date or earlier, now)
     dated, command = job.on(logical_date), options.get("command")
     if command is not None and dated is not job:
         command = f"{command} --date {logical_date}"
-    if command is not None and (url := rundir.published_at(job.output, path)) is not None:
+    if command is not None and (url := run_path.published_at(job.output, path)) is not None:
         command = destination.command(command, job, url)
     return dated, RunDirectory(path), command
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from batchrun import credentials, open_files, simulated
 from batchrun.credentials import Credentials
 from batchrun.job.job import Job
-from batchrun.store import rundir
+from batchrun.store import run_path
 from batchrun.store.rundir import RunDirectory
 
 
@@ -50,8 +50,8 @@ def place(job: Job, date: str | None = None) -> tuple[RunDirectory, Job]:
         JobError: output.path has an unknown placeholder, or `date` is invalid.
     """
     now = datetime.now().astimezone()
-    path, earlier = rundir.place(rundir.pattern_of(job.output), job.name, date=date, now=now, new=False)
-    return RunDirectory(path), job.on(rundir.logical_date(date or earlier, now))
+    path, earlier = run_path.choose(job, date=date, now=now, new=False)
+    return RunDirectory(path), job.on(run_path.logical_date(date or earlier, now))
 
 
 def key(job: Job, environ: Mapping[str, str]) -> Credentials:

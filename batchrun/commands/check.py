@@ -73,11 +73,11 @@ def _try_places(job: "Job", directory: "RunDirectory") -> None:
     Raises:
         BatchrunError: a place can't be written, or another run has its result there.
     """
-    from batchrun.store import rundir, shared_dataset
+    from batchrun.store import run_path, shared_dataset
 
     directory.try_out()
     shared_dataset.try_out(job.output, job.storage)
-    if (url := rundir.published_at(job.output, directory.path)) is not None:
+    if (url := run_path.published_at(job.output, directory.path)) is not None:
         from batchrun.destination.place import require_usable  # only for a job with a URL
 
         require_usable(job, directory, url)

@@ -26,7 +26,7 @@ from batchrun.storage.claim import Claim, Writer, this_process
 from batchrun.storage.folder import RemoteFolder
 from batchrun.storage.publish import Published, RunRecord
 from batchrun.storage.urls import Url
-from batchrun.store import result, rundir
+from batchrun.store import result, run_path
 from batchrun.store.checkpoint import read_finished
 from batchrun.store.chunks import Mirror
 from batchrun.store.manifest import Manifest
@@ -88,7 +88,7 @@ def require_usable(job: Job, directory: RunDirectory, url: Url) -> None:
 
 def is_taken(job: Job, path: Path) -> bool:
     """Whether a directory that `--new` could use belongs to a run already, on this machine or in the store."""
-    url = rundir.published_at(job.output, path)
+    url = run_path.published_at(job.output, path)
     return path.exists() or (url is not None and bool(RemoteFolder(url, job.storage).objects()))
 
 
@@ -96,13 +96,13 @@ def elsewhere(job: Job) -> tuple[Path, str] | None:
     """The newest run of the job that another machine has left unfinished with its parts in the store, and its date."""
 
     def folders(above: str) -> list[str]:
-        url = rundir.published_at(job.output, Path(above))
+        url = run_path.published_at(job.output, Path(above))
         return [] if url is None else RemoteFolder(url, job.storage).folders()
 
     if not job.output.keep_parts_remote:
         return None
-    for path, date in rundir.dates_among(rundir.pattern_of(job.output), job.name, folders)[:1]:
-        url = rundir.published_at(job.output, path)
+    for path, date in run_path.dates_among(job, folders)[:1]:
+        url = run_path.published_at(job.output, path)
         folder = None if url is None else RemoteFolder(url, job.storage)
         if folder is not None and publish.published_run(folder) is None and folder.below(publish.RUNS).objects():
             return path, date

@@ -11,7 +11,7 @@ import msgspec
 
 from batchrun.errors import InputError, quoted, writable
 from batchrun.job.job import Job
-from batchrun.store import result_files, rundir
+from batchrun.store import result_files, run_path
 from batchrun.store.origins import OldFile
 from batchrun.store.rundir import RunDirectory
 
@@ -50,7 +50,7 @@ def find_earlier(job: Job, own: Path, note: Callable[[str], None] = lambda line:
         if len(found) == before:
             if source != LATEST and not glob.has_magic(source) and "{" not in source:
                 _raise_nothing_there(source, own)
-            place = f"in {rundir.pattern_of(job.output)}" if source == LATEST else "there"  # -o replaces output.path
+            place = f"in {run_path.pattern_of(job.output)}" if source == LATEST else "there"  # -o replaces output.path
             note(f"reuse: {source}: no earlier answers {place} yet")
     return list(found.values())
 
@@ -72,7 +72,7 @@ def _raise_nothing_there(source: str, own: Path) -> NoReturn:
 def _paths(source: str, job: Job) -> Iterator[Path]:
     if source == LATEST:
         # the newest run that has answers, and the one before: the newest may be the run itself
-        runs = rundir.dated(rundir.pattern_of(job.output), job.name)
+        runs = run_path.directories(job)
         yield from itertools.islice((run for run in runs if any(_results(run))), 2)
         return
     pattern = source.replace("{job}", glob.escape(job.name)).replace("{date}", "*")

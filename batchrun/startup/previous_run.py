@@ -16,7 +16,7 @@ from batchrun.prices import PriceTable
 from batchrun.report import summary as summaries
 from batchrun.report.cost_lines import prices_in_words
 from batchrun.run_summary import Summary, cached_share
-from batchrun.store import result_files, rundir
+from batchrun.store import result_files, run_path
 from batchrun.store.rundir import RunDirectory
 
 
@@ -40,7 +40,7 @@ class Means(msgspec.Struct, frozen=True):
 
 def newest_means(job: Job, besides: Path | None = None) -> Means | None:
     """The means of the job's newest run in `output.path`, not counting `besides`; None where no run has answers."""
-    for path in rundir.dated(rundir.pattern_of(job.output), job.name):
+    for path in run_path.directories(job):
         if besides is not None and path.resolve() == besides.resolve():
             continue
         directory = RunDirectory(path)

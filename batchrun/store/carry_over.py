@@ -12,7 +12,7 @@ import pyarrow as pa
 from batchrun.errors import InputError
 from batchrun.store import origins
 from batchrun.store.origins import OldFile, Origins
-from batchrun.tables.carried import carried
+from batchrun.tables.carried import carried, with_source
 from batchrun.tables.old_answers import OldAnswers
 from batchrun.tables.rows import OWN_COLUMNS
 
@@ -98,24 +98,13 @@ class CarryOver:
         for row, each in taken.items():
             by_file.setdefault(each.file, []).append(row)
         for file, rows in by_file.items():
-            originals = [None if (original := taken[row].original) < 0 else original for row in rows]
             if file < 0:
                 answers = own_answers([taken[row].original for row in rows])
-                tables.append(carried(answers, rows, originals, invocation=invocation, at_s=now_s))
-                continue
-            answers = self._answers_of(file).take([taken[row].row for row in rows])
-            tables.append(
-                carried(
-                    answers,
-                    rows,
-                    originals,
-                    invocation=invocation,
-                    at_s=now_s,
-                    source=self._file(file).name,
-                    variant=self._variant,
-                    model=self._model,
-                )
-            )
+            else:
+                found = self._answers_of(file).take([taken[row].row for row in rows])
+                answers = with_source(found, self._file(file).name, variant=self._variant, model=self._model)
+            originals = [None if (original := taken[row].original) < 0 else original for row in rows]
+            tables.append(carried(answers, rows, originals, invocation=invocation, at_s=now_s))
         return pa.concat_tables(tables).sort_by("row")
 
     def _numbers(self, first_row: int, end_row: int) -> "array[int]":

@@ -12,7 +12,7 @@ import pyarrow as pa
 from batchrun import compute as pc
 from batchrun.errors import ANOTHER, CheckpointError, InputError
 from batchrun.job.settings import Output
-from batchrun.records import Answer, CompletionRecord, Discarded
+from batchrun.records import CompletionRecord, Discarded
 from batchrun.response import packed
 from batchrun.run_summary import TotalsLine
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
@@ -189,6 +189,9 @@ class Chunks:
                 self._sealed_one.notify_all()
 
     def _seal(self, open_chunk: OpenChunk) -> None:
+        """First the part is on disk, then it is in the checkpoint, and only then are its sources deleted: after a kill
+        between two steps the next start finds either all it needs to seal again, or a part that is recorded.
+        """
         chunk = open_chunk.chunk
         generation = chunk.generation + 1
         part = self._directory.part_of(chunk.chunk, generation)
@@ -240,6 +243,7 @@ class Chunks:
             raise InputError(f"the input changed while the run works: {what}; restore it, or {ANOTHER}")
 
     def _reopen(self, chunk: Chunk) -> OpenChunk:
+        """A chunk that an earlier start has opened, with what it did to the rows."""
         discarded: dict[int, list[Discarded]] = {}
         for attempt in self._checkpoint.discarded(chunk):
             discarded.setdefault(attempt.row, []).append(attempt)
@@ -259,6 +263,7 @@ class Chunks:
         )
 
     def _open(self, window: Window) -> OpenChunk:
+        """A new chunk of these rows: first its input is on disk, then the chunk in the checkpoint."""
         path = self._input_of(self._next)
         chunk = Chunk(
             chunk=self._next,
@@ -275,7 +280,8 @@ class Chunks:
         stored = StoredWindow(path, None, chunk.first_row)
         carried = self._carry.window(chunk.first_row, chunk.end_row)
         room_bytes = KEPT_BYTES if len(self._in_use()) < MOST_KEPT else 0
-        opened = self._open_chunks[chunk.chunk] = OpenChunk(chunk, stored, carried, room_bytes=room_bytes)
+        opened = OpenChunk(chunk, stored, carried, room_bytes=room_bytes)
+        self._open_chunks[chunk.chunk] = opened
         return opened
 
     def _batches(
@@ -311,10 +317,8 @@ class Chunks:
         kept = open_chunk.kept.all_of(first_row, end_row)
         completions, read = kept or (self._checkpoint.completions(first_row, end_row), None)
         for start_row, stop_row, at in _by_size(first_row, end_row, completions):
-            yield start_row, stop_row, self._own(completions[at], read and read[at])
-
-    def _own(self, completions: Sequence[CompletionRecord], read: Sequence[Answer] | None = None) -> pa.Table:
-        return own_table(completions, keep_raw=self._settings.keep_raw, read=read)
+            own = own_table(completions[at], keep_raw=self._settings.keep_raw, read=read and read[at])
+            yield start_row, stop_row, own
 
     # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
 
@@ -329,24 +333,23 @@ class Chunks:
     def settled(self) -> Iterator[pa.RecordBatch]:
         """The rows that have a completion, in order, as in the output. Call it before `open_next`."""
         for chunk in self._checkpoint.chunks():
-            if chunk.open:
-                yield from self._settled_rows(self._reopen(chunk))
-            else:
-                part = self._directory.part_of(chunk.chunk, chunk.generation)
-                yield from files.batches_of(part)
-
-    def _settled_rows(self, open_chunk: OpenChunk) -> Iterator[pa.RecordBatch]:
-        row, base = open_chunk.chunk.first_row, BasePart.of(open_chunk.chunk, self._directory, self._settings.prefix)
-        for table in open_chunk.window.tables(self._types):
-            end_row = row + table.num_rows
-            completions = self._checkpoint.completions(row, end_row)
-            own, again = self._own(completions), open_chunk.earlier.reopened.keys() - {c.row for c in completions}
-            if base is not None:
-                own = base.updated(own, row, end_row)
-            rows = [at for at in cast(list[int], own.column("row").to_pylist()) if at not in again]
-            kept = own.filter(pc.is_in(own.column("row"), pa.array(rows, pa.int64())))
-            yield joined(table.take(pa.array([at - row for at in rows], pa.int64())), kept, self._schema, self._parsed)
-            row = end_row
+            if not chunk.open:
+                yield from files.batches_of(self._directory.part_of(chunk.chunk, chunk.generation))
+                continue
+            open_chunk, row = self._reopen(chunk), chunk.first_row
+            base = BasePart.of(chunk, self._directory, self._settings.prefix)
+            for table in open_chunk.window.tables(self._types):
+                end_row = row + table.num_rows
+                done = self._checkpoint.completions(row, end_row)
+                own = own_table(done, keep_raw=self._settings.keep_raw)
+                if base is not None:
+                    own = base.updated(own, row, end_row)
+                again = open_chunk.earlier.reopened.keys() - {completion.row for completion in done}
+                rows = [at for at in cast(list[int], own.column("row").to_pylist()) if at not in again]
+                own = own.filter(pc.is_in(own.column("row"), pa.array(rows, pa.int64())))
+                inputs = table.take(pa.array([at - row for at in rows], pa.int64()))
+                yield joined(inputs, own, self._schema, self._parsed)
+                row = end_row
 
     # ── for a result of the rows so far ───────────────────────────────────────────────────────────────────────────────
 

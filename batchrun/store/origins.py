@@ -117,15 +117,11 @@ class OriginsWriter:
 
     def __setitem__(self, row: int, origin: int) -> None:
         if self._numbers is None:
-            self._numbers = self._made()
+            with disk_errors(self._path):
+                self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            self._numbers = RowNumbers(self._file, self._rows, self._path)
+            self._numbers.fill(SENT)
         self._numbers[row - self._first_row] = origin
-
-    def _made(self) -> RowNumbers:
-        with disk_errors(self._path):
-            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-        numbers = RowNumbers(self._file, self._rows, self._path)
-        numbers.fill(SENT)
-        return numbers
 
     def keep(self) -> str:
         """The file is there under its name, durable; returns its digest."""

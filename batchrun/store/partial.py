@@ -48,7 +48,16 @@ def write(
                     f"{path}: the run has {summary.rows:,} rows, {rows:,} were found; nothing is written"
                 )
             if isinstance(file, files.ParquetFile):
-                file.write_metadata({files.FOOTER_KEY: msgspec.json.encode(_footer(summary, standing)).decode()})
+                footer = {
+                    **bill(summary),
+                    "complete": False,
+                    "rows_in_output": rows,
+                    "by_status": {status: n for status, n in standing.items() if status != pending.PENDING},
+                    "pending": standing[pending.PENDING],
+                    "invocation": summary.invocation,
+                    "updated_at": summary.updated_at,
+                }
+                file.write_metadata({files.FOOTER_KEY: msgspec.json.encode(footer).decode()})
         if packing is None:
             files.require_rows(temporary, summary.rows)
         else:
@@ -76,16 +85,3 @@ def _statuses(batch: pa.RecordBatch) -> dict[str, int]:
     counts = pc.value_counts(batch.column(batch.num_columns + place))
     pairs = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
     return {cast(str, status): cast(int, rows) for status, rows in pairs}
-
-
-def _footer(summary: Summary, standing: "Counter[str]") -> dict[str, object]:
-    by_status = {status: rows for status, rows in standing.items() if status != pending.PENDING}
-    return {
-        **bill(summary),
-        "complete": False,
-        "rows_in_output": standing.total(),
-        "by_status": by_status,
-        "pending": standing[pending.PENDING],
-        "invocation": summary.invocation,
-        "updated_at": summary.updated_at,
-    }

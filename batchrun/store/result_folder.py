@@ -37,7 +37,10 @@ def stage_parts(parts: Sequence[tuple[Path, str, int]], directory: RunDirectory)
                 durable.link(found, target)
             else:
                 found.rename(target)
-        _keep_only({files.part_in(staging, number) for number in range(len(parts))}, staging)
+        wanted = {files.part_in(staging, number) for number in range(len(parts))}
+        for left in staging.iterdir():  # what another start has staged, by another layout of the chunks
+            if left not in wanted:
+                durable.remove_folder(left) if left.is_dir() else left.unlink()
     return [
         described(directory.path, files.part_in(staging, number), digest, rows)
         for number, (_, digest, rows) in enumerate(parts)
@@ -70,12 +73,6 @@ def place_of(part: Path, number: int, digest: str, directory: RunDirectory) -> P
         return (there or [moved[1] if directory.completions_folder.exists() else part])[0]
     with disk_errors(part):  # the folder that is replaced has a part of this name, too
         return next((each for each in there if durable.digest(each) == digest), there[0])
-
-
-def _keep_only(wanted: set[Path], folder: Path) -> None:
-    for path in folder.iterdir():
-        if path not in wanted:
-            durable.remove_folder(path) if path.is_dir() else path.unlink()
 
 
 def described(root: Path, path: Path, digest: str, rows: int) -> ResultFile:

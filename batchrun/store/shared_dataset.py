@@ -106,6 +106,7 @@ def publish(
 
 
 def _publish(written: FinishedResult, directory: RunDirectory, dataset: Path, run_id: str) -> int:
+    """As `publish`, in a directory of this machine."""
     staging = dataset.with_name(f".{dataset.name}.{run_id}{TEMP_SUFFIX}")
     with disk_errors(dataset):
         dataset.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -117,16 +118,11 @@ def _publish(written: FinishedResult, directory: RunDirectory, dataset: Path, ru
             new = staging / "partition"
             new.mkdir(mode=0o700)
             durable.link(source, new / source.name)
-            _make_above(partition, dataset)
+            for above in reversed(partition.relative_to(dataset).parents):  # each new folder is on disk before the next
+                if above.parts and not (dataset / above).exists():
+                    (dataset / above).mkdir(mode=0o700)
+                    fsync((dataset / above).parent)
             durable.replace_folder(new, partition)
             durable.remove_folder(new)
         durable.remove_folder(staging)
     return len(written.files)
-
-
-def _make_above(partition: Path, dataset: Path) -> None:
-    """The folders between the two are there, on disk."""
-    for folder in reversed(partition.relative_to(dataset).parents):
-        if folder.parts and not (dataset / folder).exists():
-            (dataset / folder).mkdir(mode=0o700)
-            fsync((dataset / folder).parent)

@@ -17,42 +17,39 @@ NOTHING = Decimal(0)
 
 
 def carried(
-    answers: pa.Table,
-    rows: Sequence[int],
-    originals: Sequence[int | None],
-    *,
-    invocation: int,
-    at_s: float,
-    source: str | None = None,
-    variant: int | None = None,
-    model: str = "",
+    answers: pa.Table, rows: Sequence[int], originals: Sequence[int | None], *, invocation: int, at_s: float
 ) -> pa.Table:
     """`answers` (`OWN_COLUMNS`), one for each of `rows`, as the records of these rows, settled `at_s` (Unix time).
 
-    `originals` are the equal rows of this run whose answer it is, `source` the earlier result that had it. `variant`:
-    the present settings of the job, None: those of the answers; `model` is used where they name no requested model.
+    `originals` are the equal rows of this run whose answers they are, None where they are of an earlier result.
     """
     count = len(rows)
-    columns: dict[str, Any] = {name: answers.column(name) for name in OWN_COLUMNS.names}
+    columns: dict[str, Any] = {name: answers.column(name) for name in OWN_COLUMNS.names if name not in OF_THE_REQUEST}
     was_reused = pc.fill_null(columns["reused"], False)
-    first_cost = pc.if_else(was_reused, columns["reused_cost_usd"], columns["cost_usd"])
-    named = columns["reused_from"]
-    known: dict[str, Any] = {
+    columns |= {
         "row": list(rows),
-        "requested_model": pc.fill_null(columns["requested_model"], model),
         "finished_at": [int(at_s * 1_000_000)] * count,
+        "reused_cost_usd": pc.if_else(was_reused, columns["reused_cost_usd"], columns["cost_usd"]),
         "cost_usd": [NOTHING] * count,
         "answer_cost_usd": [NOTHING] * count,
         "attempts": [0] * count,
         "reused": [True] * count,
-        "reused_from": named if source is None else pc.fill_null(named, source),
-        "reused_cost_usd": first_cost,
         "duplicate_of": list(originals),
-        "variant": columns["variant"] if variant is None else [variant] * count,
         "invocation": [invocation] * count,
     }
-    of_the_answer = {name: column for name, column in columns.items() if name not in OF_THE_REQUEST}
-    return own_columns({**of_the_answer, **known}, count)
+    return own_columns(columns, count)
+
+
+def with_source(answers: pa.Table, source: str, *, variant: int, model: str) -> pa.Table:
+    """Answers of the earlier result `source` (`OWN_COLUMNS`) as those of the job's present `variant`.
+
+    An answer that was reused there, too, keeps its own source. `model` is used where none was stored as requested.
+    """
+    columns: dict[str, Any] = {name: answers.column(name) for name in OWN_COLUMNS.names}
+    columns["reused_from"] = pc.fill_null(columns["reused_from"], source)
+    columns["requested_model"] = pc.fill_null(columns["requested_model"], model)
+    columns["variant"] = [variant] * answers.num_rows
+    return own_columns(columns, answers.num_rows)
 
 
 OF_THE_REQUEST = frozenset(

@@ -24,7 +24,7 @@ from batchrun.report.summary import Moment
 from batchrun.report.wording import age_in_words
 from batchrun.run_summary import Summary, TotalsLine
 from batchrun.simulator import SimulatorConfig
-from batchrun.store import rundir
+from batchrun.store import run_path
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV, batchrun, kill_when, read_summary, snapshot, start, write_job, write_rows
 from tests.jobs import job_over
@@ -252,11 +252,16 @@ def test_a_start_names_earlier_unfinished_runs(runs: Runs, tmp_path: Path) -> No
     ]
     ended = batchrun("run", runs.job, "--set", f'output.path="{pattern}"', "--date", "2026-11-18")
     assert "an earlier run of this job is unfinished: 2026-11-19; this command with --date 2026-11-19" in ended.stderr
+
+    def unfinished(pattern: str, name: str = "labels") -> list[str]:
+        job = msgspec.structs.replace(job_over(None, output={"path": pattern}), name=name)
+        return [date for date, _ in run_path.unfinished(job, tmp_path)]
+
     with RunDirectory(tmp_path / "runs" / "labels" / "2026-11-19").lock():
-        assert rundir.unfinished(pattern, "labels", tmp_path) == []
-    assert [date for date, _ in rundir.unfinished(pattern, "labels", tmp_path)] == ["2026-11-19"]
-    assert rundir.unfinished(pattern, "another", tmp_path) == []
-    assert rundir.unfinished(str(tmp_path / "runs/labels/2026-11-19"), "labels", tmp_path) == []
+        assert unfinished(pattern) == []
+    assert unfinished(pattern) == ["2026-11-19"]
+    assert unfinished(pattern, "another") == []
+    assert unfinished(str(tmp_path / "runs/labels/2026-11-19")) == []
 
 
 # ── rates, and the first seconds ──────────────────────────────────────────────────────────────────────────────────────

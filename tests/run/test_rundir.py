@@ -6,24 +6,28 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from batchrun.errors import DiskError, ExitCode, JobError, RunLockedError
-from batchrun.store.rundir import RunDirectory, file_system, place
+from batchrun.store import run_path
+from batchrun.store.rundir import RunDirectory, file_system
+from tests.jobs import job_over
 
 LATE = datetime(2026, 11, 22, 23, 50)
 EARLY = datetime(2026, 11, 23, 0, 10)
 
 
 def start(path: Path, *, complete: bool = False, job: str = "reviews") -> Path:
-    """A run directory as far as `place` looks into it."""
+    """A run directory as far as `choose` looks into it."""
     path.mkdir(parents=True)
     (path / "summary.json").write_text(json.dumps({"job": job, "complete": complete}))
     return path
 
 
 def placed(pattern: str, *, date: str | None = None, now: datetime = LATE, new: bool = False) -> tuple[str, str | None]:
-    path, resumed = place(pattern, "reviews", date=date, now=now, new=new)
+    job = msgspec.structs.replace(job_over(None, output={"path": pattern}), name="reviews")
+    path, resumed = run_path.choose(job, date=date, now=now, new=new)
     return str(path), resumed
 
 
