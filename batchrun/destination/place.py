@@ -24,7 +24,7 @@ from batchrun.source import digest, find_files
 from batchrun.storage import publish
 from batchrun.storage.claim import Claim, Writer, this_process
 from batchrun.storage.folder import RemoteFolder
-from batchrun.storage.publish import Published, RunRecord
+from batchrun.storage.publish import Publication, Published, RunRecord
 from batchrun.storage.urls import Url
 from batchrun.store import result, run_path
 from batchrun.store.checkpoint import read_finished
@@ -67,7 +67,7 @@ def run(
                 if found is not None:
                     note(found)
         summary = work(mirror)
-        return _published(job, directory, folder, summary, claim, mine, note) if summary.complete else summary
+        return _published(job, directory, summary, claim, note) if summary.complete else summary
 
 
 def require_usable(job: Job, directory: RunDirectory, url: Url) -> None:
@@ -154,24 +154,20 @@ def _answers(record: RunRecord, job: Job) -> bool:
 
 
 def _published(
-    job: Job,
-    directory: RunDirectory,
-    folder: RemoteFolder,
-    summary: Summary,
-    claim: Claim,
-    mine: Writer,
-    note: Callable[[str], None],
+    job: Job, directory: RunDirectory, summary: Summary, claim: Claim, note: Callable[[str], None]
 ) -> Summary:
     """The summary, with the places of the published files.
 
     Raises:
         BatchrunError: the result is complete on this machine, and not published.
     """
-    entries = read_finished(directory.checkpoint)
+    folder, entries = claim.folder, read_finished(directory.checkpoint)
     known, written = Manifest.decode(entries), result.finished(entries)
     files = [Published(each.name, directory.path / each.name, each.digest) for each in written.files]
     beside = [Published(each.name, directory.path / each.name, each.digest) for each in written.beside]
-    record = RunRecord(known.run_id, known.job, job.fingerprint(), known.digests, summary.rows_in_output, mine.writer)
+    record = RunRecord(
+        known.run_id, known.job, job.fingerprint(), known.digests, summary.rows_in_output, claim.mine.writer
+    )
     found = summaries.read(directory)
     places = {name: str(folder.url.child(Path(path).name)) for name, path in found.files.items()}
     content = msgspec.structs.replace(found, files=places).to_json()
@@ -179,7 +175,7 @@ def _published(
         try:
             kept = kept_parts(folder, known.run_id) if job.output.keep_parts_remote else {}
             with signals.raised():  # the event loop has removed these handlers at its end
-                new = publish.publish(folder, files, beside, content, record, claim, kept)
+                new = publish.publish(claim, Publication(files, beside, content, record), kept)
         except BatchrunError as error:
             log.write("publish failed", url=str(folder), why=str(error))
             why = f"{error} (the result is complete in {directory.path}; publishing it sends no request)"

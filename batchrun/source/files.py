@@ -11,13 +11,13 @@ from batchrun.source import partitions, unsupported
 from batchrun.source.content import Format, format_of, reading
 from batchrun.source.partitions import Filters
 from batchrun.storage import objects, urls
-from batchrun.storage.access import Access
+from batchrun.storage.access import ENVIRONMENT, Access
 from batchrun.storage.objects import InputFile
 
 _ALL: Filters = {}
 
 
-def find_files(path: str, filters: Filters = _ALL, access: Access = Access()) -> tuple[InputFile, ...]:  # noqa: B008
+def find_files(path: str, filters: Filters = _ALL, access: Access = ENVIRONMENT) -> tuple[InputFile, ...]:
     """The input files that `path` means, sorted by path string. It is a file, a directory or a glob, or a URL of one.
     Of folders named `key=value`, only those that match the `filters` are read.
 

@@ -32,12 +32,16 @@ SILENCE_S = 60.0  # the SDK's own 3 s break off a store that is slow to answer
 RETRY_S = 15  # Google's own default is a quarter of an hour
 
 Access = Storage
-"""How to reach the stores of a job, where the environment does not say it: the job's [storage] table."""
+"""How to reach the stores of a job, where the environment does not say it: the job's [storage] table. Under this name
+for packages that know no jobs, such as `source`."""
+
+ENVIRONMENT = Access()
+"""Nothing but what the environment says."""
 
 Environ = Mapping[str, str]
 
 
-def connect(url: Url, access: Access = Access(), environ: Environ | None = None) -> tuple[pafs.FileSystem, str]:  # noqa: B008
+def connect(url: Url, access: Access = ENVIRONMENT, environ: Environ | None = None) -> tuple[pafs.FileSystem, str]:
     """The file system that the URL is in, and the path there: the URL's own, so that the names of files that are found
     become URLs again. Sends nothing yet, except that S3 may look for a region.
 

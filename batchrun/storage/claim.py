@@ -45,11 +45,14 @@ class Writer(msgspec.Struct, frozen=True):
 
 
 def this_process(writer: str, job: str) -> Writer:
+    """This process as a writer from now on."""
     return Writer(writer, job, socket.gethostname(), os.getpid(), datetime.now(UTC).replace(microsecond=0))
 
 
 class Claim:
-    """The claim of one writer. In its block the writer holds it, or has lost it, which `require_held` reports."""
+    """The claim of one writer on a folder. In its block the writer holds it, or has lost it, which `require_held`
+    reports.
+    """
 
     def __init__(
         self,
@@ -60,9 +63,9 @@ class Claim:
         renew_s: float = RENEW_S,
         stale_s: float = STALE_S,
     ) -> None:
-        self._place = folder
-        self._folder = folder.below(f"{CONTROL}/claims")
-        self._mine = mine
+        self.folder = folder
+        self._claims = folder.below(f"{CONTROL}/claims")
+        self.mine = mine
         self._name = f"{mine.writer}.json"
         self._sleep = sleep
         self._renew_s = renew_s
@@ -82,10 +85,10 @@ class Claim:
             if not (others := self._others(remove_stale=True)):
                 self._thread.start()
                 return self
-            self._folder.delete(self._name)
+            self._claims.delete(self._name)
             if tried + 1 < TRIES:
                 self._sleep(0.2 + secrets.randbelow(1000) / 1000 * 2**tried)
-        raise RunLockedError(f"{self._place}: another run works there ({self._who(others[0])}); nothing was sent")
+        raise RunLockedError(f"{self.folder}: another run works there ({self._who(others[0])}); nothing was sent")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -93,7 +96,7 @@ class Claim:
         self._ended.set()
         self._thread.join()
         try:
-            self._folder.delete(self._name)
+            self._claims.delete(self._name)
         except StorageError:
             return  # the store is away: the claim becomes stale by itself
 
@@ -104,44 +107,46 @@ class Claim:
             RunLockedError: one has.
         """
         others: list[RemoteObject] = []
-        if self._folder.find(self._name) is not None:
+        if self._claims.find(self._name) is not None:
             self._put()
             for _ in range(TRIES):
                 if not (others := self._others(remove_stale=False)):
                     return
                 self._sleep(WITHDRAWN_S)  # one that has just started sees this claim, and withdraws its own
-            self._folder.delete(self._name)
+            self._claims.delete(self._name)
         who = f" ({self._who(others[0])})" if others else ""
         raise RunLockedError(
-            f"{self._place}: another run has taken over there{who}; this run's own result stays on this machine"
+            f"{self.folder}: another run has taken over there{who}; this run's own result stays on this machine"
         )
 
     def _put(self) -> None:
-        self._folder.put(self._name, msgspec.json.encode(self._mine))
+        self._claims.put(self._name, msgspec.json.encode(self.mine))
 
     def _others(self, *, remove_stale: bool) -> list[RemoteObject]:
         """The claims of other writers that are not stale."""
-        found = self._folder.objects()
+        found = self._claims.objects()
         now = max((each.mtime_ns for each in found), default=0)  # our own is the newest, or nearly
         others = [each for each in found if each.name != self._name]
         fresh = [each for each in others if now - each.mtime_ns < self._stale_ns]
         if remove_stale:
             for each in others:
                 if each not in fresh:
-                    self._folder.delete(each.name)
+                    self._claims.delete(each.name)
         return fresh
 
     def _who(self, claim: RemoteObject) -> str:
-        content = self._folder.read(claim.name)
+        """The writer of another claim, in words."""
+        content = self._claims.read(claim.name)
         try:
             return str(msgspec.json.decode(content or b"", type=Writer))
         except msgspec.DecodeError:
             return "it has just ended" if content is None else claim.name
 
     def _renew(self) -> None:
+        """In a thread of its own: renews the claim until it ends or is lost."""
         while not self._ended.wait(self._renew_s):
             try:
-                if self._folder.find(self._name) is None:
+                if self._claims.find(self._name) is None:
                     return  # lost: `require_held` will say so
                 self._put()
             except BatchrunError:

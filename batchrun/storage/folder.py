@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 
 from batchrun.errors import StorageError
 from batchrun.storage import failures, urls
-from batchrun.storage.access import Access, connect
+from batchrun.storage.access import ENVIRONMENT, Access, connect
 from batchrun.storage.urls import Url
 
 CONTROL = "_batchrun"
@@ -35,7 +35,7 @@ class RemoteObject(msgspec.Struct, frozen=True):
 class RemoteFolder:
     """A folder, which exists as soon as something is in it. Every method may raise a StorageError."""
 
-    def __init__(self, url: Url, access: Access = Access()) -> None:  # noqa: B008  (frozen)
+    def __init__(self, url: Url, access: Access = ENVIRONMENT) -> None:
         self.url = url
         self._access = access
         self._filesystem, self._path = connect(url, access)
@@ -156,7 +156,7 @@ class RemoteFolder:
         return RemoteObject(name, found.size or 0, found.mtime_ns or 0)
 
 
-def folder_at(text: str, access: Access = Access(), setting: str = "") -> RemoteFolder:  # noqa: B008  (frozen)
+def folder_at(text: str, access: Access = ENVIRONMENT, setting: str = "") -> RemoteFolder:
     """The folder that the URL names. `setting` is its place in an error.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 import pyarrow.fs as pafs
 
 from batchrun.storage import failures, urls
-from batchrun.storage.access import Access, connect
+from batchrun.storage.access import ENVIRONMENT, Access, connect
 from batchrun.storage.urls import Url
 
 HEAD_BYTES = 512  # as source.unsupported needs
@@ -128,13 +128,13 @@ class _Reader(io.RawIOBase):
         return self._raw.tell()
 
 
-def file_at(text: str, access: Access = Access()) -> RemoteFile:  # noqa: B008  (frozen)
+def file_at(text: str, access: Access = ENVIRONMENT) -> RemoteFile:
     """The file that the URL names, which need not exist."""
     url = urls.parse(text)
     return RemoteFile(url, *connect(url, access))
 
 
-def find_remote(text: str, access: Access = Access()) -> list[RemoteFile]:  # noqa: B008  (frozen)
+def find_remote(text: str, access: Access = ENVIRONMENT) -> list[RemoteFile]:
     """The objects that the URL names, unsorted: one object, all those below a folder, or those that fit a pattern.
 
     Raises:

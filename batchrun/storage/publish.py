@@ -48,6 +48,17 @@ class RunRecord(msgspec.Struct, frozen=True):
     writer: str = ""
 
 
+class Publication(msgspec.Struct, frozen=True):
+    """What a publish puts in a folder: the `files` that hold the rows, those `beside` that describe them, the content
+    of summary.json, and the record of the run.
+    """
+
+    files: Sequence[Published]
+    beside: Sequence[Published]
+    summary: bytes
+    record: RunRecord
+
+
 class _PublishedRun(msgspec.Struct, frozen=True):
     """The fields of a summary that decide whether it may be replaced."""
 
@@ -77,46 +88,43 @@ def record_of(folder: RemoteFolder) -> RunRecord | None:
 
 
 def publish(
-    folder: RemoteFolder,
-    files: Sequence[Published],
-    beside: Sequence[Published],
-    summary: bytes,
-    record: RunRecord,
     claim: Claim,
+    result: Publication,
     kept: Mapping[str, str] = MappingProxyType({}),
     reached: Callable[[str], None] = lambda step: None,
 ) -> bool:
-    """The folder holds the result; False if it held it already. `files` hold the rows, those `beside` describe them
-    and are put after them. `kept` names objects that are in the folder already, by digest. `reached` gets the
-    name of each step that is done.
+    """The claimed folder holds the result; False if it held it already. `kept` names objects that are in the folder
+    already, by digest. `reached` gets the name of each step that is done.
 
     Raises:
         RunLockedError: another run has published there, or works there.
         StorageError: the store refuses, or can't be reached. The result does not look finished.
     """
-    if folder.read(SUMMARY) == summary:
+    folder, run_id = claim.folder, result.record.run_id
+    if folder.read(SUMMARY) == result.summary:
         return False
-    require_ours(folder, record.run_id)
+    require_ours(folder, run_id)
     claim.require_held()
     folder.delete(SUMMARY)  # a reader who finds none knows that the files may be of two results
     reached("summary deleted")
-    _put_files(folder, files, record.run_id, kept, reached)
-    names = {each.name for each in (*files, *beside)}
+    _put_files(folder, result.files, run_id, kept, reached)
+    names = {each.name for each in (*result.files, *result.beside)}
     for top in sorted({name.partition("/")[0] for name in names if "/" in name}):
         for there in folder.below(top).objects():  # an earlier result may have had more files
             if f"{top}/{there.name}" not in names:
                 folder.delete(f"{top}/{there.name}")
-    for each in beside:
+    for each in result.beside:
         folder.put_file(each.name, each.local)
         reached(each.name)
-    folder.put(RECORD, msgspec.json.encode(record))
+    folder.put(RECORD, msgspec.json.encode(result.record))
     claim.require_held()
     reached("files put")
-    folder.put(SUMMARY, summary)  # last: with it the result looks finished
-    if folder.read(SUMMARY) != summary:
+    folder.put(SUMMARY, result.summary)  # last: with it the result looks finished
+    if folder.read(SUMMARY) != result.summary:
         raise RunLockedError(f"{folder}: another run has published there at the same time; its result is there")
-    _delete_below(folder, f"{STAGED}/")  # those of runs that were cut here, too: the claim keeps others out
-    _delete_below(folder, f"{RUNS}/{record.run_id}/")
+    for working in (STAGED, f"{RUNS}/{run_id}"):  # files of runs that were cut here, too: the claim keeps others out
+        for left in folder.below(working).objects():
+            folder.delete(f"{working}/{left.name}")
     return True
 
 
@@ -160,8 +168,3 @@ def _put_files(
         else:
             folder.put_file(each.name, each.local)
         reached(each.name)
-
-
-def _delete_below(folder: RemoteFolder, prefix: str) -> None:
-    for each in folder.below(prefix.rstrip("/")).objects():
-        folder.delete(f"{prefix}{each.name}")

@@ -13,14 +13,13 @@ from batchrun.job.settings import Output, Storage
 from batchrun.records import FinishedResult
 from batchrun.source import InputFile
 from batchrun.storage import urls
+from batchrun.storage.access import ENVIRONMENT
 from batchrun.store import remote_dataset
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import partitioned
 
-_ENVIRONMENT = Storage()
 
-
-def require_possible(output: Output, inputs: tuple[InputFile, ...], access: Storage = _ENVIRONMENT) -> None:
+def require_possible(output: Output, inputs: tuple[InputFile, ...], access: Storage = ENVIRONMENT) -> None:
     """Returns if the partitions can be put into `output.dataset`, or the job has none. Writes nothing.
 
     Raises:
@@ -64,7 +63,7 @@ def _children(folder: Path) -> list[Path]:
         raise InputError(f"output.dataset: {folder} can't be read: {error.strerror}") from error
 
 
-def try_out(output: Output, access: Storage = _ENVIRONMENT) -> None:
+def try_out(output: Output, access: Storage = ENVIRONMENT) -> None:
     """Writes a small file in `output.dataset`, or where it will be made, and removes it, if the job has one.
 
     Raises:
@@ -91,7 +90,7 @@ def try_out(output: Output, access: Storage = _ENVIRONMENT) -> None:
 
 
 def publish(
-    written: FinishedResult, directory: RunDirectory, dataset: str, run_id: str, access: Storage = _ENVIRONMENT
+    written: FinishedResult, directory: RunDirectory, dataset: str, run_id: str, access: Storage = ENVIRONMENT
 ) -> int:
     """Every partition of the result is in the dataset in place of what was there; returns how many. Can be repeated.
 

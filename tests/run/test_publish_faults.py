@@ -17,7 +17,7 @@ from batchrun.storage import publish as publishing
 from batchrun.storage.access import connect
 from batchrun.storage.claim import Claim, this_process
 from batchrun.storage.folder import folder_at
-from batchrun.storage.publish import Published, RunRecord
+from batchrun.storage.publish import Publication, Published, RunRecord
 from batchrun.storage.urls import parse
 from tests.cli_process import batchrun as command
 from tests.cli_process import finish, kill_when, start
@@ -153,7 +153,7 @@ def test_the_next_publish_deletes_staged_files(s3: S3Server, tmp_path: Path) -> 
     s3.put(f"{BUCKET}/staged/_batchrun/staged/r0/completions/part-0.parquet.x0.part", b"of a run that was cut")
     folder = folder_at(f"s3://{BUCKET}/staged")
     with Claim(folder, this_process("w", "j")) as claim:
-        publishing.publish(folder, parts(tmp_path / "a", 2), [], SUMMARY, record(), claim)
+        publishing.publish(claim, Publication(parts(tmp_path / "a", 2), [], SUMMARY, record()))
     left = [name for name in s3.names(f"{BUCKET}/staged") if name.startswith("_batchrun/")]
     assert left == ["_batchrun/run.json"]
 
@@ -226,7 +226,7 @@ def test_a_publish_cut_anywhere_looks_unfinished(s3: S3Server, tmp_path: Path) -
                 raise _CutError
 
         with Claim(folder, this_process("w", "j")) as claim:
-            publishing.publish(folder, files, beside, summary, record(), claim, reached=reached)
+            publishing.publish(claim, Publication(files, beside, summary, record()), reached=reached)
         return steps
 
     steps = published(parts(tmp_path / "a", 3), SUMMARY)
@@ -259,7 +259,7 @@ def test_of_two_writers_at_most_one_works(s3: S3Server) -> None:
             with pytest.raises(RunLockedError, match="has taken over"):
                 first.require_held()
             with pytest.raises(RunLockedError):
-                publishing.publish(folder, [], [], SUMMARY, record(), first)
+                publishing.publish(first, Publication([], [], SUMMARY, record()))
     assert s3.names(f"{BUCKET}/two") == []
 
 
@@ -267,7 +267,7 @@ def test_another_runs_result_is_not_replaced(s3: S3Server) -> None:
     folder = folder_at(f"s3://{BUCKET}/taken")
     s3.put(f"{BUCKET}/taken/summary.json", SUMMARY)
     with Claim(folder, this_process("w", "j")) as claim, pytest.raises(BatchrunError, match="of another run"):
-        publishing.publish(folder, [], [], SUMMARY.replace(b"r1", b"r2"), record("r2"), claim)
+        publishing.publish(claim, Publication([], [], SUMMARY.replace(b"r1", b"r2"), record("r2")))
     assert s3.read(f"{BUCKET}/taken/summary.json") == SUMMARY
 
 
