@@ -73,7 +73,9 @@ class RequestBuilder:
         self._endpoint_name = b"\0" + job.endpoint_name.encode()
         self._max_output_tokens = job.limits.max_output_tokens
         self._max_image_tokens = job.limits.max_image_tokens
-        self._in_its_words = _wording(job.endpoint)
+        self._endpoint = job.endpoint
+        words = job.endpoint.dialect, job.endpoint.max_tokens_field, job.endpoint.developer_role
+        self._is_reworded = words[0] == "responses" or words[1:] != ("max_tokens", "developer")
         self._from_columns = tuple(job.request.from_columns.items())
         self._parameters = _parameters(job.request)
         self._expected = answer_schema.of(*map(self._parameters.get, _JUDGED_BY))
@@ -85,9 +87,13 @@ class RequestBuilder:
         self._is_text = dialect == "columns" and not (job.request.images or isinstance(job.request.messages, list))
         self._frame = self._framed() if self._is_text and not self._from_columns else None
         self._messages = message_maker(job.request, dialect)
-        if dialect == "openai-batch" and (unused := _unused_by_batch(job.request)) is not None:
-            raise JobError(f"request.{unused}: the lines of a provider's batch file bring their own; leave it out")
-        if dialect != "openai-batch" and job.request.model is None and "model" not in job.request.from_columns:
+        if dialect == "openai-batch":
+            for name in ("prompt", "system", "messages", "images", "from_columns"):
+                if getattr(job.request, name):  # else it would be ignored without a word
+                    raise JobError(
+                        f"request.{name}: the lines of a provider's batch file bring their own; leave it out"
+                    )
+        elif job.request.model is None and "model" not in job.request.from_columns:
             raise JobError('request.model: name the model, for example "vtrix-gpt-5.3-codex"')
 
     def build(self, row: Row) -> Request:
@@ -133,7 +139,7 @@ class RequestBuilder:
     def _framed(self) -> Frame | None:
         """The frame of all bodies; None if more than texts differs between them, or this server has its own words."""
         request = self._request
-        if request.model is None or request.prompt is None or self._in_its_words is not None:
+        if request.model is None or request.prompt is None or self._is_reworded:
             return None
         system = [] if request.system is None else [("system", request.system)]
         texts = [*system, ("user", request.prompt)]
@@ -155,8 +161,8 @@ class RequestBuilder:
             if read is not None:
                 digest = _load(pictures, read)
             key = b"" if pictures and read is None else self._key(body)
-            if self._in_its_words is not None:
-                body = self._in_its_words(body)
+            if self._is_reworded:
+                body = self._reworded(body)
             encoded = encode(body)
             without_pictures = image_parts.without(body) if pictures else encoded
         except RecursionError as error:
@@ -186,12 +192,23 @@ class RequestBuilder:
         return body, pictures, details
 
     def _key(self, body: Body) -> bytes:
+        """The `request_key`."""
         if not _SERVED_BY.isdisjoint(body):
             body = {name: value for name, value in body.items() if name not in _SERVED_BY}
         key = KEY.copy()
         key.update(image_parts.canonical(body))
         key.update(self._endpoint_name)
         return key.digest()
+
+    def _reworded(self, body: Body) -> Body:
+        """The body that says the same in this server's words."""
+        if self._endpoint.dialect == "responses":
+            return responses_body(body)
+        limit, role = self._endpoint.max_tokens_field, self._endpoint.developer_role
+        if limit not in body:
+            body = {limit if name == "max_tokens" else name: value for name, value in body.items()}
+        messages = [{**m, "role": role} if m["role"] == "developer" else m for m in body["messages"]]
+        return {**body, "messages": messages}
 
     def _expected_by(self, body: Body) -> Expected:
         """The schema for the answer; each line of a batch file may have its own."""
@@ -214,6 +231,7 @@ class RequestBuilder:
         return (max(limits) or self._max_output_tokens) * _choices(body)
 
     def _body(self, columns: Columns) -> Body:
+        """The body by the job's templates and the columns that it names."""
         body: Body = {"model": self._request.model, "messages": self._messages(columns), **self._parameters}
         if self._request.images:
             body["messages"] = self._with_images(body["messages"], columns)
@@ -266,6 +284,7 @@ class RequestBuilder:
 
 
 def _lone_surrogate(error: UnicodeEncodeError) -> InputError:
+    """The error of a row whose text can't be encoded."""
     return InputError(
         f"the request holds {error.object[error.start]!r}, half of a surrogate pair, which is not a character"
     )
@@ -288,17 +307,12 @@ def corrected(request: Request, corrections: Sequence[Correction]) -> Request:
     return msgspec.structs.replace(request, body=longer, max_prompt_tokens=bound)
 
 
-def _unused_by_batch(request: RequestTemplate) -> str | None:
-    """A setting that would be ignored silently because each line has its whole body."""
-    names = ("prompt", "system", "messages", "images", "from_columns")
-    return next((name for name in names if getattr(request, name)), None)
-
-
 _NOT_PARAMETERS = frozenset({"model", "messages", "stream", "stream_options"})
 _FIELDS = ("reasoning_effort", "max_tokens", "temperature", "top_p", "functions", "function_call", "response_format")
 
 
 def _field_order(item: tuple[str, object]) -> tuple[int, str]:
+    """The place of a field in the body: the API's order, then by name."""
     name = item[0]
     return (_FIELDS.index(name) if name in _FIELDS else len(_FIELDS), name)
 
@@ -327,23 +341,6 @@ def _stream_fields(request: RequestTemplate, endpoint: Endpoint) -> bytes:
     return b',"stream":true' + (b',"stream_options":' + msgspec.json.encode(options) if options else b"") + b"}"
 
 
-def _wording(endpoint: Endpoint) -> Callable[[Body], Body] | None:
-    """The function from a body to the one that says the same in this server's words; None where they are the usual."""
-    limit, role = endpoint.max_tokens_field, endpoint.developer_role
-    if endpoint.dialect == "responses":
-        return responses_body
-    if (limit, role) == ("max_tokens", "developer"):
-        return None
-
-    def put(body: Body) -> Body:
-        if limit not in body:
-            body = {limit if name == "max_tokens" else name: value for name, value in body.items()}
-        messages = [{**m, "role": role} if m["role"] == "developer" else m for m in body["messages"]]
-        return {**body, "messages": messages}
-
-    return put
-
-
 def _load(pictures: list[Picture], read: Callable[[Source], Image]) -> bytes:
     """Loads the image of each picture; returns the digest of all of them."""
     digest = hashlib.blake2b(digest_size=16)
@@ -354,8 +351,10 @@ def _load(pictures: list[Picture], read: Callable[[Source], Image]) -> bytes:
 
 
 def _count(value: Any) -> int:
+    """The value if it counts something; 0 if it is invalid, which the server will say."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
 def _choices(body: Body) -> int:
+    """How many answers the request wants."""
     return max(_count(body.get("n")), 1)

@@ -33,7 +33,7 @@ def _messages_from_column(request: RequestTemplate) -> Turns:
     column = request.messages if isinstance(request.messages, str) else "messages"
     system = None if request.system is None else text_template(request.system, "request.system")
 
-    def make(columns: Columns) -> list[Any]:
+    def messages_of(columns: Columns) -> list[Any]:
         if column not in columns:
             raise InputError(f"column {column!r}, which holds the messages, is missing" + among(tuple(columns), column))
         messages = check_messages(plain(as_json(columns[column]), column))
@@ -41,7 +41,7 @@ def _messages_from_column(request: RequestTemplate) -> Turns:
             return [{"role": "system", "content": system(columns)}, *messages]
         return messages
 
-    return make
+    return messages_of
 
 
 def _turns_of(given: MessageTemplate, place: str) -> Turns:
@@ -50,7 +50,7 @@ def _turns_of(given: MessageTemplate, place: str) -> Turns:
     if column is None:
         return _from_templates([str(given.role)], [template(given.content, f"{place}.content")])
 
-    def make(columns: Columns) -> list[Any]:
+    def messages_of(columns: Columns) -> list[Any]:
         if column not in columns:
             raise InputError(
                 f"column {column!r}, which {place}.column names, is missing" + among(tuple(columns), column)
@@ -58,21 +58,22 @@ def _turns_of(given: MessageTemplate, place: str) -> Turns:
         value = as_json(columns[column])
         return check_messages(plain(value, column)) if value else []
 
-    return make
+    return messages_of
 
 
 def _joined(parts: Sequence[Turns]) -> Turns:
     """All of their messages, one after the other; there must be one."""
 
-    def make(columns: Columns) -> list[Any]:
+    def messages_of(columns: Columns) -> list[Any]:
         messages = [message for turns in parts for message in turns(columns)]
         if not messages:
             raise InputError("messages: expected at least one message")
         return messages
 
-    return make
+    return messages_of
 
 
 def _from_templates(roles: Sequence[str], templates: Sequence[Callable[[Columns], Any]]) -> Turns:
-    makers = tuple(zip(roles, templates, strict=True))
-    return lambda columns: [{"role": role, "content": make(columns)} for role, make in makers]
+    """The function to one message for each role, with the content that its template makes."""
+    parts = tuple(zip(roles, templates, strict=True))
+    return lambda columns: [{"role": role, "content": content(columns)} for role, content in parts]

@@ -32,7 +32,9 @@ def responses_body(chat: Body) -> Body:
             case "reasoning_effort":
                 body["reasoning"] = {"effort": value}
             case "response_format":
-                body.setdefault("text", {})["format"] = _text_format(value)
+                schema = value.get("json_schema")  # flat here: a schema is beside its type, not below it
+                flat = {"type": value["type"], **schema} if isinstance(schema, dict) else value
+                body.setdefault("text", {})["format"] = flat
             case "verbosity":
                 body.setdefault("text", {})["verbosity"] = value
             case "functions":
@@ -100,8 +102,3 @@ def _tool(tool: Any) -> Any:
     if isinstance(tool, dict) and isinstance(inner := tool.get(tool.get("type")), dict):
         return {"type": tool["type"], **inner}
     return tool
-
-
-def _text_format(wanted: Body) -> Body:
-    schema = wanted.get("json_schema")
-    return {"type": wanted["type"], **schema} if isinstance(schema, dict) else wanted

@@ -99,11 +99,18 @@ class SharedTextSurvey:
     def result(self) -> SharedText:
         """The shared text that was found."""
         groups = sorted(self._groups.values(), key=lambda group: -group.rows * len(group.common))
-        behind = _behind_row_data(self._sample)
-        size = sum(len(sentence.encode()) for sentence in behind)
-        if size < _WARN_FROM_BYTES or size + _leading_bytes(self._sample) < CACHED_FROM_TOKENS / _TOKENS_PER_BYTE:
-            return SharedText(self._rows, self._bytes, tuple(groups))
-        return SharedText(self._rows, self._bytes, tuple(groups), size, behind[0])
+        measured = SharedText(self._rows, self._bytes, tuple(groups))
+        if len(self._sample) < 2:
+            return measured
+        first, common = self._sample[0], set[str].intersection(*map(set, self._sample))
+        shared = {sentence for sentence in common if len(sentence) >= _LEAST_SENTENCE}
+        # up to the first sentence of its own, a row begins as all others do: no cache finds what they share behind it
+        own = next((i for i, sentence in enumerate(first) if sentence not in shared), len(first))
+        behind = [sentence for sentence in first[own:] if sentence in shared]
+        size, leading = (sum(len(each.encode()) for each in sentences) for sentences in (behind, first[:own]))
+        if size < _WARN_FROM_BYTES or size + leading < CACHED_FROM_TOKENS / _TOKENS_PER_BYTE:
+            return measured  # moved to the front it would still be too little for a cache
+        return msgspec.structs.replace(measured, behind_bytes=size, behind=behind[0])
 
 
 def _common(one: bytes, other: bytes) -> bytes:
@@ -119,6 +126,7 @@ def _common(one: bytes, other: bytes) -> bytes:
 
 
 def _texts(body: bytes) -> Iterator[str]:
+    """The texts of a body of either API, in their order."""
     fields: dict[str, Any] = msgspec.json.decode(body)
     if isinstance(instructions := fields.get("instructions"), str):  # of the Responses API
         yield instructions
@@ -129,25 +137,3 @@ def _texts(body: bytes) -> Iterator[str]:
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and isinstance(part.get("text"), str):
                 yield part["text"]
-
-
-def _shared(sample: list[list[str]]) -> set[str]:
-    return {sentence for sentence in set[str].intersection(*map(set, sample)) if len(sentence) >= _LEAST_SENTENCE}
-
-
-def _first_of_its_own(sample: list[list[str]], shared: set[str]) -> int:
-    """The index of the first sentence of the first row that is not in every row."""
-    return next((i for i, sentence in enumerate(sample[0]) if sentence not in shared), len(sample[0]))
-
-
-def _behind_row_data(sample: list[list[str]]) -> list[str]:
-    """The sentences that all rows of the sample share, after the first one that they don't share."""
-    if len(sample) < 2:
-        return []
-    shared = _shared(sample)
-    return [sentence for sentence in sample[0][_first_of_its_own(sample, shared) :] if sentence in shared]
-
-
-def _leading_bytes(sample: list[list[str]]) -> int:
-    shared = _shared(sample)
-    return sum(len(sentence.encode()) for sentence in sample[0][: _first_of_its_own(sample, shared)])

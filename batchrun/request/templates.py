@@ -41,13 +41,13 @@ def _url_template(tree: Any, place: str) -> Callable[[Columns], Any]:
         return render
     column = only[1]
 
-    def make(columns: Columns) -> Any:
+    def url_of(columns: Columns) -> Any:
         value = columns.get(column)
         if isinstance(value, list):
             raise InputError(f"{place}: column {column!r} holds a list; name it in request.images")
         return next(image_parts.sources_in(value, column)) if isinstance(value, bytes | dict) else render(columns)
 
-    return make
+    return url_of
 
 
 @cache
@@ -84,14 +84,14 @@ def text_template(text: str, place: str) -> Callable[[Columns], str]:
     pieces = _plain_pieces(text)
     render = _compiled(text, place) if pieces is None else None
 
-    def make(columns: Columns) -> str:
+    def text_of_row(columns: Columns) -> str:
         if pieces is not None and (joined := _joined(pieces, columns)) is not None:
             return joined
         nonlocal render
         render = render or _compiled(text, place)
         return render(columns)
 
-    return make
+    return text_of_row
 
 
 def _compiled(text: str, place: str) -> Callable[[Columns], str]:
@@ -109,20 +109,21 @@ def _compiled(text: str, place: str) -> Callable[[Columns], str]:
     new_context, render = compiled.new_context, compiled.root_render_func
     whole_row = ROW in _used_names(text)
 
-    def make(columns: Columns) -> str:
+    def rendered(columns: Columns) -> str:
         try:
             known = {ROW: columns, **columns} if whole_row else columns
             return "".join(render(new_context(known, True)))
-        except NullError as error:
-            raise InputError(f"{place}: {_null_in_words(text, columns)}") from error
         except NoTextError as error:
-            raise InputError(f"{place}: {_odd_in_words(text, columns, str(error))}") from error
+            raise InputError(f"{place}: {_in_words(error, text, columns)}") from error
         except UndefinedError as error:
-            raise InputError(f"{place}: {_missing_in_words(error.message or '', columns)}") from error
+            message = error.message or ""
+            unknown = _UNDEFINED.fullmatch(message) or _NO_MEMBER.fullmatch(message)
+            near = among(tuple(columns), None if unknown is None else unknown[1])
+            raise InputError(f"{place}: {message}{near}") from error
         except Exception as error:  # a template runs user code over user data: any exception is an error of the row
             raise InputError(f"{place}: {type(error).__name__}: {error}") from error
 
-    return make
+    return rendered
 
 
 _Pieces = list[tuple[str, str | None]]
@@ -164,21 +165,16 @@ def _joined(pieces: _Pieces, columns: Columns) -> str | None:
     return joined
 
 
-def _null_in_words(text: str, columns: Columns) -> str:
-    """Names the column that is null, or those that hold the null, and what to write instead."""
+def _in_words(error: NoTextError, text: str, columns: Columns) -> str:
+    """Names the columns of the template that hold the value, and what to write instead."""
     used = sorted(_used_names(text) & columns.keys())
+    where = f", in column {' or '.join(map(repr, used))}" if used else ""
+    if not isinstance(error, NullError):
+        return f"{error}{where}; convert it in the input, or write something else in its place"
     if nulls := [name for name in used if columns[name] is None]:
         columns_are = f"column {nulls[0]!r} is" if len(nulls) == 1 else f"columns {', '.join(map(repr, nulls))} are"
         return f"{columns_are} null; write {_or_empty(nulls[0])} where that may be"
-    where = f", in column {' or '.join(map(repr, used))}" if used else ""
     return f"a value in the template is null{where}; write {_or_empty('it')} in its place where that may be"
-
-
-def _odd_in_words(text: str, columns: Columns, what: str) -> str:
-    """Names the columns that hold the value, with advice."""
-    used = sorted(_used_names(text) & columns.keys())
-    where = f", in column {' or '.join(map(repr, used))}" if used else ""
-    return f"{what}{where}; convert it in the input, or write something else in its place"
 
 
 def _or_empty(column: str) -> str:
@@ -189,20 +185,9 @@ def _or_empty(column: str) -> str:
     return f"{{% if {column} is not none %}}{{{{ {column} }}}}{{% endif %}}"
 
 
-def _in_row(column: str) -> str:
-    """A column whose name is not a plain word, in single quotes if it can be: most templates are in double quotes."""
-    return f"row['{column}']" if re.fullmatch(r"[^'\"\\\x00-\x1f]+", column) else f"row[{json_of(column)}]"
-
-
 _UNDEFINED = re.compile(r"'(\w+)' is undefined")
 _NO_MEMBER = re.compile(r"'dict object' has no attribute '(.+)'")
 SHOWN_COLUMNS = 12
-
-
-def _missing_in_words(message: str, columns: Columns) -> str:
-    """The name that the row does not have, the column that was probably meant, and the columns that there are."""
-    unknown = _UNDEFINED.fullmatch(message) or _NO_MEMBER.fullmatch(message)
-    return message + among(tuple(columns), None if unknown is None else unknown[1])
 
 
 @lru_cache(maxsize=64)  # a million rows miss the same name; among 5,000 columns a guess takes 0.1 s
@@ -212,6 +197,11 @@ def among(columns: tuple[str, ...], name: str | None) -> str:
     if name is not None:
         odd = [column for column in columns if not column.isidentifier() and re.match(rf"{re.escape(name)}\b", column)]
         near = odd[:1] or difflib.get_close_matches(name, columns, n=1)
-        guess = f"; did you mean {near[0] if near[0].isidentifier() else _in_row(near[0])}?" if near else ""
+        if near and (meant := near[0]).isidentifier():
+            guess = f"; did you mean {meant}?"
+        elif near:  # in single quotes if it can be: most templates are in double quotes
+            is_plain = re.fullmatch(r"[^'\"\\\x00-\x1f]+", meant) is not None
+            quoted = f"'{meant}'" if is_plain else json_of(meant)
+            guess = f"; did you mean row[{quoted}]?"
     shown = ", ".join(columns[:SHOWN_COLUMNS]) + (", …" if len(columns) > SHOWN_COLUMNS else "")
     return f"{guess} (columns: {shown or 'none'})"
