@@ -70,7 +70,7 @@ class Peer:
 
     async def _is_kept(self, link: Link, now_s: float) -> bool:
         """Puts the link on trial: whether it is still open after a while. Its next request ends the trial."""
-        self.keep_alive.try_(link)
+        self.keep_alive.start_trial(link)
         self._trial_ended.clear()
         self._trial_until_s = now_s + TRIAL_S
         try:
@@ -90,7 +90,7 @@ class Peer:
         link = exchange.link
         if link is None or (exchange.http_status is not None and self.keep_alive.is_certain):
             return
-        self.keep_alive.end(link, time.monotonic(), reused=link.reused, answered=exchange.answered(error))
+        self.keep_alive.end(link, time.monotonic(), reused=link.idle_s is not None, answered=exchange.answered(error))
         if not self.keep_alive.is_trying:
             self._trial_ended.set()
 
@@ -118,8 +118,10 @@ class Connector(aiohttp.TCPConnector):
         traces: list[aiohttp.tracing.Trace],
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  (aiohttp's signature)
     ) -> aiohttp.connector.Connection:
+        """A connection that may carry another request, with its link in the exchange that is `UNDER_WAY`."""
         connection = await super().connect(req, traces, timeout)
-        while (link := _known(connection)) is not None:
+        link: Link | None
+        while (link := getattr(connection.protocol, "link", None)) is not None:  # it carried a request before
             try:
                 if await self._peer.takes_another(link):
                     break
@@ -140,6 +142,7 @@ class Connector(aiohttp.TCPConnector):
         return connection
 
     def _new_link(self, connection: aiohttp.connector.Connection, exchange: Exchange | None, now_s: float) -> Link:
+        """The link of a connection that was just made; how long that took bounds the round trip."""
         protocol = connection.protocol
         assert protocol is not None
         link = Link(connection, protocol)
@@ -148,11 +151,6 @@ class Connector(aiohttp.TCPConnector):
             took_s = (now_s - exchange.opened_at) / self._round_trips
             self._peer.round_trip_s = min(self._peer.round_trip_s, took_s)
         return link
-
-
-def _known(connection: aiohttp.connector.Connection) -> Link | None:
-    """The link of a connection that carried a request before."""
-    return getattr(connection.protocol, "link", None)
 
 
 def open_socket(address: AddressInfo) -> socket.socket:

@@ -46,7 +46,10 @@ def translate(raised: Exception, *, sent: bool) -> APIConnectionError:
             if sent and kind in _BEFORE_SENDING:
                 kind = "reset"  # on an established connection the request may have been billed
             if isinstance(raised, aiohttp.ClientConnectorError) and kind == "connect":
-                kind = _connect_kind(raised)
+                if isinstance(raised.os_error, ssl.SSLCertVerificationError):
+                    kind = "certificate"
+                elif raised.os_error.errno == errno.ECONNREFUSED:
+                    kind = "refused"
             error_type = APITimeoutError if timeout else APIConnectionError
             return error_type(message, kind=kind, sent=sent)
     return APIConnectionError(message, kind="reset" if sent else "connect", sent=sent)
@@ -57,9 +60,3 @@ def _words(raised: Exception) -> str:
     is_parsers = isinstance(raised, HttpProcessingError) or type(raised) is aiohttp.ClientResponseError
     words = getattr(raised, "message", "") if is_parsers else ""
     return " ".join((words or str(raised)).split())
-
-
-def _connect_kind(raised: aiohttp.ClientConnectorError) -> str:
-    if isinstance(raised.os_error, ssl.SSLCertVerificationError):
-        return "certificate"
-    return "refused" if raised.os_error.errno == errno.ECONNREFUSED else "connect"

@@ -82,7 +82,7 @@ class KeepAlive:
         """True if a connection may be reused to test whether the server keeps it open."""
         return self._trial is None and now_s >= self._not_before_s
 
-    def try_(self, connection: object) -> None:
+    def start_trial(self, connection: object) -> None:
         """Puts the connection on trial."""
         self._trial = connection
 

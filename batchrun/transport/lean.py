@@ -20,7 +20,7 @@ from batchrun.errors import APIConnectionError
 from batchrun.job.settings import Endpoint
 from batchrun.records import Attempt
 from batchrun.transport.connector import Connector, Peer
-from batchrun.transport.exchange import Deadlines, Exchange
+from batchrun.transport.exchange import Exchange, end_overdue
 from batchrun.transport.internals import head_of, request_of
 from batchrun.transport.link import Link
 from batchrun.transport.pool import Pool
@@ -45,7 +45,7 @@ async def lean_transport(
         pool = Pool(connector, request, endpoint.connect_timeout_s, peer)
         head = Head(request, endpoint.id_header, credentials)
         try:
-            yield LeanTransport(head, pool, peer, Receiver(endpoint, credentials), Deadlines.of(endpoint), large)
+            yield LeanTransport(head, pool, peer, Receiver(endpoint, credentials), endpoint, large)
         finally:
             pool.sweep(idle_s=0.0)
 
@@ -77,14 +77,14 @@ class LeanTransport:
     """A `Transport`."""
 
     def __init__(
-        self, head: Head, pool: Pool, peer: Peer, receiver: Receiver, deadlines: Deadlines, large: SessionTransport
+        self, head: Head, pool: Pool, peer: Peer, receiver: Receiver, endpoint: Endpoint, large: SessionTransport
     ) -> None:
         """`large` sends requests that are too large for one write."""
         self._head = head
         self._pool = pool
         self._peer = peer
         self._receiver = receiver
-        self._deadlines = deadlines
+        self._endpoint = endpoint
         self._large = large
         self._exchanges: set[Exchange] = set()
 
@@ -95,7 +95,7 @@ class LeanTransport:
 
     def expire(self) -> int:
         self._pool.sweep()
-        return self._deadlines.sweep(self._exchanges) + self._large.expire()
+        return end_overdue(self._exchanges, self._endpoint) + self._large.expire()
 
     async def _exchange(self, body: bytes, client_request_id: str, *, fresh: bool) -> Attempt:
         exchange = Exchange(time.time(), time.monotonic())

@@ -44,10 +44,6 @@ class Link:
         self._look = select.poll()
         self._look.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
 
-    @property
-    def reused(self) -> bool:
-        return self.idle_s is not None
-
     def rest(self, now_s: float | None) -> None:
         """The exchange has ended. None: the end of its response has not come yet."""
         self.free_since = now_s

@@ -89,7 +89,11 @@ class Receiver:
             return _timeout(exchange.overdue)
         error = translate(raised, sent=exchange.sent_at is not None)
         if error.kind == "reset" and exchange.http_status is None:
-            kind = kind_of(_loss(exchange, round_trip_s))
+            loss, link = Loss(None, 0.0, round_trip_s, None, exchange.unsent), exchange.link
+            if link is not None and exchange.sent_at is not None:
+                after_s = time.monotonic() - exchange.sent_at
+                loss = Loss(link.idle_s, after_s, round_trip_s, link.heard_bytes, exchange.unsent)
+            kind = kind_of(loss)
             error = APIConnectionError(str(error), kind=kind, sent=kind != "stale_connection")
         error.args = (self.credentials.clean_text(str(error)),)
         return error
@@ -156,12 +160,5 @@ def _is_delimited(exchange: Exchange) -> bool:
 
 
 def _timeout(why: str) -> APITimeoutError:
+    """The error of an exchange that we ended. The request was sent, so it may be billed."""
     return APITimeoutError(why, kind="timeout", sent=True)
-
-
-def _loss(exchange: Exchange, round_trip_s: float) -> Loss:
-    """The state of an exchange whose connection has just ended."""
-    link, sent_at = exchange.link, exchange.sent_at
-    if link is None or sent_at is None:
-        return Loss(None, 0.0, round_trip_s, None, exchange.unsent)
-    return Loss(link.idle_s, time.monotonic() - sent_at, round_trip_s, link.heard_bytes, exchange.unsent)

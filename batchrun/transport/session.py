@@ -23,7 +23,7 @@ from batchrun.job.settings import Endpoint
 from batchrun.records import Attempt
 from batchrun.response import encoding
 from batchrun.transport.connector import UNDER_WAY, Connector, Peer
-from batchrun.transport.exchange import Deadlines, Exchange
+from batchrun.transport.exchange import Exchange, end_overdue
 from batchrun.transport.internals import READ_BUFFER_BYTES
 from batchrun.transport.receiving import Receiver
 
@@ -85,9 +85,7 @@ class SessionTransport:
     ) -> None:
         """`fresh` never reuses a connection: a request that met a stale one is sent again through it."""
         self._url = url
-        self._proxy = endpoint.proxy
-        self._id_header = endpoint.id_header
-        self._deadlines = Deadlines.of(endpoint)
+        self._endpoint = endpoint
         self._receiver = receiver
         self._peer = peer
         self._pooled = pooled
@@ -103,7 +101,7 @@ class SessionTransport:
 
     def expire(self) -> int:
         self.close_tails()
-        return self._deadlines.sweep(self._exchanges)
+        return end_overdue(self._exchanges, self._endpoint)
 
     def close_tails(self, left: int = 0) -> None:
         """Closes responses that streams left open, except the `left` newest."""
@@ -135,11 +133,11 @@ class SessionTransport:
         payload = _payload(body)
         credentials = self._receiver.credentials
         own_headers = dict(credentials.headers) if credentials.version else {}  # the session has those of version 0
-        if self._id_header is not None:
-            own_headers[self._id_header] = client_request_id
+        if self._endpoint.id_header is not None:
+            own_headers[self._endpoint.id_header] = client_request_id
         try:
             response = await session.post(
-                self._url, data=payload, headers=own_headers, allow_redirects=False, proxy=self._proxy
+                self._url, data=payload, headers=own_headers, allow_redirects=False, proxy=self._endpoint.proxy
             )
         except BaseException:
             exchange.unsent = _is_unsent(payload)

@@ -444,11 +444,11 @@ def test_reuse_starts_with_one_connection() -> None:
     """It ends when two connections in a row are dropped."""
     keep_alive, links = KeepAlive(), [object() for _ in range(4)]
     assert keep_alive.may_try(0.0)
-    keep_alive.try_(links[0])
+    keep_alive.start_trial(links[0])
     assert not keep_alive.may_try(0.0), "one at a time"
     keep_alive.end(links[0], 1.0, reused=True, answered=None)  # its own deadline says nothing of the server
     assert keep_alive.may_try(1.0)
-    keep_alive.try_(links[1])
+    keep_alive.start_trial(links[1])
     keep_alive.end(links[1], 2.0, reused=True, answered=True)
     proven, certain = [keep_alive.proven], [keep_alive.is_certain]
     for answered in (False, True, False, False):
@@ -459,7 +459,7 @@ def test_reuse_starts_with_one_connection() -> None:
     assert certain == [True, False, True, False, False]
     assert not keep_alive.may_try(62.9)
     assert keep_alive.may_try(63.0)
-    keep_alive.try_(links[3])
+    keep_alive.start_trial(links[3])
     keep_alive.close(links[3], 63.1)  # it was closed before anything was sent
     assert not keep_alive.may_try(64.0)
 
