@@ -186,18 +186,11 @@ def end_wait_s(history: History, judgement: Judgement, retry: Retry, left: int =
     return min(END_S, retry.max_outage_s / 2) / max(1, attempts - 1)
 
 
-def failing_share(share: float, history: History, judgement: Judgement) -> float:
-    """The share of first attempts that fail although their row may be good, with one more attempt."""
-    return _share_of_first(share, history, judgement.verdict in (Verdict.FREE, Verdict.MAYBE))
+def share_of_first(share: float, history: History, *, counts: bool) -> float:
+    """The share of first attempts that ended in some way (`counts`), with one more attempt.
 
-
-def refused_share(share: float, history: History, judgement: Judgement) -> float:
-    """The same for first attempts that get a 429."""
-    return _share_of_first(share, history, judgement.is_refusal)
-
-
-def _share_of_first(share: float, history: History, counts: bool) -> float:
-    # first attempts only: one row that always fails would count again and again
+    Later attempts change nothing: a row that always fails would count again and again.
+    """
     return share if history.attempts > 1 else share + (counts - share) / SHARE_OF
 
 

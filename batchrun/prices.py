@@ -143,21 +143,16 @@ def cost(
     if cached:
         exact += cached * each.cached_input
     if usage.cache_write_tokens:
-        exact += _surcharge(each, usage, usage.prompt_tokens - cached)
+        # they were counted at the price of other input above: only the difference is added
+        written = min(usage.cache_write_tokens, usage.prompt_tokens - cached)
+        for_an_hour = min(usage.cache_write_1h_tokens or 0, written)
+        exact += (written - for_an_hour) * each.cache_write + for_an_hour * each.cache_write_1h - written * each.input
     if table.per_request:
         exact += int(table.per_request * 10**24)
     pico_usd, rest = divmod(exact, PER_PICO)
     if rest and (2 * rest > PER_PICO or (2 * rest == PER_PICO and pico_usd % 2)):  # half to even
         pico_usd += 1
     return pico_usd
-
-
-def _surcharge(each: PerToken, usage: Usage, uncached: int) -> int:
-    """The extra cost of tokens written to a cache, over other tokens of the prompt."""
-    written = min(usage.cache_write_tokens or 0, uncached)
-    for_an_hour = min(usage.cache_write_1h_tokens or 0, written)
-    beyond = (written - for_an_hour) * each.cache_write + for_an_hour * each.cache_write_1h
-    return beyond - written * each.input
 
 
 def upper_bound(
@@ -212,20 +207,19 @@ def named_tier(body: bytes) -> str | None:
 
 def stated(model: str, own: Override, today: str) -> PriceTable:
     """The price that the job states for the model."""
-    cached = own.input if own.cached_input is None else own.cached_input
-    tier = Tier(0, own.input, cached, own.output, own.cache_write)
     return PriceTable(
         model,
-        (tier,),
+        (_tier_of(own),),
         "pricing table of the job",
         today,
-        services={name: (_of_tier(each),) for name, each in own.tiers.items()},
+        services={name: (_tier_of(each),) for name, each in own.tiers.items()},
         per_request=own.per_request or Decimal(0),
         every_tier=True,
     )
 
 
-def _of_tier(own: TierPrice) -> Tier:
+def _tier_of(own: Override | TierPrice) -> Tier:
+    """The price as one tier for prompts of any length."""
     cached = own.input if own.cached_input is None else own.cached_input
     return Tier(0, own.input, cached, own.output, own.cache_write)
 
@@ -255,6 +249,7 @@ def _tiers_for(table: PriceTable, service_tier: str | None, at_s: float) -> Tier
 
 
 def _allowed(table: PriceTable, requested: str | None) -> list[Tiers]:
+    """All prices that a request for the tier may get."""
     ordinary = [table.tiers, *(hours.tiers for hours in table.hours)]
     if requested in ORDINARY - {"", "auto"}:
         return ordinary
@@ -264,6 +259,7 @@ def _allowed(table: PriceTable, requested: str | None) -> list[Tiers]:
 
 
 def _tier(tiers: Tiers, prompt_tokens: int) -> Tier:
+    """The tier of a prompt of that length: the last one that begins below it."""
     chosen = tiers[0]
     for tier in tiers[1:]:
         if prompt_tokens > tier.above_prompt_tokens:

@@ -7,6 +7,7 @@ from batchrun.job.settings import Retry
 from batchrun.limits.gates import AnyGate
 from batchrun.limits.outage import MANY_OUTAGE_ROWS
 from batchrun.policy import ANSWERED, Judgement
+from batchrun.records import Verdict
 
 
 class LastRows:
@@ -41,8 +42,9 @@ class LastRows:
         self._add(history, judgement)
 
     def _add(self, history: History, judgement: Judgement) -> None:
-        self._failing = attempt_caps.failing_share(self._failing, history, judgement)
-        self._refusing = attempt_caps.refused_share(self._refusing, history, judgement)
+        failed = judgement.verdict in (Verdict.FREE, Verdict.MAYBE)  # although its row may be good
+        self._failing = attempt_caps.share_of_first(self._failing, history, counts=failed)
+        self._refusing = attempt_caps.share_of_first(self._refusing, history, counts=judgement.is_refusal)
 
     @property
     def may_be_at_fault(self) -> bool:

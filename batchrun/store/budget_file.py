@@ -7,11 +7,12 @@ died, the next one that draws money books what the dead one spent, counts what i
 takes back the rest.
 """
 
+import contextlib
 import glob
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 
@@ -96,74 +97,59 @@ class BudgetFile:
 
     def lease(self, period: Period) -> Lease:
         """A new lease, of nothing yet."""
-        leases: list[Lease] = []
-
-        def make() -> None:
+        with self._database.committed():
             with disk_errors(self._path):
                 self._remove_orphans()
                 lease = Lease(self._file_of(secrets.token_hex(8)), period)
-            leases.append(lease)
             self._put(lease)
-
-        self._database.transaction(make)
-        return leases[-1]
+        return lease
 
     def draw(self, lease: Lease, need: int) -> Drawn:
         """Grants `need`, or more if there is plenty, or nothing. Books this lease and those of the dead first.
 
         The caller adds what was granted to `lease.granted`, in the thread that reserves.
         """
-        drawn: list[Drawn] = []
-        dead: list[Path] = []
-
-        def work() -> None:
-            self._require_there()
-            dead.extend(self._take_back_from_dead())
+        with self._booking(lease):
+            # SQLite keeps working in a deleted file, while other processes start a new one with nothing spent
+            if not self._path.exists() or self._path.stat().st_ino != self._inode:
+                raise DiskError(
+                    f"{self._path}: was deleted or replaced; nothing more is sent; run the same command again"
+                )
+            dead = list(self._take_back_from_dead())
             self._book(lease)
-            drawn.append(self._granted(lease, need))
-            if drawn[-1].granted:
-                self._put(lease, more=drawn[-1].granted)
-
-        self._commit(work, lease)
+            drawn = self._granted(lease, need)
+            if drawn.granted:
+                self._put(lease, more=drawn.granted)
         for path in dead:
             path.unlink(missing_ok=True)
-        return drawn[-1]
+        return drawn
 
     def give_back(self, lease: Lease) -> None:
         """Makes what `lease.shrink` gave up available to others."""
-
-        def work() -> None:
+        with self._booking(lease):
             self._book(lease)
             self._put(lease)
 
-        self._commit(work, lease)
-
     def end(self, lease: Lease) -> None:
         """Books what was spent, and what is still reserved as in doubt; frees the rest. Closes the lease."""
-
-        def work() -> None:
+        with self._booking(lease):
             now = lease.spending
             lease.spending = Spending(now.spent, now.in_doubt + now.reserved)
             self._book(lease)
             self._database.query("DELETE FROM leases WHERE lease = ?", (lease.name,))
-
-        self._commit(work, lease)
         lease.close()
 
     def close(self) -> None:
         """Closes the file. Leases that were not ended count as those of a dead process."""
         self._database.close()
 
-    def _require_there(self) -> None:
-        """SQLite keeps working in a deleted file, while other processes start a new one with nothing spent."""
-        if not self._path.exists() or self._path.stat().st_ino != self._inode:
-            raise DiskError(f"{self._path}: was deleted or replaced; nothing more is sent; run the same command again")
-
-    def _commit(self, work: Callable[[], None], lease: Lease) -> None:
-        """Commits all of `work`, or nothing of it; then the lease is booked as before."""
+    @contextlib.contextmanager
+    def _booking(self, lease: Lease) -> Iterator[None]:
+        """What the block writes is durable as a whole; else the lease counts as booked as far as it was before."""
         booked = lease.booked
         try:
-            self._database.transaction(work)
+            with self._database.committed():
+                yield
         except BaseException:
             lease.booked = booked
             raise
@@ -226,6 +212,7 @@ class BudgetFile:
         return self._path.with_name(f"{self._path.name}-lease.{lease}")
 
     def _add(self, budget: str, period: Period, spent: int, doubt: int) -> None:
+        """Adds 10⁻¹² USD to the windows of the day and of the month."""
         if not spent and not doubt:
             return
         for name in (period.day, period.month):
@@ -244,6 +231,7 @@ class BudgetFile:
         return [_Held(*record) for record in self._database.records("leases")]
 
     def _put(self, lease: Lease, more: int = 0) -> None:
+        """Writes the lease into the table, with `more` granted."""
         granted = max(lease.granted, lease.spending.used) + more  # an answer may cost more than its bound
         booked = lease.booked
         amounts = (str(to_usd(amount)) for amount in (granted, booked.spent, booked.in_doubt))

@@ -108,6 +108,7 @@ class CarryOver:
         return pa.concat_tables(tables).sort_by("row")
 
     def _numbers(self, first_row: int, end_row: int) -> "array[int]":
+        """The origins of these rows of the run, whose first one is the file's first."""
         before = 0 if self._made is None else self._made.first_row
         return origins.read(self._path, first_row - before, end_row - before)
 

@@ -162,6 +162,7 @@ class Chunks:
         return self._failed or sum(not each.left for each in self._in_use()) - len(self._waiting) <= MOST_FULL
 
     def _in_use(self) -> list[OpenChunk]:
+        """The chunks that are open now."""
         # not `values()`: the thread that seals chunks may change the dictionary meanwhile
         return [each for ref in self._open_chunks.valuerefs() if (each := ref()) is not None]
 
@@ -239,6 +240,7 @@ class Chunks:
         return self._directory.input_of(chunk, self._layout.number)
 
     def _check_unchanged(self) -> None:
+        """Called before and after a window is read: a file that was replaced meanwhile would give rows of both."""
         if (what := changed(self._source.files, self._layout.identities)) is not None:
             raise InputError(f"the input changed while the run works: {what}; restore it, or {ANOTHER}")
 

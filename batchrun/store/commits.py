@@ -105,6 +105,7 @@ class Commits:
     # ── the database's own thread ─────────────────────────────────────────────────────────────────────────────────
 
     def _serve(self) -> None:
+        """The thread's work: before each call it commits everything that was put before."""
         while True:
             call = self._next_call()
             while self._endings:  # those put before the call, and those that came since

@@ -122,7 +122,24 @@ class Database:
 
     def transaction(self, work: Callable[[], None]) -> None:
         """All of `work` is durable, or nothing of it. On a full disk it is tried again if space can be freed."""
-        self._with_room(lambda: self._transact(work))
+
+        def transact() -> None:
+            with self.committed():
+                work()
+
+        self._with_room(transact)
+
+    @contextlib.contextmanager
+    def committed(self) -> Iterator[None]:
+        """All that the block writes is durable when it ends, or nothing of it."""
+        self.query("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.query("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self.query("ROLLBACK")
+            raise
 
     def append(self, table: str, records: Sequence[Record]) -> None:
         """Inserts the records, which fit one statement, and they are durable: it is a transaction of its own.
@@ -172,26 +189,13 @@ class Database:
                 raise
             write()
 
-    def _transact(self, work: Callable[[], None]) -> None:
-        self.query("BEGIN IMMEDIATE")
-        try:
-            work()
-            self.query("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:
-                self.query("ROLLBACK")
-            raise
-
     def _set_up(self, tables: str, version: int) -> None:
         """Creates the tables of a new file; checks those of an old one."""
-
-        def create() -> None:
-            if not self.query("SELECT 1 FROM sqlite_master"):  # read again: another process may be first
-                for statement in (*tables.split(";"), f"PRAGMA user_version = {version}"):
-                    self.query(statement)
-
         if not self.query("SELECT 1 FROM sqlite_master"):
-            self._transact(create)
+            with self.committed():
+                if not self.query("SELECT 1 FROM sqlite_master"):  # read again: another process may be first
+                    for statement in (*tables.split(";"), f"PRAGMA user_version = {version}"):
+                        self.query(statement)
             fsync(self._path.parent)
         self._require(tables, version)
 
@@ -208,6 +212,7 @@ class Database:
             deque(self.records(table), maxlen=0)  # a record whose key is damaged would not be found by its key
 
     def _require_version(self, version: int) -> None:
+        """The file is of this version of batchrun's format."""
         ((found,),) = self.query("PRAGMA user_version")
         if found != version:
             raise CheckpointError(

@@ -124,6 +124,7 @@ def completion(record: Record) -> CompletionRecord:
 
 
 def _in_characters(c: CompletionRecord) -> CompletionRecord:
+    """The record with every text that comes from a server or an exception made storable."""
     error = c.error
     if error is not None:
         error = RowError(error.kind, error.http_status, _characters(error.code), _characters(error.message))
@@ -177,6 +178,7 @@ _USD = [TotalsLine.__struct_fields__.index(name) for name in ("cost_usd", "repor
 
 
 def totals_record(line: TotalsLine) -> Record:
+    """The line's fields, with money as text: SQLite has no decimals."""
     fields = list(msgspec.structs.astuple(line))
     for place in _USD:
         fields[place] = str(fields[place])

@@ -112,6 +112,7 @@ def possibly_billed(lost: Sequence[NamedRequest], invocation: int, cause: str, p
 
 
 def _occupied(content: bytes) -> Iterator[NamedRequest]:
+    """The requests that the slots name. A slot that a crash left half written is one request that no one can name."""
     for start in range(0, len(content), SLOT_BYTES):
         slot = content[start : start + SLOT_BYTES]
         if slot == _EMPTY:

@@ -146,6 +146,7 @@ def unknown_files(directory: RunDirectory, written: FinishedResult) -> list[Path
 
 
 def _require_unchanged(directory: RunDirectory, written: FinishedResult, file: ResultFile) -> None:
+    """Returns if the file has the size and time of when it was written, or else its content."""
     path = directory.path / file.name
     found = path.stat()
     if found.st_size == file.size_bytes and found.st_mtime_ns == file.mtime_ns:

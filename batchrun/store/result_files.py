@@ -73,6 +73,7 @@ class _Manifest(msgspec.Struct):
 
 
 def _named(folder: Path) -> list[Path]:
+    """The files that the manifest of a moved folder names."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Manifest)
     except (OSError, msgspec.DecodeError) as error:

@@ -144,6 +144,7 @@ class StoredWindow:
             return batch
 
     def _reader(self) -> pa.RecordBatchFileReader:
+        """The open file. To be called with the lock held: `release` closes it in another thread."""
         if self._mapped is None:
             self._mapped = pa.ipc.open_file(arrow_files.mapped(self._path))
         return self._mapped

@@ -32,6 +32,7 @@ def commits_dropped(log: bytes) -> int:
 
 
 def _dropped(log: bytes, order: str, page_bytes: int, salts: list[int], sums: Sums) -> int:
+    """The commits from the first wrong frame on. Each frame's checksum continues that of the one before."""
     dropped, sound = 0, True
     for start, end in pairwise(range(_HEADER.size, len(log) + 1, _FRAME.size + page_bytes)):
         _, pages, *rest = _FRAME.unpack_from(log, start)
@@ -46,6 +47,7 @@ def _dropped(log: bytes, order: str, page_bytes: int, salts: list[int], sums: Su
 
 
 def _summed(order: str, content: bytes, sums: Sums) -> Sums:
+    """SQLite's checksum over more content, which is whole pairs of 32-bit words."""
     first, second = sums
     for even, odd in struct.iter_unpack(f"{order}II", content):
         first = (first + even + second) & 0xFFFFFFFF

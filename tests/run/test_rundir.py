@@ -27,9 +27,8 @@ def start(path: Path, *, complete: bool = False, job: str = "reviews") -> Path:
 
 def placed(pattern: str, *, date: str | None = None, now: datetime = LATE, new: bool = False) -> tuple[str, str | None]:
     job = job_over(None)
-    job = msgspec.structs.replace(
-        job, name="reviews", output=msgspec.structs.replace(job.output, path=pattern)
-    )  # as -o
+    output = msgspec.structs.replace(job.output, path=pattern)  # as -o does it, unlike a job file without validation
+    job = msgspec.structs.replace(job, name="reviews", output=output)
     path, resumed = run_path.choose(job, date=date, now=now, new=new)
     return str(path), resumed
 

@@ -22,7 +22,7 @@ from batchrun.attempt_caps import (
     backoff_s,
     end_wait_s,
     exhausted,
-    failing_share,
+    share_of_first,
     stretch,
 )
 from batchrun.errors import APIConnectionError, APITimeoutError
@@ -629,11 +629,11 @@ def test_possibly_billed_attempts_have_one_cap() -> None:
 def test_the_failing_share_is_of_recent_attempts() -> None:
     share = 0.0
     for n in range(1_000):
-        share = failing_share(share, History(1), reported(FREE, 500) if n % 10 < 3 else reported(OK))
-        share = failing_share(share, History(2), reported(FREE, 500))
+        share = share_of_first(share, History(1), counts=n % 10 < 3)
+        share = share_of_first(share, History(2), counts=True)
     assert 0.2 < share < 0.4
     for _ in range(200):
-        share = failing_share(share, History(1), reported(OK))
+        share = share_of_first(share, History(1), counts=False)
     assert share < 0.01
 
 
