@@ -25,7 +25,7 @@ MIN_SECRET_CHARS = 6
 class Redaction:
     """Replaces every form of every known secret. Secrets are added as keys are rotated, and never removed."""
 
-    def __init__(self, secrets: Iterable[str] = ()) -> None:
+    def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets: set[str] = set()
         self.forms: tuple[bytes, ...] = ()
         self.shortest_bytes = 0
@@ -136,6 +136,7 @@ class Credentials:
         return self._redaction.clean(raw)
 
     def clean_text(self, text: str) -> str:
+        """The same for text, which may hold lone surrogates."""
         if len(text) < self._redaction.shortest_bytes and text.isascii():
             return text
         return self.clean(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
@@ -169,6 +170,7 @@ class Cleaner:
         return self._credentials.clean(held)
 
     def _start_of_form_across(self, raw: bytes, cut: int) -> int | None:
+        """Where a form begins that lies on both sides of the cut; None if there is none."""
         for form in self._forms:
             start = raw.find(form, max(0, cut - len(form) + 1), cut + len(form) - 1)
             if start >= 0:

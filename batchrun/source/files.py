@@ -11,8 +11,8 @@ from batchrun.source import partitions, unsupported
 from batchrun.source.content import Format, format_of, reading
 from batchrun.source.partitions import Filters
 from batchrun.storage import objects, urls
-from batchrun.storage.access import ENVIRONMENT, Access
-from batchrun.storage.objects import InputFile
+from batchrun.storage.access import ENVIRONMENT, Access, connect
+from batchrun.storage.objects import InputFile, RemoteFile
 
 _ALL: Filters = {}
 
@@ -54,7 +54,10 @@ def find_files(path: str, filters: Filters = _ALL, access: Access = ENVIRONMENT)
 
 def file_at(path: str) -> InputFile:
     """The file of that path or URL, which need not exist. A store is reached as the environment says."""
-    return objects.file_at(path) if urls.is_url(path) else Path(path)
+    if not urls.is_url(path):
+        return Path(path)
+    url = urls.parse(path)
+    return RemoteFile(url, *connect(url))
 
 
 _NAMES: dict[Format, str] = {"jsonl": "JSON lines", "parquet": "Parquet", "csv": "CSV"}

@@ -60,7 +60,6 @@ class Claim:
         mine: Writer,
         *,
         sleep: Callable[[float], None] = time.sleep,
-        renew_s: float = RENEW_S,
         stale_s: float = STALE_S,
     ) -> None:
         self.folder = folder
@@ -68,7 +67,6 @@ class Claim:
         self.mine = mine
         self._name = f"{mine.writer}.json"
         self._sleep = sleep
-        self._renew_s = renew_s
         self._stale_ns = int(stale_s * 1e9)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="claim", daemon=True)
@@ -144,7 +142,7 @@ class Claim:
 
     def _renew(self) -> None:
         """In a thread of its own: renews the claim until it ends or is lost."""
-        while not self._ended.wait(self._renew_s):
+        while not self._ended.wait(RENEW_S):
             try:
                 if self._claims.find(self._name) is None:
                     return  # lost: `require_held` will say so

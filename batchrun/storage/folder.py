@@ -35,7 +35,7 @@ class RemoteObject(msgspec.Struct, frozen=True):
 class RemoteFolder:
     """A folder, which exists as soon as something is in it. Every method may raise a StorageError."""
 
-    def __init__(self, url: Url, access: Access = ENVIRONMENT) -> None:
+    def __init__(self, url: Url, access: Access) -> None:
         self.url = url
         self._access = access
         self._filesystem, self._path = connect(url, access)

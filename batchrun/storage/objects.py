@@ -128,12 +128,6 @@ class _Reader(io.RawIOBase):
         return self._raw.tell()
 
 
-def file_at(text: str, access: Access = ENVIRONMENT) -> RemoteFile:
-    """The file that the URL names, which need not exist."""
-    url = urls.parse(text)
-    return RemoteFile(url, *connect(url, access))
-
-
 def find_remote(text: str, access: Access = ENVIRONMENT) -> list[RemoteFile]:
     """The objects that the URL names, unsorted: one object, all those below a folder, or those that fit a pattern.
 

@@ -186,7 +186,7 @@ class Checkpoint:
         chunks: Sequence[Chunk],
         standing: Mapping[str, int],
         entries: Mapping[str, str],
-        dropped: Sequence[TotalsLine] = (),
+        dropped: Sequence[TotalsLine],
     ) -> None:
         """The run consists of these chunks from now on, in one transaction.
 

@@ -61,7 +61,7 @@ class RunDirectory:
         """The digests of the rows' images as the check pass saw them."""
         return self.path / (f"images.{layout}.bin" if layout else "images.bin")
 
-    def origins_of(self, layout: int = 0) -> Path:
+    def origins_of(self, layout: int) -> Path:
         """The file that says which rows take an earlier answer, or that of an equal row."""
         return self.path / (f"origins.{layout}.bin" if layout else "origins.bin")
 

@@ -41,7 +41,7 @@ class Peer:
     `round_trip_s` is the shortest measured; infinite before the first.
     """
 
-    def __init__(self, most_tails: int = MAX_TAILS) -> None:
+    def __init__(self, most_tails: int) -> None:
         """`most_tails`: how many ended streams may keep their connection until the next sweep."""
         self.most_tails = most_tails
         self.round_trip_s = float("inf")
