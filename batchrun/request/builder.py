@@ -26,7 +26,7 @@ from batchrun.request.frame import KEY, Frame
 from batchrun.request.image_parts import Image, Picture, Source
 from batchrun.request.messages import message_maker
 from batchrun.request.responses_body import append_message, responses_body
-from batchrun.request.templates import Columns, among
+from batchrun.request.templates import Columns, missing_column
 
 _JUDGED_BY = ("response_format", "functions", "tools")
 """The fields of a body that specify its answer, as `answer_schema.of` takes them."""
@@ -237,10 +237,7 @@ class RequestBuilder:
             body["messages"] = self._with_images(body["messages"], columns)
         for name, column in self._from_columns:
             if column not in columns:
-                raise InputError(
-                    f"column {column!r}, which request.from_columns.{name} names, is missing"
-                    + among(tuple(columns), column)
-                )
+                raise missing_column(columns, column, f"request.from_columns.{name} names")
             if (value := columns[column]) is not None:
                 body[name] = check_parameter(name, value)
         if body["model"] is None:
@@ -252,9 +249,7 @@ class RequestBuilder:
         sources: list[Source] = []
         for column in self._request.images:
             if column not in columns:
-                raise InputError(
-                    f"column {column!r}, which request.images names, is missing" + among(tuple(columns), column)
-                )
+                raise missing_column(columns, column, "request.images names")
             sources += image_parts.sources_in(columns[column], column)
         if not sources:
             raise InputError(f"no image in {', '.join(self._request.images)}")
@@ -278,8 +273,9 @@ class RequestBuilder:
         if len(limits) > 1:
             raise InputError(f"`body` has both {' and '.join(limits)}; keep one of them")
         ours = {n: value for n, value in self._parameters.items() if not (limits and n in OUTPUT_LIMITS)}
-        for name, value in sorted({**ours, **own}.items(), key=_field_order):
-            body[name] = check_parameter(name, value)
+        fields = {**ours, **own}
+        for name in (*(name for name in _FIELDS if name in fields), *sorted(fields.keys() - set(_FIELDS))):
+            body[name] = check_parameter(name, fields[name])
         return body
 
 
@@ -309,12 +305,6 @@ def corrected(request: Request, corrections: Sequence[Correction]) -> Request:
 
 _NOT_PARAMETERS = frozenset({"model", "messages", "stream", "stream_options"})
 _FIELDS = ("reasoning_effort", "max_tokens", "temperature", "top_p", "functions", "function_call", "response_format")
-
-
-def _field_order(item: tuple[str, object]) -> tuple[int, str]:
-    """The place of a field in the body: the API's order, then by name."""
-    name = item[0]
-    return (_FIELDS.index(name) if name in _FIELDS else len(_FIELDS), name)
 
 
 def _parameters(request: RequestTemplate) -> Body:

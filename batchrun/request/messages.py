@@ -6,7 +6,7 @@ from typing import Any
 from batchrun.errors import InputError, JobError
 from batchrun.job.fields import as_json, check_messages, plain
 from batchrun.job.settings import MessageTemplate, RequestTemplate
-from batchrun.request.templates import Columns, among, template, text_template
+from batchrun.request.templates import Columns, missing_column, template, text_template
 
 Turns = Callable[[Columns], list[Any]]
 """A row's messages, or some of them, by its columns. Raises InputError if the row makes none, or invalid ones."""
@@ -35,7 +35,7 @@ def _messages_from_column(request: RequestTemplate) -> Turns:
 
     def messages_of(columns: Columns) -> list[Any]:
         if column not in columns:
-            raise InputError(f"column {column!r}, which holds the messages, is missing" + among(tuple(columns), column))
+            raise missing_column(columns, column, "holds the messages")
         messages = check_messages(plain(as_json(columns[column]), column))
         if system is not None and messages[0]["role"] not in ("system", "developer"):
             return [{"role": "system", "content": system(columns)}, *messages]
@@ -52,9 +52,7 @@ def _turns_of(given: MessageTemplate, place: str) -> Turns:
 
     def messages_of(columns: Columns) -> list[Any]:
         if column not in columns:
-            raise InputError(
-                f"column {column!r}, which {place}.column names, is missing" + among(tuple(columns), column)
-            )
+            raise missing_column(columns, column, f"{place}.column names")
         value = as_json(columns[column])
         return check_messages(plain(value, column)) if value else []
 

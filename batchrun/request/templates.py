@@ -118,7 +118,7 @@ def _compiled(text: str, place: str) -> Callable[[Columns], str]:
         except UndefinedError as error:
             message = error.message or ""
             unknown = _UNDEFINED.fullmatch(message) or _NO_MEMBER.fullmatch(message)
-            near = among(tuple(columns), None if unknown is None else unknown[1])
+            near = did_you_mean(tuple(columns), None if unknown is None else unknown[1])
             raise InputError(f"{place}: {message}{near}") from error
         except Exception as error:  # a template runs user code over user data: any exception is an error of the row
             raise InputError(f"{place}: {type(error).__name__}: {error}") from error
@@ -191,7 +191,7 @@ SHOWN_COLUMNS = 12
 
 
 @lru_cache(maxsize=64)  # a million rows miss the same name; among 5,000 columns a guess takes 0.1 s
-def among(columns: tuple[str, ...], name: str | None) -> str:
+def did_you_mean(columns: tuple[str, ...], name: str | None) -> str:
     """What follows "column `name` is missing" in the message: the column that was probably meant, and all columns."""
     guess = ""
     if name is not None:
@@ -205,3 +205,8 @@ def among(columns: tuple[str, ...], name: str | None) -> str:
             guess = f"; did you mean row[{quoted}]?"
     shown = ", ".join(columns[:SHOWN_COLUMNS]) + (", …" if len(columns) > SHOWN_COLUMNS else "")
     return f"{guess} (columns: {shown or 'none'})"
+
+
+def missing_column(columns: Columns, column: str, why: str) -> InputError:
+    """The error of a row without a column that the job names; `why` says where: "request.images names"."""
+    return InputError(f"column {column!r}, which {why}, is missing{did_you_mean(tuple(columns), column)}")

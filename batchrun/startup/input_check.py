@@ -18,7 +18,7 @@ from batchrun.job.job import Job
 from batchrun.records import Request, Row
 from batchrun.request.builder import RequestBuilder, detect_dialect
 from batchrun.request.images import Images
-from batchrun.request.templates import among
+from batchrun.request.templates import did_you_mean
 from batchrun.source import Record, Source
 from batchrun.startup.buckets import IdIndex
 from batchrun.tables.json_columns import ColumnTypes
@@ -221,7 +221,7 @@ def _add(
     if id_column is not None:
         if id_column not in record.columns:
             missing = f"column {id_column!r}, which input.id names, is missing"
-            return missing + among(tuple(record.columns), id_column)
+            return missing + did_you_mean(tuple(record.columns), id_column)
         if (problem := ids.add_id(record.ordinal, record.columns[id_column])) is not None:
             return f"{id_column}: {problem}"
     tally.accept(record.ordinal, request)

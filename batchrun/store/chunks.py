@@ -144,8 +144,12 @@ class Chunks:
             if not keep_settled:
                 self.seal(reopened)  # the process died between the last row's commit and the seal
         if not keep_settled:
-            with self._sealed_one:
-                self._sealed_one.wait_for(self._may_open)
+            with self._sealed_one:  # not while too many full chunks wait to be sealed
+                self._sealed_one.wait_for(
+                    lambda: (
+                        self._failed or sum(not each.left for each in self._in_use()) - len(self._waiting) <= MOST_FULL
+                    )
+                )
         self._check_unchanged()
         window_read = self._next_window()
         if window_read is None:
@@ -156,10 +160,6 @@ class Chunks:
         if not opened.left:
             self.seal(opened)
         return opened
-
-    def _may_open(self) -> bool:
-        """False while too many chunks only wait to be sealed."""
-        return self._failed or sum(not each.left for each in self._in_use()) - len(self._waiting) <= MOST_FULL
 
     def _in_use(self) -> list[OpenChunk]:
         """The chunks that are open now."""
@@ -297,7 +297,10 @@ class Chunks:
         row = open_chunk.chunk.first_row
         base = BasePart.of(open_chunk.chunk, self._directory, self._settings.prefix)
         for window in open_chunk.window.tables(self._types):
-            for first_row, end_row, own in self._own_tables(open_chunk, row, row + window.num_rows):
+            kept = open_chunk.kept.all_of(row, row + window.num_rows)
+            done, read = kept or (self._checkpoint.completions(row, row + window.num_rows), None)
+            for first_row, end_row, at in _by_size(row, row + window.num_rows, done):
+                own = own_table(done[at], keep_raw=self._settings.keep_raw, read=read and read[at])
                 table = window.slice(first_row - row, end_row - first_row)
                 taken = {} if carried is None else self._copies.taken(open_chunk, first_row, end_row)
                 if carried is not None and taken:
@@ -313,14 +316,6 @@ class Chunks:
                     raise CheckpointError(f"chunk {open_chunk.chunk.chunk}: rows are missing from the checkpoint")
                 yield joined(table, own, self._schema, self._parsed)
             row += window.num_rows
-
-    def _own_tables(self, open_chunk: OpenChunk, first_row: int, end_row: int) -> Iterator[tuple[int, int, pa.Table]]:
-        """Our columns of these rows, of which some may have no completion, range by range (`_by_size`)."""
-        kept = open_chunk.kept.all_of(first_row, end_row)
-        completions, read = kept or (self._checkpoint.completions(first_row, end_row), None)
-        for start_row, stop_row, at in _by_size(first_row, end_row, completions):
-            own = own_table(completions[at], keep_raw=self._settings.keep_raw, read=read and read[at])
-            yield start_row, stop_row, own
 
     # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
 

@@ -142,7 +142,10 @@ class RunDirectory:
                     time.sleep(LOCK_RETRY_S)  # `batchrun status` holds the lock for microseconds
                     has_lock = _flock(descriptor)
             if not has_lock:
-                raise RunLockedError(f"{self.path}: another run works here ({self._holder()}); nothing was sent")
+                summary = self.read_summary() or {}
+                pid, host, since = summary.get("pid"), summary.get("host"), summary.get("started_at")
+                holder = f"pid {pid} on {host}, since {since}" if pid else "it has just started"
+                raise RunLockedError(f"{self.path}: another run works here ({holder}); nothing was sent")
             yield
         finally:
             os.close(descriptor)
@@ -154,12 +157,6 @@ class RunDirectory:
                 return False
         except RunLockedError:
             return True
-
-    def _holder(self) -> str:
-        """Who holds the lock, by the summary that this process has written."""
-        summary = self.read_summary() or {}
-        pid, host, since = summary.get("pid"), summary.get("host"), summary.get("started_at")
-        return f"pid {pid} on {host}, since {since}" if pid else "it has just started"
 
     def read_summary(self) -> dict[str, object] | None:
         """The content of summary.json; None if it is missing or can't be read."""

@@ -130,7 +130,7 @@ class SessionTransport:
         exchange: Exchange,
     ) -> APIConnectionError | None:
         """Sends the request and reads its response into the exchange."""
-        payload = _payload(body)
+        payload = body if len(body) <= TOO_LARGE_BYTES_BODY else Pieces(body)
         credentials = self._receiver.credentials
         own_headers = dict(credentials.headers) if credentials.version else {}  # the session has those of version 0
         if self._endpoint.id_header is not None:
@@ -196,11 +196,6 @@ class Pieces(aiohttp.Payload):
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self._value.decode(encoding, errors)
-
-
-def _payload(body: bytes) -> bytes | Pieces:
-    """The body, a large one in pieces."""
-    return body if len(body) <= TOO_LARGE_BYTES_BODY else Pieces(body)
 
 
 def _is_unsent(payload: bytes | Pieces) -> bool:

@@ -21,7 +21,7 @@ from batchrun.transport.exchange import Exchange as UnderWay
 from batchrun.transport.internals import lacking
 from batchrun.transport.link import Protocol
 from batchrun.transport.receiving import Receiver
-from batchrun.transport.session import Pieces, _is_unsent, _payload
+from batchrun.transport.session import Pieces, _is_unsent
 from batchrun.transport.transport import choose
 from tests.fault_server import (
     FINE,
@@ -437,7 +437,7 @@ def test_a_large_body_is_written_uncopied() -> None:
     body = bytes(20_000_000)
     tracemalloc.start()
     try:
-        payload = PAYLOAD_REGISTRY.get(_payload(body))
+        payload = PAYLOAD_REGISTRY.get(Pieces(body))
         assert isinstance(payload, Pieces)
         assert _is_unsent(payload)
         copied = tracemalloc.get_traced_memory()[1]
