@@ -5,10 +5,12 @@ Checkpoint ─┬─ Commits: the one thread that owns the database
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
+from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 
@@ -29,6 +31,24 @@ FORMAT = 9
 
 REOPENED_AT_ONCE = 1000
 """Reopened rows in memory at a time."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _in_its_thread(
+    method: "Callable[Concatenate[Checkpoint, P], T]",
+) -> "Callable[Concatenate[Checkpoint, P], T]":
+    """The method runs in the database's thread, when everything that was put before is durable; its caller waits.
+
+    None of these methods may call another: the thread would wait for itself.
+    """
+
+    @functools.wraps(method)
+    def run_there(self: "Checkpoint", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._commits.call(lambda: method(self, *args, **kwargs))
+
+    return run_there
 
 
 class Checkpoint:
@@ -91,39 +111,41 @@ class Checkpoint:
         """Queues the ending; `on_commit` gets it once it is durable."""
         self._commits.put(ending)
 
+    @_in_its_thread
     def manifest_entries(self) -> dict[str, str]:
         """The entries of the manifest by name."""
-        return dict(self._commits.call(lambda: list(self._database.records("manifest"))))
+        return dict(self._database.records("manifest"))
 
+    @_in_its_thread
     def write_manifest(self, entries: dict[str, str]) -> None:
         """The entries are durable; each replaces one of the same name."""
-        self._commits.call(lambda: self._ledger.write_entries(entries))
+        self._ledger.write_entries(entries)
 
     def put_entry(self, name: str, value: str) -> None:
         """Queues a manifest entry; it is durable before any ending that is put later."""
         self._commits.put_entry(name, value)
 
+    @_in_its_thread
     def start_invocation(self, started_at: float, pid: int, host: str, version: str) -> int:
         """This process's number among those that worked on the run, from 1."""
-        return self._commits.call(lambda: self._ledger.start_invocation(started_at, pid, host, version))
+        return self._ledger.start_invocation(started_at, pid, host, version)
 
+    @_in_its_thread
     def last_invocation(self) -> int:
         """The number of the start that worked on the run last."""
-        return self._commits.call(
-            lambda: int(self._database.query("SELECT coalesce(max(invocation), 0) FROM invocations")[0][0])
-        )
+        return int(self._database.query("SELECT coalesce(max(invocation), 0) FROM invocations")[0][0])
 
+    @_in_its_thread
     def chunks(self) -> list[Chunk]:
         """All chunks that were ever opened, in order."""
-        return self._commits.call(
-            lambda: [Chunk(*record) for record in self._database.records("chunks", "ORDER BY chunk")]
-        )
+        return [Chunk(*record) for record in self._database.records("chunks", "ORDER BY chunk")]
 
+    @_in_its_thread
     def open_chunk(self, chunk: Chunk) -> None:
         """Adds the chunk; its input is on disk already."""
-        record = msgspec.structs.astuple(chunk)
-        self._commits.call(lambda: self._database.transaction(lambda: self._database.replace("chunks", [record])))
+        self._database.transaction(lambda: self._database.replace("chunks", [msgspec.structs.astuple(chunk)]))
 
+    @_in_its_thread
     def seal_chunk(
         self,
         chunk: Chunk,
@@ -159,8 +181,9 @@ class Checkpoint:
             self._database.query("DELETE FROM reopened WHERE row >= ? AND row < ?", bounds)
             return totals
 
-        self._commits.call(lambda: self._ledger.change(seal))
+        self._ledger.change(seal)
 
+    @_in_its_thread
     def reopen_chunks(self, chunks: Sequence[Chunk], rows: Iterable[Reopened], entries: Mapping[str, str]) -> None:
         """The chunks are open again over their base parts and these rows of theirs pending, in one transaction.
 
@@ -179,8 +202,9 @@ class Checkpoint:
             self._database.replace("manifest", list(entries.items()))
             return totals
 
-        self._commits.call(lambda: self._ledger.change(reopen))
+        self._ledger.change(reopen)
 
+    @_in_its_thread
     def replace_chunks(
         self,
         chunks: Sequence[Chunk],
@@ -208,7 +232,7 @@ class Checkpoint:
             self._database.replace("manifest", [*entries.items(), (SINCE, str(self.invocation))])
             return msgspec.structs.replace(totals, standing=dict(standing))
 
-        self._commits.call(lambda: self._ledger.change(replace))
+        self._ledger.change(replace)
         self._ledger.since = self.invocation
 
     @property
@@ -216,69 +240,57 @@ class Checkpoint:
         """True while settled rows are sent again."""
         return self._ledger.has_reopened
 
+    @_in_its_thread
     def reopened(self, chunk: Chunk) -> dict[int, Reopened]:
         """The rows of a chunk's base part that are sent again."""
-        bounds = chunk.first_row, chunk.end_row
-        return self._commits.call(
-            lambda: {record[0]: Reopened(*record) for record in self._between("reopened", *bounds)}
-        )
+        records = self._between("reopened", chunk.first_row, chunk.end_row)
+        return {record[0]: Reopened(*record) for record in records}
 
+    @_in_its_thread
     def settled_rows(self, chunk: Chunk) -> set[int]:
         """The rows of an open chunk that have their completion."""
-        return self._commits.call(
-            lambda: {record[0] for record in self._between("rows", chunk.first_row, chunk.end_row)}
-        )
+        return {record[0] for record in self._between("rows", chunk.first_row, chunk.end_row)}
 
+    @_in_its_thread
     def completions(self, first_row: int, end_row: int) -> list[CompletionRecord]:
         """The completions of rows `first_row` to `end_row` - 1, in order; their usage is in their `raw`."""
-        return self._commits.call(
-            lambda: [db_tables.completion(record) for record in self._between("rows", first_row, end_row)]
-        )
+        return [db_tables.completion(record) for record in self._between("rows", first_row, end_row)]
 
+    @_in_its_thread
     def rows_among(self, rows: Sequence[int]) -> set[int]:
         """Of these rows, those whose completion the database has."""
+        found: set[int] = set()
+        for selected, group in among(rows):
+            query = f"SELECT row FROM rows {selected}"  # noqa: S608
+            found |= {row for (row,) in self._database.query(query, group)}
+        return found
 
-        def read() -> set[int]:
-            found: set[int] = set()
-            for selected, group in among(rows):
-                query = f"SELECT row FROM rows {selected}"  # noqa: S608
-                found |= {row for (row,) in self._database.query(query, group)}
-            return found
-
-        return self._commits.call(read)
-
+    @_in_its_thread
     def records_of(self, rows: Sequence[int]) -> list[CompletionRecord]:
         """The completions of these rows that the database still has, in order of rows."""
+        found: dict[int, CompletionRecord] = {}
+        for table in ("originals", "rows"):  # the newer record is the one of an open chunk
+            for selected, group in among(rows):
+                records = self._database.records(table, selected, group)
+                found |= {record[0]: db_tables.completion(record) for record in records}
+        return [found[row] for row in sorted(found)]
 
-        def read() -> list[CompletionRecord]:
-            found: dict[int, CompletionRecord] = {}
-            for table in ("originals", "rows"):  # the newer record is the one of an open chunk
-                for selected, group in among(rows):
-                    records = self._database.records(table, selected, group)
-                    found |= {record[0]: db_tables.completion(record) for record in records}
-            return [found[row] for row in sorted(found)]
-
-        return self._commits.call(read)
-
+    @_in_its_thread
     def discarded(self, chunk: Chunk) -> list[Discarded]:
         """The earlier attempts of a chunk's rows, in order."""
-        bounds = chunk.first_row, chunk.end_row
+        records = self._between("attempts", chunk.first_row, chunk.end_row)
+        return [db_tables.discarded(record) for record in records if record[-1] >= self._ledger.since]
 
-        def read() -> list[Discarded]:
-            records = self._between("attempts", *bounds)
-            return [db_tables.discarded(record) for record in records if record[-1] >= self._ledger.since]
-
-        return self._commits.call(read)
-
+    @_in_its_thread
     def has_end(self, row: int, n: int) -> bool:
         """True if the attempt's ending is stored, or the attempt is listed as possibly billed."""
-        return self._commits.call(lambda: self._ledger.has_end(row, n))
+        return self._ledger.has_end(row, n)
 
+    @_in_its_thread
     def last_lost_attempts(self, chunk: Chunk) -> dict[int, int]:
         """For the rows of a chunk: the number of the last attempt that is listed as possibly billed."""
         query = "SELECT row, max(n) FROM possibly_billed WHERE row >= ? AND row < ? AND invocation >= ? GROUP BY row"
-        bounds = chunk.first_row, chunk.end_row, self._ledger.since
-        return self._commits.call(lambda: dict(self._database.query(query, bounds)))
+        return dict(self._database.query(query, (chunk.first_row, chunk.end_row, self._ledger.since)))
 
     def flushed(self) -> bool:
         """Waits until everything that was put before is durable; False if a failure prevented it."""
@@ -290,12 +302,13 @@ class Checkpoint:
 
     def add_possibly_billed(self, entries: Sequence[PossiblyBilled]) -> None:
         """The attempts are on the permanent list of possibly billed requests."""
-        if entries:
+        if entries:  # without any it does not fail, although the database has
             self._commits.call(lambda: self._ledger.add_possibly_billed(entries))
 
+    @_in_its_thread
     def copy_to(self, path: Path) -> None:
         """A copy of the database with everything that was put before, in a file that must not exist."""
-        self._commits.call(lambda: self._database.copy_to(path))
+        self._database.copy_to(path)
 
     def close(self, *, finished: bool = False) -> None:
         """Commits everything that was put before, and closes the file."""
