@@ -15,7 +15,7 @@ from batchrun.job.settings import TierPrice
 from batchrun.money import to_pico, to_usd
 from batchrun.records import Usage
 
-PER_TOKEN = Decimal(1_000_000)
+PER_TOKEN = Decimal(1_000_000)  # prices are per million tokens
 
 DAY_S = 86_400
 

@@ -23,8 +23,9 @@ BLOCK_ROWS = 8192
 
 
 class Taken(NamedTuple):
-    """Where a row's answer is: in an earlier result, by `file` and its `row`, or else that of its `original` in this
-    run. -1: none. An equal row of one that takes an earlier answer has all three.
+    """Where a row's answer is: in row `row` of an earlier result's `file`, or else in row `original` of this run.
+
+    -1: not there. A copy of a row that takes an earlier answer has all three.
     """
 
     original: int
@@ -67,14 +68,14 @@ class CarryOver:
         return taken
 
     def count(self, rows: int, among: Callable[[int], bool]) -> int:
-        """How many of the run's rows that are `among` those in question are not sent."""
+        """How many rows are not sent, of those for which `among` is true."""
         if self._made is None or self._made.digest is None:
             return 0
         blocks = ((first, min(first + BLOCK_ROWS, rows)) for first in range(0, rows, BLOCK_ROWS))
         return sum(among(row) for block in blocks for row in self.window(*block))
 
     def last_copies(self, first_row: int, end_row: int) -> dict[int, int]:
-        """Of these rows, those whose answer a later row takes, with the last one that does."""
+        """By row: the last later row that takes its answer. Rows that have no copy are not in it."""
         if self._made is None or not self._made.duplicates:
             return {}
         numbers = enumerate(self._numbers(first_row, end_row), first_row)

@@ -32,7 +32,7 @@ from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, Completion, joined, own_table
 
 MOST_FULL = 2
-"""Chunks whose rows are all settled may wait to be sealed; with more, no other is opened until one is sealed."""
+"""How many chunks without a row to send may wait to be sealed. Beyond that none is opened until one is sealed."""
 
 MOST_KEPT = 3
 KEPT_BYTES = 16_000_000
@@ -130,8 +130,8 @@ class Chunks:
         self._windows = self._window_of(self._settings.chunk_rows)
 
     def open_next(self, *, keep_settled: bool = False) -> OpenChunk | None:
-        """The next chunk, its input stored; None if there is no other. A new one without a row to send is sealed
-        already, or will be. `keep_settled`: chunks whose rows are settled stay open, and are not waited for.
+        """The next chunk, its input stored; None if there is no other. A new one without a row to send is sealed, at
+        once or later. `keep_settled`: chunks whose rows are settled stay open, and the call does not wait for any.
 
         Raises:
             InputError: the input has changed since the run started, or an earlier result whose answers are reused.

@@ -1,4 +1,4 @@
-"""Rows that take their answer without a request: whether it is there yet, and how long the record of it is kept."""
+"""Rows that take their answer without a request: whether that is settled, and how long its record is kept."""
 
 import functools
 from bisect import bisect_right
@@ -45,7 +45,7 @@ class Copies:
         return dict(sorted(found.items()))
 
     def are_answered(self, full: OpenChunk) -> bool:
-        """Whether every row whose answer a row of the chunk takes has it."""
+        """Whether the rows whose answers the chunk's copies take are all settled."""
         if full.waits_for is None:
             first, end = full.chunk.first_row, full.chunk.end_row
             taken = self.taken(full, first, end).values()
@@ -67,7 +67,7 @@ class Copies:
         return self._carry.table(taken, self._own_answers, invocation=self._checkpoint.invocation)
 
     def kept(self, chunk: Chunk, opened_rows: int) -> list[int]:
-        """Rows of this chunk, which is sealed now, whose answer a row of a later chunk takes that is not sealed yet.
+        """Of this chunk, which is sealed now: the rows whose answers copies in later, unsealed chunks still take.
 
         `opened_rows` is one past the last row of the newest chunk.
         """
@@ -78,7 +78,7 @@ class Copies:
         ]
 
     def dropped(self, open_chunk: OpenChunk) -> list[int]:
-        """Rows of earlier chunks whose record no row after this chunk, which is sealed now, takes any more."""
+        """Rows of earlier chunks whose records are not needed any more after this chunk, which is sealed now."""
         first, end = open_chunk.chunk.first_row, open_chunk.chunk.end_row
         taken = self.taken(open_chunk, first, end).values()
         before = {each.original for each in taken if each.of_this_run and each.original < first}

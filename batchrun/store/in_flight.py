@@ -80,7 +80,7 @@ class InFlightFile:
         self._map[:] = bytes(len(self._map))
 
     def occupied(self) -> list[NamedRequest]:
-        """The requests in flight now."""
+        """The requests that are in flight now, read from the file."""
         return list(_occupied(self._map[:]))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""A chunk whose rows are sent, and which of them still are to be."""
+"""A chunk whose rows are sent: which of them are settled, and which are still to be sent."""
 
 from collections.abc import Collection, Iterable, Iterator
 
@@ -13,7 +13,7 @@ TO_SEND, SETTLED, CARRIED = range(3)
 """The state of a row when its chunk is opened."""
 
 OVERHEAD_BYTES = 1200
-"""Of the objects that a kept row consists of, besides its texts (measured)."""
+"""What the objects of a kept row take, besides its texts (measured)."""
 
 
 class Earlier(msgspec.Struct, frozen=True):
@@ -36,7 +36,7 @@ class Kept:
 
     def __init__(self, room_bytes: int) -> None:
         self._room_bytes = room_bytes
-        # two, because a tuple for each row would have to be looked through by the garbage collector
+        # two, because the garbage collector would have to visit a tuple for each row
         self._records: dict[int, CompletionRecord] = {}
         self._answers: dict[int, Answer] = {}
 
@@ -96,7 +96,7 @@ class OpenChunk:
         return (row for row, state in enumerate(self._state, self.chunk.first_row) if state == TO_SEND)
 
     def limit_to(self, only: Collection[int]) -> bool:
-        """Of the rows still to be sent, `rows` gives these alone from now on; False if there are none."""
+        """From now on `rows` gives only those of `only` that are still to be sent; False if there are none."""
         self._only = [row for row in self.to_send() if row in only]
         return bool(self._only)
 

@@ -21,7 +21,9 @@ ENTRY = "origins"
 SENT = -1
 """The row is sent, and no later row wants its answer."""
 
-_WANTED = -(1 << 41)  # and below: the row is sent, and the last row that wants its answer is so much further down
+# at and below it: the row is sent, and the number says which later row is the last to take its answer. Copies have the
+# numbers between it and -1: room for 2 * 10**12 rows
+_WANTED = -(1 << 41)
 _ROWS_A_FILE = 1 << 32
 
 
@@ -103,8 +105,8 @@ class Origins(msgspec.Struct, frozen=True):
 
 
 class OriginsWriter:
-    """A new file of origins, made when the first row is said not to be sent. Use it as a context manager, and `keep`
-    it if anything was written.
+    """A new file of origins, created with the first row that is not sent. Use it as a context manager, and `keep` it
+    if anything was written.
     """
 
     def __init__(self, path: Path, rows: int, first_row: int = 0) -> None:

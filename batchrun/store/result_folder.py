@@ -82,7 +82,7 @@ def described(root: Path, path: Path, digest: str, rows: int) -> ResultFile:
 
 
 def publish(staged: Iterable[ResultFile], bill: Mapping[str, object], directory: RunDirectory) -> FinishedResult:
-    """The staged files are in their place with a manifest beside them. Until now readers saw the old folder whole."""
+    """Puts the staged files in their place, with a manifest beside them. Until then readers see the old folder."""
     before, after = directory.staging.name, directory.completions_folder.name
     names = [(file, file.name.removeprefix(f"{before}/")) for file in staged]
     listed = [

@@ -20,7 +20,8 @@ from batchrun.tables.json_columns import ColumnTypes, lines_to_table
 BATCH_ROWS = 1000
 
 MOST_ALONE = 8
-"""Rows of a batch that are typed alone: of a batch that was passed long ago only a few retried rows come."""
+"""So many rows of a batch are typed one by one, the next one with all others: if only a few old rows are retried, their
+batches are not typed as a whole."""
 
 
 def write(path: Path, table: pa.Table) -> str:
@@ -53,7 +54,7 @@ def rows_stored(path: Path) -> int:
 
 
 class StoredBatch:
-    """Up to 1,000 rows as they are stored: a view that stays valid after the file is deleted."""
+    """Up to 1,000 rows as they are stored: a view of the mapped file, which stays valid after the file is deleted."""
 
     def __init__(self, rows: pa.RecordBatch) -> None:
         self.rows = rows
