@@ -254,6 +254,7 @@ def _by_capacity(status: int, attempt: Attempt, answer: Answer) -> Judgement | N
 
 
 def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
+    """The verdict on an error of the server: by its status, the words of its body, and how long it asks to wait."""
     wait_s = retry_after_s(attempt.headers, attempt.started_at + attempt.latency_s)
     if wait_s is None:
         wait_s = answer.error_wait_s
@@ -340,6 +341,7 @@ def _words_of_page(body: bytes) -> str | None:
 
 
 def _why_unreadable(attempt: Attempt, other: other_apis.Api | None) -> str:
+    """What came instead of a chat completion."""
     if not packed.size(attempt.body):
         return "the answer is empty"
     if other is not None:

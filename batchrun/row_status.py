@@ -60,6 +60,7 @@ PLAIN = Settlement(Status.OK)
 
 
 def _status_and_action(meaning: Meaning, finish: Finish) -> tuple[Status, Action]:
+    """The status of an answer that ended so, and what the job does with such answers."""
     match meaning:
         case Meaning.FILTER:
             return Status.FILTERED, finish.content_filter
@@ -76,6 +77,7 @@ def _status_and_action(meaning: Meaning, finish: Finish) -> tuple[Status, Action
 
 
 def _flaw(answer: Answer, expected: Expected) -> Flaw | None:
+    """What in the answer does not fit the schema that it should follow; None: it fits."""
     if (call := answer.function_call) is not None:
         return expected.call_flaw(call.name, call.arguments)
     if answer.tool_calls is not None:

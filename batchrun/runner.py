@@ -132,6 +132,7 @@ class Runner:
     # ── the run's own thread ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _work(self) -> None:
+        """The whole run; at its end everything that waits for it is woken."""
         host = Host(self._stop, self._results, self._replay)
         try:
             self._summary = run_start(self._job, self._rows, self._options, host)

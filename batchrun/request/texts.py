@@ -46,6 +46,7 @@ def json_of(value: Any, indent: int = 0) -> str:
 
 
 def _checked(value: Any) -> Any:
+    """The value as `_encode` writes it the same from any file; what has no text is refused."""
     if isinstance(value, dict):
         return {str(name): _checked(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

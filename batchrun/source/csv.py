@@ -116,6 +116,7 @@ def _rows_of(path: InputFile, delimiter: str, errors: Literal["strict", "surroga
 
 @contextmanager
 def _reading(path: InputFile, schema: pa.Schema, block_bytes: int) -> Iterator[pacsv.CSVStreamingReader]:
+    """Arrow's reader of the file; its errors inside the block are raised as ours, and name the row."""
     bad: list[pacsv.InvalidRow] = []
 
     def note(row: pacsv.InvalidRow) -> Literal["error"]:
@@ -173,6 +174,7 @@ _DOUBLE_THEM = 'there is text after a closing quote; quotes within a quoted cell
 
 
 def _reason(path: InputFile, error: Exception, bad: list[pacsv.InvalidRow]) -> str:
+    """What is wrong with the file, and what to do; `bad` are the rows that Arrow has refused."""
     if bad:
         row = bad[0]
         where = "a row" if row.number is None else f"row {row.number} (the header is 1)"

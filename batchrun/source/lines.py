@@ -94,6 +94,7 @@ _TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
 
 
 def _depth(line: bytes) -> int:
+    """How deep the line is nested."""
     steps = (1 if opened else -1 if closed else 0 for opened, closed in _BRACKETS.findall(line))
     return max(accumulate(steps), default=0)
 
@@ -124,6 +125,7 @@ def _problem(line: bytes, error: Exception) -> str:
 
 
 def _encoding_problem(line: bytes) -> str | None:
+    """Why the bytes are not text, with a guess at their encoding; None: they are."""
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -143,6 +145,7 @@ def _encoding_problem(line: bytes) -> str | None:
 
 
 def _syntax_problem(line: bytes, message: str) -> str:
+    """The cause of msgspec's message where it is known, with what to do; else the message itself."""
     if line.strip() in (b"[", b"{"):
         return "the file looks like one JSON document over many lines; write one object per line (jq -c)"
     if message == "Input data was truncated":

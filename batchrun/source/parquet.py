@@ -136,6 +136,7 @@ def _where(file: pq.ParquetFile, group: int) -> str:
 
 @contextmanager
 def _open(path: InputFile) -> Iterator[pq.ParquetFile]:
+    """The open file; of a remote one larger pieces are read, since each is a request."""
     buffer_bytes = REMOTE_BUFFER_BYTES if isinstance(path, RemoteFile) else PAGE_BUFFER_BYTES
     with path.open(buffer_bytes=0) if isinstance(path, RemoteFile) else _local(path) as opened:
         try:
@@ -152,6 +153,7 @@ def _local(path: Path) -> pa.NativeFile:
 
 
 def _reason(error: Exception) -> str:
+    """Arrow's error in one line, with what to do."""
     text = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     if "crypt" in text:
         return "it is encrypted; decrypt it first"

@@ -49,6 +49,7 @@ def _values(name: str, column: "pa.Array[Any]") -> list[object]:
 
 
 def _value(scalar: "pa.Scalar[Any]") -> object:
+    """A value that Arrow's own conversion refuses: nanoseconds as text, members one by one."""
     try:
         return scalar.as_py()
     except (ValueError, OverflowError) as error:

@@ -119,6 +119,7 @@ def _reads_the_same(one: pa.DataType, other: pa.DataType) -> bool:
 
 
 def _kind(type_: pa.DataType) -> str:
+    """What values of the type look like in a prompt: types of one kind combine."""
     if pa.types.is_integer(type_) or pa.types.is_floating(type_):
         return "number"
     if pa.types.is_string(type_) or pa.types.is_large_string(type_):
@@ -150,6 +151,7 @@ def fitted(rows: pa.RecordBatch, schema: pa.Schema, keys: dict[str, Any]) -> pa.
 
 
 def _cast(column: "pa.Array[Any]", to: pa.DataType) -> "pa.Array[Any]":
+    """The column in another type without loss. By way of Python where Arrow's cast loses values or is missing."""
     if pa.types.is_floating(column.type) and pa.types.is_float64(to):
         return shortest(column)
     if isinstance(column, pa.RunEndEncodedArray):

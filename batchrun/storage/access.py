@@ -181,6 +181,7 @@ def _gcs(access: Access, environ: Environ) -> pafs.FileSystem:
 
 
 def _azure(access: Access, environ: Environ, named: str) -> pafs.FileSystem:
+    """The account that the URL names, else that of the environment; a key there comes before a SAS token."""
     account = named or environ.get("AZURE_STORAGE_ACCOUNT") or environ.get("AZURE_STORAGE_ACCOUNT_NAME")
     if not account:
         raise JobError(

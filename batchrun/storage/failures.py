@@ -66,6 +66,7 @@ def reason(error: BaseException) -> str:
 
 
 def _cause(text: str) -> str:
+    """The part of an SDK's message that says what happened."""
     if (aws := _AWS.search(text)) is not None:
         detail = aws[5].removesuffix(".").partition("; Details:")[0]
         return f"{aws[4] or aws[2] or aws[1]} during {aws[3]}" + ("" if detail == "No response body" else f": {detail}")

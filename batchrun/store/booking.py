@@ -256,16 +256,17 @@ def with_possibly_billed(totals: Totals, entries: Sequence[PossiblyBilled]) -> T
 
 def possibly_billed(ending: Ending, invocation: int) -> PossiblyBilled:
     """The entry in the list of possibly billed requests of an attempt that may have been billed."""
-    n = ending.attempts if isinstance(ending, CompletionRecord) else ending.n
-    kind = ending.error.kind if isinstance(ending, CompletionRecord) and ending.error else None
-    cause = (ending.error_kind if isinstance(ending, Discarded) else kind) or "no answer"
+    if isinstance(ending, CompletionRecord):
+        n, kind = ending.attempts, None if ending.error is None else ending.error.kind
+    else:
+        n, kind = ending.n, ending.error_kind
     return PossiblyBilled(
         row=ending.row,
         n=n,
         key=ending.key.hex(),
         upper_bound_usd=usd_or_none(ending.possibly_billed_pico_usd),
         upper_bound_tokens=ending.possibly_billed_tokens,
-        cause=cause,
+        cause=kind or "no answer",
         invocation=invocation,
         request_id=ending.request_id,
     )

@@ -131,6 +131,7 @@ class _Reader:
         return JSON
 
     def _of_types(self, schema: Schema, within: tuple[str, ...]) -> Column:
+        """The column of a schema that names its types."""
         names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
         names = [name for name in names if name != "null"]
         if names == ["object"]:
@@ -165,6 +166,7 @@ def _resolved(root: Schema, reference: str) -> Any:
 
 
 def _is_null(schema: Any) -> bool:
+    """Whether the schema allows null alone: beside another type it only says that the column may be null."""
     if not isinstance(schema, dict):
         return False
     return schema.get("type") in ("null", ["null"]) or schema.get("enum") == [None] or schema.get("const", ...) is None

@@ -72,6 +72,7 @@ class ParquetFile:
         self._writer.add_key_value_metadata(dict(metadata))
 
     def _flush(self) -> None:
+        """The gathered rows are a row group of the file."""
         if self._pending:
             self._writer.write_table(pa.Table.from_batches(self._pending, self._schema), row_group_size=ROW_GROUP_ROWS)
         self.rows += self._pending_rows
@@ -232,6 +233,7 @@ def require_digest(path: Path, expected: str) -> None:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
+    """Errors of the block are about a file that was finished before: it is damaged, or not Parquet."""
     try:
         yield
     except (OSError, pa.ArrowException) as error:

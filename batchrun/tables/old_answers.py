@@ -215,6 +215,7 @@ class OldAnswers:
 
 
 def _is_json(text: str | None) -> bool:
+    """Whether the text is JSON: another program may have changed it."""
     try:
         msgspec.json.decode(text or "")
     except msgspec.DecodeError:

@@ -196,6 +196,7 @@ class _Gathered:
 
 
 def _blocks(batches: Iterator[pa.RecordBatch], block_bytes: int) -> Iterator[list[pa.RecordBatch]]:
+    """The batches in lists of about so many bytes."""
     block: list[pa.RecordBatch] = []
     size = 0
     for batch in batches:

@@ -59,6 +59,7 @@ class Pool:
         return await self._open(exchange)
 
     async def _open(self, exchange: Exchange) -> Link:
+        """A new connection. The connector puts its link into the exchange."""
         UNDER_WAY.set(exchange)
         try:
             await self._connector.connect(self._request, [], self._timeout)
