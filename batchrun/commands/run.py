@@ -63,7 +63,7 @@ class RunCommand(click.Command):
     callback=amount("seconds, 0 or more"),
     help="Time to drain after a signal or the deadline; 20.",
 )
-@click.option("--engine", type=click.Choice(["local", "ray"]), help="Which processes send: this one, or Ray's actors.")
+@click.option("--engine", metavar="NAME", help="Which processes send: local (this one) or ray (Ray's actors).")
 @click.option(
     "--ray-address", metavar="ADDRESS", help="The Ray cluster, host:port or auto; else RAY_ADDRESS, else local."
 )

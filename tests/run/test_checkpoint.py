@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,7 @@ from batchrun.store.commits import MAX_GROUP
 from batchrun.store.database import _sqlite_errors
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import Totals, answer_line, fold, possibly_billed, with_possibly_billed
+from batchrun.tables.rows import OWN_COLUMNS
 from tests import checkpoint_writer, level
 from tests.endings import completion, discarded, stored_attempt
 from tests.money import pico
@@ -95,6 +97,12 @@ def unexpected(error: BatchrunError) -> None:
 
 
 # ── what is kept ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_new_columns_need_another_format_number() -> None:
+    """A run that was begun without a column has parts without it, which this version can't join with its own."""
+    columns = "\n".join(f"{field.name} {field.type}" for field in OWN_COLUMNS)
+    assert (FORMAT, sha256(columns.encode()).hexdigest()[:16]) == (9, "624c9c26a21ac12e")
 
 
 @SHARED
