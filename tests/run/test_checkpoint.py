@@ -320,7 +320,7 @@ def test_a_refused_write_is_reported(tmp_path: Path) -> None:
     with checkpoint_writer.start(path, MAX_FILE_BYTES="300000") as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert err.startswith(f"DiskError: {path}: the largest file that this process may write; ")
+    assert err.startswith(f"DiskError: {path}: has the largest size that this process may write; ")
     durable = {int(row) for row in out.split()}
     assert durable
     require_consistent(path, durable)
