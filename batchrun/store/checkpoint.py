@@ -27,7 +27,9 @@ from batchrun.store.ledger import SINCE, Ledger
 from batchrun.store.totals import Totals
 
 FORMAT = 9
-"""`PRAGMA user_version`. A run directory with another number is of another version: exit 7."""
+"""`PRAGMA user_version`. A run directory with another number is of another version: exit 7. A changed table, record or
+output column needs a new number: this version can't resume a run whose records and parts lack it.
+"""
 
 REOPENED_AT_ONCE = 1000
 """Reopened rows in memory at a time."""
