@@ -81,9 +81,12 @@ def read_input(
             source = part.source
             preconditions.require_columns(job, source)
             with Questions(Path(scratch)) as keys:
-                found = survey(
-                    source, part.job, Path(scratch), progress=progress.checked, accepted=accepted, question=keys.add
-                )
+
+                def add(ordinal: int, request: "Request", images: bytes) -> None:
+                    keys.add(ordinal, request.key)
+                    accepted(request)
+
+                found = survey(source, part.job, Path(scratch), progress=progress.checked, accepted=add)
                 found = msgspec.structs.replace(found, types=part.types or found.types)
                 preconditions.require_input(part.job, source, found, warn, skip_invalid=skip_invalid)
                 first_row = 0 if part.span is None else part.span.start.ordinal

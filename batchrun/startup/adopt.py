@@ -19,6 +19,7 @@ from batchrun.startup.answer_match import NONE, Questions
 from batchrun.startup.run_options import RunOptions, Start
 from batchrun.store import origins, variants
 from batchrun.store.carry_over import CarryOver
+from batchrun.store.chunks import Layout
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.variants import Variant
@@ -42,15 +43,13 @@ def adopt_changes(
     """
     job, options = start.job, start.options
     identities = fingerprint(files)  # before the content is read, so that a change meanwhile is noticed later
-    ways, variant, settings = variants.place(job, ways, known.variant, retrying=options.retry is not None)
+    placed = variants.place(job, ways, known.variant, retrying=options.retry is not None)
     what = changed_input(files, start.directory, known)
     source = open_source(files, job.input.max_line_bytes, None if known.share is None else known.share.span)
     if what is None and options.accept_changes and job.input.image_root is not None:
         what = "the images"
-    if settings or what is not None:
-        reasons = (*settings, *([what] if what else []))
-        shards.require_unchanged(known, reasons)
-        known = _adopt(start, known, ways, variant, source, identities, reasons, settings)
+    if placed.changed or what is not None:
+        known = _adopt(start, known, placed, source, identities, what)
     else:
         opened = start.opened_rows(known)
         # a chunk is sent as a whole, so a limit within an open one would come too late
@@ -60,31 +59,32 @@ def adopt_changes(
                 f"--limit {opened}, or leave it out"
             )
         known = msgspec.structs.replace(known, files=identities)
-    return known, ways, variant, source
+    return known, placed.variants, placed.number, source
 
 
 def _adopt(
     start: Start,
     known: Manifest,
-    ways: tuple[Variant, ...],
-    variant: int,
+    placed: variants.Placed,
     source: Source,
     identities: tuple[FileIdentity, ...],
-    reasons: tuple[str, ...],
-    settings: tuple[str, ...],
+    what: str | None,
 ) -> Manifest:
-    """The manifest over the changed input or job, with new chunks, if the change is accepted or loses nothing.
+    """The manifest over the changed input or job, with new chunks, if the change is accepted or loses nothing. `what`
+    has changed besides settings.
 
     Raises:
         JobError: the change is not accepted; the message has what it would cost. Nothing was sent or discarded.
     """
     job, directory, checkpoint, options = start.job, start.directory, start.checkpoint, start.options
+    reasons = placed.changed if what is None else (*placed.changed, what)
+    shards.require_unchanged(known, reasons)
     with Questions(directory.path) as questions, Questions(directory.path) as pictures:
-        found = input_pass.check(source, job, directory, options, questions.add, pictures.add)
+        found = input_pass.check(source, job, directory, options, questions, pictures)
         new = input_pass.manifest_of(job, source, identities, found, run_id=known.run_id, created_at=known.created_at)
         expected = None if known.estimate is None else scaled(known.estimate, found.rows)
         new = msgspec.structs.replace(
-            new, layout=known.layout + 1, variant=variant, dialect=found.dialect, estimate=expected
+            new, layout=known.layout + 1, variant=placed.number, dialect=found.dialect, estimate=expected
         )
         answers = changes.Answers(directory, checkpoint, known)
         keys_now = questions.rows(found.rejected)
@@ -93,13 +93,14 @@ def _adopt(
             made = unsent_rows.find_unsent(start, new, questions.rows(found.rejected), note=lambda line: None)
             carry_over = CarryOver(made, directory.origins_of(new.layout))
             seen = msgspec.structs.replace(seen, carried=carry_over.count(found.rows, lambda row: matches[row] == NONE))
-            _require_consent(job, options, seen, settings)
+            _require_consent(job, options, seen, placed.changed)
             counts = {"kept": seen.kept, "dropped": seen.dropped, "to_send": seen.to_send}
             options.note(Notice(str(seen), "changes", changed=seen.changed, **counts))
-            schema = input_pass.schema_of(source, new)
-            entries = {**new.encode(), **variants.encode(ways), **origins.encode(made)}
+            entries = {**new.encode(), **variants.encode(placed.variants), **origins.encode(made)}
             input_pass.keep_digests(job, directory, new.layout, pictures, found)
-            changes.lay_out(answers, matches, source, new, schema, entries, options.limit, carry_over)
+            rows = new.rows if options.limit is None else options.limit
+            layout = Layout.of(new, source, input_pass.schema_of(source, new), rows)
+            changes.lay_out(answers, matches, layout, entries, carry_over)
             for old in (directory.images_of(known.layout), directory.origins_of(known.layout)):
                 old.unlink(missing_ok=True)
     return new

@@ -16,12 +16,13 @@ import pyarrow as pa
 
 from batchrun.records import Status
 from batchrun.run_summary import TotalsLine
-from batchrun.source import START, Source, Window
+from batchrun.source import START, Window
 from batchrun.startup.answer_match import NONE, Matches, match
 from batchrun.store import booking, result, stored_window
 from batchrun.store.base_part import BasePart
 from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.chunks import Layout
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -168,32 +169,21 @@ def examine(
     return seen, matches
 
 
-def lay_out(
-    answers: Answers,
-    matches: Matches,
-    source: Source,
-    manifest: Manifest,
-    schema: pa.Schema,
-    entries: dict[str, str],
-    limit: int | None,
-    carry: CarryOver,
-) -> None:
-    """The run's rows lie as the new input has them, with the answers that fit; one transaction makes it true.
+def lay_out(answers: Answers, matches: Matches, layout: Layout, entries: dict[str, str], carry: CarryOver) -> None:
+    """Makes the chunks of the new input, with the answers that fit, and replaces the run's by them in one transaction.
 
     A window whose every row has its answer becomes a sealed chunk, one with some an open chunk over a base part.
-    Windows behind the last answer are left to be opened in their turn. A `limit` opens no row that needn't be: behind
-    it and the last answer.
+    Windows behind the last answer are left to be opened in their turn. With a limit, no row is opened that is behind
+    both the limit and the last answer.
     """
-    directory, types = answers.directory, manifest.column_types
+    directory, settings = answers.directory, layout.settings
     generation = 1 + max((chunk.generation for chunk in answers.chunks), default=0)
     left = sum(old != NONE for old in matches)
     chunks: list[Chunk] = []
     standing: Counter[str] = Counter()
     first_row = 0
-    settings = manifest.output
     last = max((new for new, old in enumerate(matches) if old != NONE), default=0)
-    upto = manifest.rows if limit is None else max(limit, last + 1)
-    for read in _windows(source, manifest, upto):
+    for read in _windows(layout, matches.rows if layout.limit is None else max(layout.limit, last + 1)):
         if not left:
             break
         end_row = first_row + read.rows
@@ -202,7 +192,7 @@ def lay_out(
         left -= own.num_rows
         standing.update(cast(list[str], own.column("status").to_pylist()))
         number = len(chunks)
-        stored = directory.input_of(number, manifest.layout)
+        stored = directory.input_of(number, layout.number)
         chunk = Chunk(
             chunk=number,
             first_row=first_row,
@@ -212,9 +202,9 @@ def lay_out(
         )
         part = directory.part_of(number, generation)
         if own.num_rows == read.rows:
-            tables = stored_window.StoredWindow(stored, chunk.input_digest, first_row).tables(types)
-            batches = _whole(tables, own, schema, manifest.answer_column)
-            digest = files.write_part(part, schema, batches, settings, read.rows)
+            tables = stored_window.StoredWindow(stored, chunk.input_digest, first_row).tables(layout.types)
+            batches = _whole(tables, own, layout.schema, layout.parsed)
+            digest = files.write_part(part, layout.schema, batches, settings, read.rows)
             chunk = msgspec.structs.replace(chunk, generation=generation, part_digest=digest, open=0)
             stored.unlink()
         elif own.num_rows:
@@ -237,9 +227,9 @@ def _with_originals(own: pa.Table, taken: Mapping[int, Taken]) -> pa.Table:
     return with_column(own, "duplicate_of", originals)
 
 
-def _windows(source: Source, manifest: Manifest, upto: int) -> Iterator[Window]:
+def _windows(layout: Layout, upto: int) -> Iterator[Window]:
     """The windows that chunks are made from; none goes beyond the first `upto` rows."""
-    settings, rejected = manifest.output, frozenset(manifest.rejected)
+    source, settings, rejected = layout.source, layout.settings, layout.rejected
     position, rows = START, 0
     windows = source.windows(position, settings.chunk_rows, settings.chunk_bytes, rejected)
     while rows < upto:

@@ -27,11 +27,11 @@ def summary_of(job: Job, directory: RunDirectory, options: RunOptions) -> Summar
     shard.require_same(options.shard, known, directory.path)
     require_same_shape(job, known)
     retrying = options.retry is not None
-    _, _, changed_settings = variants.place(job, variants.decode(entries), known.variant, retrying=retrying)
+    placed = variants.place(job, variants.decode(entries), known.variant, retrying=retrying)
     changed_input = adopt.changed_input(input_pass.input_files(job, directory, options), directory, known)
     wanted_rows = known.rows if options.limit is None else min(options.limit, known.rows)
     to_retry = any(summary.by_status.get(status) for status in options.retry or ())
-    if changed_settings or changed_input is not None or to_retry or wanted_rows > summary.rows_in_output:
+    if placed.changed or changed_input is not None or to_retry or wanted_rows > summary.rows_in_output:
         return None
     result.require_intact(directory, summary.rows_in_output, entries)
     return msgspec.structs.replace(summary, exit_code=int(exit_code(job, summary)), files=files(directory))

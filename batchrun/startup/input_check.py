@@ -85,12 +85,7 @@ class _Sizes(msgspec.Struct):
 class _Tally:
     """Counts while the survey runs, and passes each problem and each request on."""
 
-    def __init__(
-        self,
-        keep: Callable[[Problem], None],
-        question: Callable[[int, bytes], None],
-        accepted: Callable[[Request], None],
-    ) -> None:
+    def __init__(self, keep: Callable[[Problem], None], accepted: Callable[[int, Request, bytes], None]) -> None:
         self.rows = self.body_bytes = self.image_tokens = 0
         self.unusable, self.repeated = array("Q"), array("Q")
         self.first_problems: list[Problem] = []
@@ -98,9 +93,10 @@ class _Tally:
         self.sizes: dict[str, _Sizes] = {}
         self.answer_schemas: set[str | None] = set()
         self._expected: Expected = ANYTHING
-        self._keep, self._question, self._accepted = keep, question, accepted
+        self._keep, self._accepted = keep, accepted
 
-    def accept(self, ordinal: int, request: Request) -> None:
+    def accept(self, ordinal: int, request: Request, images: bytes) -> None:
+        """Counts the request of a record, and passes it on with the digest of its images."""
         prompt, output = request.max_prompt_tokens, request.max_output_tokens
         self.rows += 1
         self.body_bytes += len(request.body)
@@ -119,8 +115,7 @@ class _Tally:
             if request.expected.in_json and len(self.answer_schemas) < 2:  # two show that there are several
                 schema = request.expected.schema
                 self.answer_schemas.add(None if schema is None else msgspec.json.encode(schema).decode())
-        self._question(ordinal, request.key)
-        self._accepted(request)
+        self._accepted(ordinal, request, images)
 
     def withdraw(self, request: Request) -> None:
         """Takes back a request that turned out to repeat an id; the maxima and sums stay upper bounds."""
@@ -147,13 +142,11 @@ def survey(
     *,
     keep: Callable[[Problem], None] = lambda problem: None,
     progress: Callable[[int], None] = lambda rows: None,
-    question: Callable[[int, bytes], None] = lambda ordinal, key: None,
-    pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
-    accepted: Callable[[Request], None] = lambda request: None,
+    accepted: Callable[[int, Request, bytes], None] = lambda ordinal, request, images: None,
 ) -> Survey:
     """The whole input, read once, and every image file that it names. `keep` gets every problem, `progress` the count
-    of rows now and then, `question` each record's ordinal and request_key, `pictured` ordinal and images' digest of
-    those that have images to be read, `accepted` each request; records included that turn out to repeat an id.
+    of rows now and then. `accepted` gets each valid record's ordinal, its request, and the digest of its images, b"" if
+    none is read; records included that turn out to repeat an id.
 
     `scratch` is a directory for what does not fit into memory.
 
@@ -161,7 +154,7 @@ def survey(
         InputError: the input can't be read further, or nothing says what to send.
         JobError: the template is invalid, or the output would have too many partitions.
     """
-    tally = _Tally(keep, question, accepted)
+    tally = _Tally(keep, accepted)
     types = ColumnTypes() if source.format == "jsonl" else None
     partitions = PartitionLimit(job.output)
     builder: RequestBuilder | None = None
@@ -175,7 +168,7 @@ def survey(
             if builder is None:
                 builder = RequestBuilder(job, detect_dialect(job, record.columns))
                 id_column = job.input.id or ("custom_id" if builder.dialect == "openai-batch" else None)
-            if (problem := _add(record, builder, images, ids, id_column, tally, pictured)) is not None:
+            if (problem := _add(record, builder, images, ids, id_column, tally)) is not None:
                 tally.reject(Problem(record.ordinal, record.place, problem, record.columns), tally.unusable)
             else:
                 partitions.observe(record.columns)
@@ -208,14 +201,13 @@ def _add(
     ids: IdIndex,
     id_column: str | None,
     tally: _Tally,
-    pictured: Callable[[int, bytes], None],
 ) -> str | None:
     """Counts the record if it makes a valid request; else returns the reason."""
+    digest = b""
     try:
         request = builder.build(Row(tally.rows, record.columns))
         if request.pictures:
             request, digest = builder.identify(Row(tally.rows, record.columns), images.read)
-            pictured(record.ordinal, digest)
     except InputError as error:
         return str(error)
     if id_column is not None:
@@ -224,7 +216,7 @@ def _add(
             return missing + did_you_mean(tuple(record.columns), id_column)
         if (problem := ids.add_id(record.ordinal, record.columns[id_column])) is not None:
             return f"{id_column}: {problem}"
-    tally.accept(record.ordinal, request)
+    tally.accept(record.ordinal, request, digest)
     return None
 
 

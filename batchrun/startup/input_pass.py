@@ -1,7 +1,6 @@
 """Reads the input once from end to end: checks every record, and makes the run's manifest of what it finds."""
 
 import os
-from collections.abc import Callable
 from datetime import datetime
 
 import msgspec
@@ -10,6 +9,7 @@ import pyarrow as pa
 from batchrun.durable import disk_errors, fsync
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Job
+from batchrun.records import Request
 from batchrun.request import image_digests
 from batchrun.source import FileIdentity, InputFile, Source, TableSource, changed, find_files
 from batchrun.startup import preconditions, shard, stdin_copy
@@ -42,10 +42,13 @@ def check(
     job: Job,
     directory: RunDirectory,
     options: RunOptions,
-    question: Callable[[int, bytes], None] = lambda ordinal, key: None,
-    pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
+    questions: Questions,
+    pictures: Questions | None = None,
 ) -> Survey:
-    """Reads the input; invalid records end the start, or go to rejects.jsonl with --skip-invalid."""
+    """Reads the input; invalid records end the start, or go to rejects.jsonl with --skip-invalid.
+
+    `questions` gets the request key of each record, `pictures` the digest of the images of those that have some.
+    """
     rejects = directory.rejects
     with disk_errors(rejects):
         rejects.unlink(missing_ok=True)
@@ -58,10 +61,13 @@ def check(
             ):
                 file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
 
+    def accepted(ordinal: int, request: Request, images: bytes) -> None:
+        questions.add(ordinal, request.key)
+        if images and pictures is not None:
+            pictures.add(ordinal, images)
+
     preconditions.require_columns(job, source)
-    found = survey(
-        source, job, directory.path, keep=keep, progress=options.checked, question=question, pictured=pictured
-    )
+    found = survey(source, job, directory.path, keep=keep, progress=options.checked, accepted=accepted)
     preconditions.require_input(job, source, found, options.problem, skip_invalid=options.skip_invalid)
     if found.rejected:
         with disk_errors(rejects):

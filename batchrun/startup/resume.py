@@ -79,7 +79,7 @@ def plan_start(job: Job, directory: RunDirectory, checkpoint: Checkpoint, option
     if options.shard is not None and part.span is not None:
         share = InputShare(options.shard, part.span, tuple(sorted(map(str, failing(job.finish)))))
     with Questions(directory.path) as keys, Questions(directory.path) as pictures:
-        found = input_pass.check(source, part.job, directory, options, keys.add, pictures.add)
+        found = input_pass.check(source, part.job, directory, options, keys, pictures)
         found = msgspec.structs.replace(found, types=part.types or found.types)
         run_id = uuid.uuid4().hex[:12]
         new = input_pass.manifest_of(job, source, files, found, run_id=run_id, created_at=now, share=share)

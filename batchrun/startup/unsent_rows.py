@@ -197,7 +197,7 @@ def stored_or_found(start: Start, known: Manifest, source: Source) -> Origins | 
         return None  # only rows of a retry are left
     with Questions(directory.path) as keys:
         as_read = job if known.share is None else shards.reading(job, known.dialect)
-        found = input_pass.check(source, as_read, directory, start.options, keys.add)
+        found = input_pass.check(source, as_read, directory, start.options, keys)
         made = find_unsent(start, known, keys.rows(found.rejected), start.options.note)
     checkpoint.write_manifest(origins.encode(made))
     return made

@@ -5,6 +5,7 @@ was meant, even if the job file has changed.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import msgspec
 
@@ -48,10 +49,16 @@ def encode(variants: Sequence[Variant]) -> dict[str, str]:
     return {ENTRY: msgspec.json.encode(variants).decode()}
 
 
-def place(
-    job: Job, variants: tuple[Variant, ...], current: int, *, retrying: bool
-) -> tuple[tuple[Variant, ...], int, tuple[str, ...]]:
-    """The variants with the job's own added if it is new, its number, and the settings in which it differs from the
+class Placed(NamedTuple):
+    """The variants of a run with that of the present job among them, its number, and the settings that changed."""
+
+    variants: tuple[Variant, ...]
+    number: int
+    changed: tuple[str, ...]
+
+
+def place(job: Job, variants: tuple[Variant, ...], current: int, *, retrying: bool) -> Placed:
+    """The job's place among the variants, where it is added if it is new. Settings are compared with those of the
     `current` variant of the run.
     """
     own = of_job(job)
@@ -60,7 +67,7 @@ def place(
     changed = tuple(differences(variants[current], own))
     if retrying and all(path.startswith("request.") for path in changed):
         changed = ()  # a retry may use another request
-    return variants if known else (*variants, own), number, changed
+    return Placed(variants if known else (*variants, own), number, changed)
 
 
 def differences(one: Variant, other: Variant) -> list[str]:

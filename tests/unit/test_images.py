@@ -16,7 +16,7 @@ import pytest
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Job
 from batchrun.job.settings import Input
-from batchrun.records import Row
+from batchrun.records import Request, Row
 from batchrun.request.builder import RequestBuilder
 from batchrun.request.image_digests import ImageDigests, write
 from batchrun.request.images import Images, read_below
@@ -452,7 +452,11 @@ def test_unusable_images_are_named_and_counted(root: Path) -> None:
     given: Columns = {"image_root": str(root), "max_image_bytes": 1000}
     job = job_over(path, request={"prompt": "What?", "images": ["photo"]}, input=given)
     pictured: list[int] = []
-    found = survey(open_source((path,)), job, root.parent, pictured=lambda ordinal, _: pictured.append(ordinal))
+
+    def accepted(ordinal: int, request: Request, digest: bytes) -> None:
+        pictured.extend([ordinal] * bool(digest))
+
+    found = survey(open_source((path,)), job, root.parent, accepted=accepted)
     assert (found.rows, list(found.rejected), pictured) == (1, [1, 2, 3, 4], [0])
     reported = [str(problem) for problem in found.first_problems]
     for line, (place, words) in enumerate(
