@@ -71,7 +71,7 @@ def test_the_dialect_follows_job_then_columns(request_table: Columns, columns: C
 
 
 def test_columns_that_say_nothing_are_named() -> None:
-    with pytest.raises(InputError, match=r"set request.prompt to a template over the columns \(id, text\)"):
+    with pytest.raises(InputError, match=r"set request.prompt, a template over the columns \(id, text\)"):
         detect_dialect(a_job(), {"id": 1, "text": "x"})
 
 
