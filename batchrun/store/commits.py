@@ -77,6 +77,7 @@ class Commits:
 
     def call(self, work: Callable[[], T]) -> T:
         """Commits everything that was put before, then runs `work` in the database's thread; its result."""
+        assert threading.current_thread() is not self._thread, "the database's thread would wait for itself"
         future: Future[T] = Future()
 
         def run() -> None:
