@@ -231,7 +231,7 @@ class Workers:
             judgement = policy.with_replaced_key(judgement)
         settlement = None
         if judgement is policy.ANSWERED:  # shows the gate, the backlog and the last rows that the endpoint is well
-            decision = gate.answered(slot, row)
+            decision = gate.observe(slot, Outcome(row, OK))
             history = attempt_caps.answered(pending.history)
             self._last_rows.answered(history)
             self.backlog.ended(pending, OK)

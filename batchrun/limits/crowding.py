@@ -76,8 +76,8 @@ class Crowding:
         "cap",
     )
 
-    def __init__(self, on_change: Callable[[int | None, int | None, str], None]) -> None:
-        """`on_change` is called with each change of the cap: before, after, why."""
+    def __init__(self, on_change: Callable[[str], None]) -> None:
+        """`on_change` is called after each change of the cap, with its reason."""
         self._on_change = on_change
         self.cap: int | None = None
         self._accepted: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)
@@ -209,5 +209,5 @@ class Crowding:
         self._set(math.ceil(BELOW_REFUSED * low), f"refused with {low} and more others in flight")
 
     def _set(self, cap: int | None, why: str) -> None:
-        before, self.cap = self.cap, cap
-        self._on_change(before, cap, why)
+        self.cap = cap
+        self._on_change(why)

@@ -23,6 +23,7 @@ from batchrun.limits.admission import (
     Stopped,
 )
 from batchrun.limits.admission_queue import UNLIMITED
+from batchrun.limits.circuit import IN_FLIGHT
 from batchrun.limits.gate import NO_SLOT, Gate, GateClosed
 from batchrun.limits.probe_turns import InDoubt, ProbeTurns
 from batchrun.limits.rates import Rates
@@ -31,7 +32,6 @@ from batchrun.records import Verdict
 from batchrun.run_summary import EndpointTotals, InForce
 
 BEST_FIRST = (Open, Probing, Cooling, Stopped)
-IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 STOPPED = Binding(Limit.STOPPED)
 
 
@@ -71,7 +71,8 @@ class Gates:
         self.lanes = lanes
         self._on_set_aside = on_set_aside
         self._lane_of = [lane for lane in lanes for _ in range(lane.gate.slots)]
-        self._stop: Stop | None = None
+        self.slots = len(self._lane_of)
+        self.stop: Stop | None = None
         self._virtual = 0.0
         self.budget = shared.budget
         self.turns: ProbeTurns = shared.turns
@@ -79,10 +80,6 @@ class Gates:
     @property
     def _live(self) -> list[Lane]:
         return [lane for lane in self.lanes if lane.set_aside is None]
-
-    @property
-    def slots(self) -> int:
-        return len(self._lane_of)
 
     @property
     def in_flight(self) -> int:
@@ -108,10 +105,6 @@ class Gates:
     @property
     def unanswered_s(self) -> float:
         return min((lane.gate.unanswered_s for lane in self._live), default=0.0)
-
-    @property
-    def stop(self) -> Stop | None:
-        return self._stop
 
     @property
     def phase(self) -> Phase:
@@ -168,10 +161,10 @@ class Gates:
 
     def _try_admit(self, demand: Demand, probes: bool) -> int | Binding:
         """The slot at the first endpoint in turn that admits the attempt now; else the block that is lifted first."""
-        if self._stop is not None:
-            raise GateClosed(self._stop)
+        if self.stop is not None:
+            raise GateClosed(self.stop)
         live = self._live
-        if not probes and all(lane.gate.in_doubt for lane in live):
+        if not probes and all(lane.gate.circuit.in_doubt for lane in live):
             raise InDoubt
         blockers: list[Binding] = []
         for lane in sorted(live, key=lambda lane: max(lane.finish, self._virtual)):
@@ -205,9 +198,6 @@ class Gates:
     def read_headers(self, slot: int, headers: Mapping[str, str]) -> None:
         self._lane_of[slot].gate.read_headers(slot, headers)
 
-    def answered(self, slot: int, row: int) -> Decision:
-        return self.observe(slot, Outcome(row, Verdict.OK))
-
     def observe(self, slot: int, outcome: Outcome) -> Decision:
         """As `Gate.observe`. If this sets the endpoint aside, its rows in question are sent elsewhere."""
         lane = self._lane_of[slot]
@@ -218,7 +208,7 @@ class Gates:
         lane.held.difference_update(decision.own)
         if decision.hold:
             lane.held.add(outcome.row)
-        if lane.gate.stop is None or self._stop is not None:
+        if lane.gate.stop is None or self.stop is not None:
             return decision
         if lane.set_aside is None and self._is_last_set_aside(lane, lane.gate.stop):
             return decision
@@ -239,15 +229,15 @@ class Gates:
 
     def close(self, stop: Stop) -> None:
         """Ends admission at all endpoints. The first reason is kept."""
-        if self._stop is None:
-            self._stop = stop
+        if self.stop is None:
+            self.stop = stop
         for lane in self.lanes:
             lane.gate.close(stop)
 
     def restore(self, index: int, why: str) -> bool:
         """Tries an endpoint again that was set aside, one row at a time; True if it was."""
         lane = self.lanes[index]
-        if lane.set_aside is None or self._stop is not None:
+        if lane.set_aside is None or self.stop is not None:
             return False
         lane.set_aside = None
         lane.gate.reopen(why)
@@ -278,12 +268,12 @@ class Circuits:
     @property
     def in_doubt(self) -> bool:
         live = [] if self.gates is None else self.gates._live
-        return bool(live) and all(lane.gate.in_doubt for lane in live)
+        return bool(live) and all(lane.gate.circuit.in_doubt for lane in live)
 
     def binding(self, now_s: float) -> Binding | None:
         blockers = []
         for lane in [] if self.gates is None else self.gates._live:
-            if (blocker := lane.gate.circuit_blocker(now_s)) is None:
+            if (blocker := lane.gate.circuit.binding(now_s)) is None:
                 return None
             blockers.append(blocker)
         return _first_lifted(blockers)

@@ -75,13 +75,12 @@ class KnownLimit:
         """True if this measurement shows that the limit is higher than was known."""
         return self.per_s is not None and per_s > (1 + MET) * self.per_s
 
-    def is_exceeded(self, per_s: float | None) -> bool:
-        """True at a rate above the limit."""
-        return self.per_s is not None and per_s is not None and per_s > self.per_s
+    def has_emptied(self, climbed_to: float | None, at_s: float, total: float, amount: float) -> bool:
+        """True if the climb to this rate has emptied the server's bucket, so that refusals of `amount` are expected.
 
-    def is_empty(self, at_s: float, total: float, amount: float) -> bool:
-        """True if the climb has emptied the server's bucket by now, so that a refusal is expected."""
-        if self.per_s is None or not self.is_sure:
+        `total` was accepted by `at_s`.
+        """
+        if self.per_s is None or not self.is_sure or climbed_to is None or climbed_to <= self.per_s:
             return False
         level = self._level + self.per_s * (at_s - self._climb_s) - (total - self._total)
         return level <= SLACK * amount

@@ -94,8 +94,15 @@ class RateLimits:
             self.requests_per_second = rates.requests_per_second
         self.daily = rates.daily or self.daily
         for limit, setting in _TOKENS.items():
-            if (configured := getattr(rates, setting)) is not None:
-                self._configure_tokens(limit, configured, now_s)
+            if (configured := getattr(rates, setting)) is None:
+                continue
+            rate = self.tokens if limit is Limit.TOKENS else self._apart.get(limit)
+            if rate is None:
+                rate = self._apart[limit] = AdaptiveRate(limit, None, now_s, self._on_pace)
+            was_free = rate.per_minute is None
+            rate.configure(configured, now_s)
+            if was_free:
+                rate.stand_at(0.0, now_s)
 
     def blocked_by(self, demand: Demand, now_s: float) -> Binding | None:
         """What blocks this attempt, and until when; None when nothing does. Takes nothing."""
@@ -123,7 +130,10 @@ class RateLimits:
         self._sent_at_s = now_s
         if self._guards:
             for guard in self._guards.values():
-                _acquire(guard)
+                # the limiter has room, so its coroutine ends at once: at its first step
+                with contextlib.suppress(StopIteration):
+                    guard.acquire().send(None)
+                    raise AssertionError("a limiter with room made a request wait")
         self.requests.take(1, now_s)
         self.tokens.take(demand.tokens, now_s)
         if self._apart:
@@ -147,22 +157,7 @@ class RateLimits:
             burst = max(1.0, per_s * _GUARDED[limit])
             self._guards[limit] = AsyncLimiter(burst, burst / per_s)
 
-    def _configure_tokens(self, limit: Limit, per_minute: float, now_s: float) -> None:
-        rate = self.tokens if limit is Limit.TOKENS else self._apart.get(limit)
-        if rate is None:
-            rate = self._apart[limit] = AdaptiveRate(limit, None, now_s, self._on_pace)
-        was_free = rate.per_minute is None
-        rate.configure(per_minute, now_s)
-        if was_free:
-            rate.stand_at(0.0, now_s)
-
-
-def _acquire(guard: AsyncLimiter) -> None:
-    """Counts one request, which the limiter has room for: so its coroutine ends at once."""
-    with contextlib.suppress(StopIteration):
-        guard.acquire().send(None)
-        raise AssertionError("a limiter with room made a request wait")
-
 
 def _part(limit: Limit, demand: Demand) -> int:
+    """The part of the attempt's tokens that this limit counts."""
     return demand.output_tokens if limit is Limit.OUTPUT_TOKENS else demand.input_tokens

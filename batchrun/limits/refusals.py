@@ -15,7 +15,7 @@ Cardwell et al. 2016; PCC Vivace, Dong et al. 2018).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -24,7 +24,7 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.crowding import REMEMBERED
 from batchrun.limits.evidence import RefusedShare, SendLog, Sent, SequentialTest
 from batchrun.limits.in_flight import InFlight
-from batchrun.limits.rate_search import RateSearch, Step
+from batchrun.limits.rate_search import RateSearch
 from batchrun.limits.refusal_runs import RefusalRuns
 
 STORM_BAR = 10.9
@@ -177,7 +177,7 @@ class Refusals:
 
     def correct(self, tokens: float) -> None:
         """An attempt used this many more tokens than its estimate."""
-        self._tokens.correct(tokens)
+        self._tokens.measured.correct(tokens)
 
     def rise(self, now_s: float) -> None:
         """Tries higher learned rates when it is time."""
@@ -194,24 +194,22 @@ class Refusals:
         self.searches[self._limit].reopened(now_s)
 
     def _judge(self, now_s: float) -> None:
+        """Counts every attempt of which it is now known whether it was accepted."""
         known = self._log.known(now_s)
         if known and self._may_add_up and not any(attempt.refused for _, attempt in known):
-            self._add_up(known, now_s)
+            # in quiet times an accepted attempt changes nothing by itself, so all are counted at once
+            last = known[-1][1]
+            self._requests.measured.accepted(last.at_s, len(known), len(known))
+            self._tokens.measured.accepted(last.at_s, sum([attempt.tokens for _, attempt in known]), len(known))
+            self._crowding.remember(now_s, [attempt.others for _, attempt in known[-REMEMBERED:]])
+            evidence = sum([order >= self._since for order, _ in known])
+            self._accepted |= evidence > 0
+            self.share.add(0, evidence)
         else:
             for order, attempt in known:
                 self._count(order, attempt, now_s)
         self._may_add_up = self._is_quiet and not (self._runs.in_a_row or self._runs.is_found)
         self._add_up_from_s = now_s + ADD_UP_EVERY_S
-
-    def _add_up(self, known: Sequence[tuple[int, Sent]], now_s: float) -> None:
-        """Counts accepted attempts in quiet times, when none of them changes anything."""
-        last = known[-1][1]
-        self._requests.accepted(last.at_s, len(known), len(known))
-        self._tokens.accepted(last.at_s, sum([attempt.tokens for _, attempt in known]), len(known))
-        self._crowding.remember(now_s, [attempt.others for _, attempt in known[-REMEMBERED:]])
-        evidence = sum([order >= self._since for order, _ in known])
-        self._accepted |= evidence > 0
-        self.share.add(0, evidence)
 
     def _count(self, order: int, attempt: Sent, now_s: float) -> None:
         """Counts an attempt, in the order of sending, once it is known whether it was accepted."""
@@ -253,8 +251,12 @@ class Refusals:
         return not learned and self._crowding.cap is None and not self._crowding.on_trial
 
     def _is_too_much(self, at_s: float, *, refused: bool) -> bool:
+        """True if this attempt completes a storm, or an excess at a learned rate."""
         share = float(self.share)
-        ordinary = min(MOST_ORDINARY, max(self._least_ordinary, share))
+        # a lower share is enough if a limit is known, or crowding likely because no time to come back was named
+        knows_limit = any(rate.configured is not None or rate.stated is not None for rate in self._rates.values())
+        least = LEAST_ORDINARY_KNOWN if knows_limit or not self._names_time else LEAST_ORDINARY
+        ordinary = min(MOST_ORDINARY, max(least, share))
         patience = self._runs.patience * (SURER if share >= MUCH_BY_CHANCE else 1.0)
         storm = self._storm.step(ordinary, max(STORM_SHARE, ordinary + STORM_ABOVE), refused=refused, times=patience)
         self._is_storm = storm or (refused and not self._accepted and self._storm.refused >= NONE_TAKEN)
@@ -269,14 +271,6 @@ class Refusals:
             much = ordinary + max(EXCESS_ABOVE, above)
             excess = self._excess.step(ordinary, min(MOST, much), refused=refused, times=search.needed(at_s))
         return self._is_storm or excess
-
-    @property
-    def _least_ordinary(self) -> float:
-        """The share that may be random for all that is known: lower if a limit is known, or crowding is likely because
-        the server names no time to come back.
-        """
-        known = any(rate.configured is not None or rate.stated is not None for rate in self._rates.values())
-        return LEAST_ORDINARY_KNOWN if known or not self._names_time else LEAST_ORDINARY
 
     def _respond(self, at_s: float, now_s: float) -> None:
         search = self.searches[self._limit]
@@ -301,12 +295,12 @@ class Refusals:
             self._pause(at_s, now_s)
         elif self._rate_is_no_cause(search, at_s, now_s):
             self._start_again()
-        elif search.exceeded(at_s, now_s, float(self.share), by_chance=self._runs.are_single) is Step.TOO_EARLY:
-            self._excess.clear()
-        else:
+        elif search.exceeded(at_s, now_s, float(self.share), by_chance=self._runs.are_single):
             self._runs.is_handled = True
             self._on_kind("limit", "more was refused than in ordinary times")
             self._start_again()
+        else:
+            self._excess.clear()
 
     def _pause(self, at_s: float, now_s: float, *, lone: bool = False) -> None:
         self._conclusion = Conclusion(storm=True, accepted=self._accepted)
@@ -346,7 +340,7 @@ class Refusals:
         share, free = float(self.share), all(rate.per_minute is None for rate in self._rates.values())
         if share < LEAST_DOUBTED or not free or self._crowding.cap is not None or now_s < self._next_trial_s:
             return
-        per_s = self._requests.lately(at_s)
+        per_s = self._requests.measured.delivered.lately(at_s)
         if per_s is None or self.share.refused < EXPECTED or not self._storm.is_low:
             return
         self._trial = _SlowTrial(now_s, share, per_s, share * (1 - 1 / math.sqrt(self.share.refused)))
