@@ -25,22 +25,15 @@ class LastRows:
         self._recovering = 0.0  # the share of recent answers that are of rows which had failed
         self._answers = 0
 
-    def answered(self, history: History) -> None:
-        """A row was answered at its last attempt."""
-        after_failure = history.attempts > 1
-        self._answers += 1
-        if after_failure:
-            self._recovered += 1
-        elif not (self._failing or self._refusing or self._recovering):
-            return  # nothing fails: all shares stay at zero
-        self._recovering += (after_failure - self._recovering) / min(self._answers, attempt_caps.SHARE_OF)
-        self._add(history, ANSWERED)
-
-    def failed(self, history: History, judgement: Judgement) -> None:
-        """An attempt has failed."""
-        self._add(history, judgement)
-
-    def _add(self, history: History, judgement: Judgement) -> None:
+    def ended(self, history: History, judgement: Judgement) -> None:
+        """An attempt has ended; `history` includes it."""
+        if judgement is ANSWERED:
+            after_failure = history.attempts > 1
+            self._answers += 1
+            self._recovered += after_failure
+            if not (after_failure or self._failing or self._refusing or self._recovering):
+                return  # nothing fails: all shares stay at zero
+            self._recovering += (after_failure - self._recovering) / min(self._answers, attempt_caps.SHARE_OF)
         self._failing = attempt_caps.failing_share(self._failing, history, judgement)
         self._refusing = attempt_caps.refused_share(self._refusing, history, judgement)
 
