@@ -6,6 +6,9 @@
     any of them ──second row confirms, outage too long, close()──→ Stopped(why)
 
 A single refusal changes nothing here: its row waits, and `Refusals` decides what many of them mean.
+
+The phases are named as a gate's. In the usual words of circuit breakers our Open is closed, Cooling is open, and
+Probing is half-open.
 """
 
 from collections.abc import Callable
@@ -312,7 +315,8 @@ class Circuit:
             return False
         unreached = not self._reached and outcome.error is not None and outcome.error.kind in UNREACHED
         what = "the endpoint was never reached" if unreached else "no answer"
-        self.close(Stop(ExitCode.PAUSED, f"{what} for {_duration(patience_s)}: {_reason(outcome.error)}"))
+        duration = f"{patience_s:.0f} seconds" if patience_s < 120 else f"{patience_s / 60:.0f} minutes"
+        self.close(Stop(ExitCode.PAUSED, f"{what} for {duration}: {_reason(outcome.error)}"))
         return True
 
     def _cool(
@@ -347,10 +351,6 @@ class Circuit:
             return
         before, self.phase = self.phase, phase
         self._on_change(before, phase)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
 def _kind(error: RowError | None) -> tuple[str, int | None, str | None] | None:

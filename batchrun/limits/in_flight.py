@@ -61,8 +61,9 @@ class InFlight:
         return now_s
 
     def answered(self, out: int, now_s: float) -> None:
-        """Adds one with every answer, which doubles the ramp every round; after trouble that holds up to the number
-        that worked before, and beyond it one more per round. Only while what is allowed is used.
+        """Adds one with every answer, which doubles the ramp every round; only while what is allowed is used.
+
+        After trouble this holds up to a share of what was allowed before; beyond it, one is added every round.
         """
         self._proven = True
         if self._ramp >= self.most:

@@ -20,8 +20,8 @@ SLACK = 2.0
 class KnownLimit:
     """`per_s` is the last measurement, None without one; `is_sure` if the one before agreed with it.
 
-    A limit that was sure, and then a lower one was measured, is `doubted`: it is tried again (`go_back`), and one of
-    the two proves right.
+    If less is measured than a limit that was sure, that limit is `doubted`. It is tried once more (`go_back`): refusals
+    then prove the lower one right, and their absence the higher one (`confirm`).
     """
 
     __slots__ = ("_climb_s", "_level", "_total", "doubted", "is_back", "is_sure", "per_s")
@@ -32,11 +32,6 @@ class KnownLimit:
         self.doubted: float | None = None
         self.is_back = False
         self._climb_s = self._total = self._level = 0.0
-
-    @property
-    def is_believed(self) -> bool:
-        """True if it takes much to disprove it."""
-        return self.is_sure or self.is_back
 
     def measure(self, per_s: float, count: float, *, by_chance: bool) -> float:
         """Takes a measurement over `count` requests; returns what is now believed to be the limit.

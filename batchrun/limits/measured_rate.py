@@ -23,7 +23,10 @@ seconds, less a burst, is a lower bound of the limit."""
 
 
 class MeasuredRate:
-    """What was accepted and refused since the bucket was last empty (`mark`). Amounts are requests or tokens."""
+    """What was accepted and refused since the bucket was last empty (`mark`). Amounts are requests or tokens.
+
+    `delivered` is what was accepted since the start, `counted` and `refused` are attempts since the mark.
+    """
 
     __slots__ = ("_burst", "_mark", "_refused_s", "amount", "at_first", "counted", "delivered", "is_mixed", "refused")
 
@@ -117,8 +120,9 @@ class MeasuredRate:
         return max(self.taken / span_s, self.at_least(at_s) if span_s > WINDOW_S else 0.0)
 
     def server_level(self, at_s: float, limit_per_s: float | None) -> float:
-        """What the server's bucket holds, by the measured limit. It is full at what it gave before the first refusal,
-        less what was refilled meanwhile.
+        """What the server's bucket holds, if `limit_per_s` is its limit.
+
+        It holds at most what it gave before the first refusal, less what was refilled until then.
         """
         if limit_per_s is None or self._mark is None:
             return 0.0

@@ -116,7 +116,7 @@ class RateSearch:
         known, measured = self._known, self.measured
         if self.raised and known.has_emptied(self.per_s, at_s, measured.delivered.total, measured.amount):
             return EXPECTED_BAR
-        return BELIEVED_BAR if known.is_believed else 1 + FALL * self.excess(at_s)
+        return BELIEVED_BAR if known.is_sure or known.is_back else 1 + FALL * self.excess(at_s)
 
     @property
     def is_settled(self) -> bool:

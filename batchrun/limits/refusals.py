@@ -245,7 +245,7 @@ class Refusals:
     @property
     def _is_quiet(self) -> bool:
         """True while nothing is suspected, learned or on trial: an accepted attempt then changes nothing."""
-        if not self._storm.is_at_zero or self._trial is not None or float(self.share) >= LEAST_DOUBTED:
+        if self._storm.level or self._trial is not None or float(self.share) >= LEAST_DOUBTED:
             return False
         learned = self._requests.per_s is not None or self._tokens.per_s is not None
         return not learned and self._crowding.cap is None and not self._crowding.on_trial
@@ -341,7 +341,7 @@ class Refusals:
         if share < LEAST_DOUBTED or not free or self._crowding.cap is not None or now_s < self._next_trial_s:
             return
         per_s = self._requests.measured.delivered.lately(at_s)
-        if per_s is None or self.share.refused < EXPECTED or not self._storm.is_low:
+        if per_s is None or self.share.refused < EXPECTED or self._storm.level >= STORM_BAR / 3:
             return
         self._trial = _SlowTrial(now_s, share, per_s, share * (1 - 1 / math.sqrt(self.share.refused)))
         slower = SLOWER * (1 - share) * per_s * 60

@@ -1,8 +1,8 @@
 """Finds the knee of the throughput curve: the fewest requests in flight that deliver as much. PURE.
 
-For servers that never refuse but queue. Slower answers with more in flight are only a suspicion, because the answers
-may just be longer. So fewer are tried: if three quarters deliver as much, it was a queue, and a row need not wait in
-it. If answers take as long as before, it was none, and one round shows that.
+For servers that never refuse but queue. If answers get slower with more in flight, they may wait for each other, or
+just be longer. So fewer are tried. If three quarters of the number deliver as much, requests were queueing, and the
+lower number stays. If answers take as long as before, there was no queue; one round shows that.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,11 @@ MAX_AGAIN_S = 120.0
 
 
 class UsefulInFlight:
-    """The cap; None while there is none."""
+    """Rounds of answers, and the cap that they led to; None while there is none.
+
+    A round is as many answers as may be in flight. After a change of the number, answers to requests that were sent
+    before it are skipped.
+    """
 
     __slots__ = (
         "_again_s",
