@@ -22,7 +22,7 @@ class Shutdown:
     def __init__(self, workers: Workers, hooks: Hooks, log: RunLog) -> None:
         self._workers = workers
         self._hooks = hooks
-        self._log = log
+        self.log = log
         self._by: str | None = None
         self.abandoned = 0
 
@@ -33,7 +33,7 @@ class Shutdown:
             return
         self._by = by
         in_flight, grace_s = self._workers.gate.in_flight, self._hooks.grace_s
-        self._log.write("signal", name=by, in_flight=in_flight)
+        self.log.write("signal", name=by, in_flight=in_flight)
         drain = f"waiting up to {grace_s:g} s for {plural(in_flight, 'request')} in flight"
         fields = {"name": by, "in_flight": in_flight, "grace_s": grace_s}
         self._hooks.note(Notice(f"{by}: {drain}; send it again to stop now", "signal", **fields))
