@@ -214,17 +214,15 @@ class Dispatch:
             )
             shared = SharedAdmission(loop, circuit, budget)
             return Gate(circuit, shared, rates, overruns=learned.overruns, on_kind=log.refusals_explained)
-        circuits = Circuits()
-        shared = SharedAdmission(loop, circuits, budget)
-        lanes = []
+        lanes = list[Lane]()
+        shared = SharedAdmission(loop, Circuits(lanes), budget)
         for label, endpoint, most in zip(job.labels, job.endpoints, in_flight, strict=True):
             limits, log = job.limits_of(endpoint), GateLog(self._status.log, label)
             circuit = self._circuit(limits, most, 0, log)
             rates = RateLimits(limits, now_s, on_pace=log.rate_changed)
             gate = Gate(circuit, shared, rates, overruns=learned.overruns, on_kind=log.refusals_explained)
             lanes.append(Lane(label, gate, endpoint.weight))
-        circuits.gates = Gates(loop, shared, lanes, self._on_set_aside)
-        return circuits.gates
+        return Gates(shared, lanes, self._on_set_aside)
 
     def _circuit(self, limits: Limits, most: int, known: int, log: GateLog) -> Circuit:
         """`most` and `known`: how many requests may be in flight, and how many an earlier start had in flight."""

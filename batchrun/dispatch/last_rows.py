@@ -39,19 +39,17 @@ class LastRows:
 
     @property
     def may_be_at_fault(self) -> bool:
-        """True if a row that fails may be at fault although no other is answered, in a run whose endpoint has answered
-        before. The only row of a run counts from the start.
-
-        Each row left has failed in this process, and they are too few for an outage to show, or more such rows were
-        given up than recovered. Or nothing was answered for so long that the rows left are the likelier cause.
-        """
+        """True if a row that fails may be at fault itself although no other row is answered."""
+        # the endpoint must have answered before; the only row of a run counts from the start
         if not (self._answered_before or self._gate.successes or self._backlog.alone):
             return False
         left = self._backlog.left
         has_tried_all = not self.untried and self._backlog.drained
+        # all rows left have failed: too few of them for an outage to show, or rows like these were mostly given up
         if has_tried_all and (left < MANY_OUTAGE_ROWS or self._given_up > self._recovered):
             return True
-        # while the circuit probes with one row a minute, the rows left would take hours
+        # or nothing was answered for so long that the rows left are the likelier cause. Waiting longer is no way out:
+        # while the circuit probes with one row a minute, they would take hours
         if not self._backlog.exhausted or left > attempt_caps.MOST_LEFT:
             return False
         return self._gate.unanswered_s > attempt_caps.patience_s(attempt_caps.END_S, left, self._retry)

@@ -55,7 +55,7 @@ class Workers:
         self._job = job
         self._requests = requests
         self.endpoints = endpoints
-        self._store = store = open_run.store
+        store = open_run.store
         self._checkpoint = store.checkpoint
         self._attempt_prefix = store.plan.manifest.attempt_prefix
         self._slots = open_run.slots

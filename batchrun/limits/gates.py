@@ -1,6 +1,5 @@
 """One gate for each of several endpoints, with one queue and one budget over all of them."""
 
-import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -60,13 +59,11 @@ class Gates:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
         shared: SharedAdmission,
         lanes: Sequence[Lane],
         on_set_aside: Callable[[str, Stop], None] = lambda label, stop: None,
     ) -> None:
         """The lanes' gates have consecutive slots and were made with `shared`."""
-        self._loop = loop
         self._shared = shared
         self.lanes = lanes
         self._on_set_aside = on_set_aside
@@ -262,17 +259,20 @@ AnyGate = Gate | Gates
 class Circuits:
     """The circuits of several endpoints as one: in doubt only if all are that are in use."""
 
-    def __init__(self) -> None:
-        self.gates: Gates | None = None
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        """The list of lanes may be filled later: their gates are made with what they share, which includes this."""
+        self._lanes = lanes
 
     @property
     def in_doubt(self) -> bool:
-        live = [] if self.gates is None else self.gates._live
+        live = [lane for lane in self._lanes if lane.set_aside is None]
         return bool(live) and all(lane.gate.circuit.in_doubt for lane in live)
 
     def binding(self, now_s: float) -> Binding | None:
         blockers = []
-        for lane in [] if self.gates is None else self.gates._live:
+        for lane in self._lanes:
+            if lane.set_aside is not None:
+                continue
             if (blocker := lane.gate.circuit.binding(now_s)) is None:
                 return None
             blockers.append(blocker)

@@ -146,20 +146,20 @@ class RateSearch:
         before, rate, rough = self.per_s, measured.per_s(at_s), False
         known = before if before is not None or in_force is None else in_force / 60
         self._cut = None
-        if rate is not None:
+        if rate is not None:  # measured since the bucket was last empty
             rough = not measured.is_firm
             self._cut = _Cut(before, measured.share, measured.counted)
             rate *= BELOW_MEASURED
         elif lone and self._rate.limit is Limit.TOKENS and known is not None:
             rate, rough = BELOW_LONE * known, True
-        elif known is not None:
+        elif known is not None:  # nothing is measured yet: this rate was too high, and some of it was accepted
             rate, rough = BELOW_REFUSED * known, True
             if total:
                 least = 0.0 if before is None else LEAST_LEARNED * before
                 rate = min(rate, max(least, BELOW_BURST * measured.delivered.in_last_second(at_s)))
             # a few wrong estimates are a storm, too; what was accepted for ten seconds is nearer to the limit
             rate = max(rate, measured.at_least(at_s))
-        elif total:
+        elif total:  # the first refusals ever, with no limit known: a full bucket has been emptied
             rate, rough = BELOW_BURST * measured.delivered.in_last_second(at_s), True
             small = not measured.is_marked and measured.at_first >= total / MOST_SPACED
             if small and (measured.at_first != USUAL * measured.amount or measured.refilled_per_s(at_s) > FIRST_PER_S):
@@ -253,7 +253,7 @@ class RateSearch:
         if cut is None or rate is None or counted < LEAST_COUNT:
             return False
         if self.raised and not (cut.per_s is None or rate <= FAR_BELOW * cut.per_s):
-            return False
+            return False  # too near to the refused rate again to differ from a limit
         least = max(LEAST_SHARE if self.raised else LEAST_CALM_SHARE, cut.share / ALIKE)
         if not least <= share <= min(MAX_SHARE, cut.share * ALIKE):
             return False
@@ -296,7 +296,7 @@ class RateSearch:
         requests_per_s = rate * self._rate.requests / total if total else rate
         if not climb.is_due(now_s, self._rate.taken, rate, requests_per_s):
             return False
-        if self._known.is_back:
+        if self._known.is_back:  # the doubted limit was in use until now, and nothing was refused
             self._known.confirm()
         elif self._known.doubted is not None:
             self.raised = True
@@ -376,7 +376,7 @@ class RateSearch:
     def _lower(self, per_s: float, now_s: float, *, rough: bool, steady: bool = False, why: str) -> None:
         before = self.per_s
         if before is not None and self._spacing is None:
-            per_s = min(per_s, BELOW_MEASURED * before)
+            per_s = min(per_s, BELOW_MEASURED * before)  # what is refused is never answered by more
         self.raised = False
         self._climb.begin(rough=rough, steady=steady)
         self._climb.restart(now_s, self._rate.taken)
