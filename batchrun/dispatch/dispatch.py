@@ -98,7 +98,7 @@ class Dispatch:
                 endpoints = Endpoints(connected, gate, self._status.log, self._hooks.note)
                 workers = Workers(job, requests, gate, endpoints, open_run, learned)
                 if over_time is not None:
-                    over_time.listen(gate.wake, workers.fail)
+                    over_time.listen(gate.shared.wake, workers.fail)
                 self._status.reached(Running(store.checkpoint, store.plan, workers, self._deadline))
                 heartbeat = Heartbeat(store.directory, self._status, workers, self._deadline, self._hooks)
                 shutdown = await self._work(workers, heartbeat, open_run)

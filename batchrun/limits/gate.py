@@ -74,7 +74,7 @@ class Gate:
         adaptive = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
         self._refusals = Refusals(adaptive, circuit.in_flight, on_kind)
         self._next_headers_s = self._loop.time()
-        self._shared = shared
+        self.shared = shared
         self.budget = shared.budget
         self._overruns = overruns
         self.slots = circuit.in_flight.most  # the most that can ever be in flight, whatever limit is set later
@@ -145,7 +145,7 @@ class Gate:
             self._refusals.searches[Limit.TOKENS].forget()
         if max_in_flight is not None:
             self.circuit.in_flight.limit(min(max_in_flight, self.slots))
-        self._shared.wake()
+        self.shared.wake()
 
     @property
     def in_force(self) -> InForce:
@@ -193,7 +193,7 @@ class Gate:
             self._rates.correct(flight.demand, tokens, output_tokens)
             self._refusals.correct(tokens - flight.demand.tokens)
             if self._queue.blocker is not NO_SLOT and self._rates.limit_tokens:
-                self._shared.wake()
+                self.shared.wake()
 
     def read_headers(self, slot: int, headers: Mapping[str, str]) -> None:
         """Reads the rate limit headers of a response. Call it after `settle`: the headers count this usage already."""
@@ -230,7 +230,7 @@ class Gate:
         if not was_open and circuit.phase is OPEN:
             self._refusals.reopened(now_s)
         if self._queue.blocker is not NO_SLOT or circuit.phase is not OPEN or not was_open:
-            self._shared.wake()
+            self.shared.wake()
         return decision
 
     def release(self, slot: int, spent_pico_usd: int | None, spent_tokens: int | None = None) -> None:
@@ -241,7 +241,7 @@ class Gate:
         """As `release`, for all outcomes of a commit: slot, 10⁻¹² USD, tokens. Those that wait are granted together."""
         for slot, usd, tokens in spent:
             self.put_down(slot, usd, tokens)
-        self._shared.wake()
+        self.shared.wake()
 
     def put_down(self, slot: int, spent_pico_usd: int | None, spent_tokens: int | None) -> None:
         """As `release`, but nothing that waits is granted yet."""
@@ -261,16 +261,12 @@ class Gate:
     def reopen(self, why: str) -> None:
         """Admits one row again after a stop, to find out whether its cause is gone."""
         self.circuit.reopen(why)
-        self._shared.wake()
+        self.shared.wake()
 
     def close(self, stop: Stop) -> None:
         """Ends admission: waiting and later attempts get `GateClosed`. The first reason is kept."""
         self.circuit.close(stop)
-        self._shared.wake()
-
-    def wake(self) -> None:
-        """The first in the queue checks again: a budget that it waits for may have got money."""
-        self._shared.wake()
+        self.shared.wake()
 
     def _adjust_limits(self, flight: Flight, outcome: Outcome, now_s: float) -> Conclusion:
         """Updates rates and requests in flight after a failure. A refused attempt used nothing, so it is given back to

@@ -64,7 +64,7 @@ class Gates:
         on_set_aside: Callable[[str, Stop], None] = lambda label, stop: None,
     ) -> None:
         """The lanes' gates have consecutive slots and were made with `shared`."""
-        self._shared = shared
+        self.shared = shared
         self.lanes = lanes
         self._on_set_aside = on_set_aside
         self._lane_of = [lane for lane in lanes for _ in range(lane.gate.slots)]
@@ -80,7 +80,7 @@ class Gates:
 
     @property
     def in_flight(self) -> int:
-        return len(self._shared.flights)
+        return len(self.shared.flights)
 
     @property
     def allowed_in_flight(self) -> int:
@@ -116,8 +116,8 @@ class Gates:
 
     @property
     def binding(self) -> Binding:
-        if self._shared.queue:
-            return self._shared.queue.blocker
+        if self.shared.queue:
+            return self.shared.queue.blocker
         if (blocker := self.turns.blocked_by) is not None:
             return blocker
         return IN_FLIGHT if self.in_flight >= self.slots else UNLIMITED
@@ -150,11 +150,11 @@ class Gates:
         """
         if rates != Rates() or max_in_flight is not None:
             raise ValueError("with several endpoints only the budget can be changed; each has its limits in the job")
-        self._shared.wake()
+        self.shared.wake()
 
     def admit(self, demand: Demand, *, probes: bool = True) -> Coroutine[Any, Any, int]:
         """As `Gate.admit`, at any of the endpoints."""
-        return self._shared.queue.admit(self._try_admit, demand, probes, self._give_back)
+        return self.shared.queue.admit(self._try_admit, demand, probes, self._give_back)
 
     def _try_admit(self, demand: Demand, probes: bool) -> int | Binding:
         """The slot at the first endpoint in turn that admits the attempt now; else the block that is lifted first."""
@@ -218,11 +218,7 @@ class Gates:
     def release_all(self, spent: Iterable[tuple[int, int | None, int | None]]) -> None:
         for slot, usd, tokens in spent:
             self._lane_of[slot].gate.put_down(slot, usd, tokens)
-        self._shared.wake()
-
-    def wake(self) -> None:
-        """The first in the queue checks again: a budget that it waits for may have got money."""
-        self._shared.wake()
+        self.shared.wake()
 
     def close(self, stop: Stop) -> None:
         """Ends admission at all endpoints. The first reason is kept."""
