@@ -113,22 +113,22 @@ class Refusals:
         self._crowding = in_flight.crowding
         self._in_flight = in_flight
         self._on_kind = on_kind
-        self.out = 0
+        self.out = 0  # attempts that are sent and not ended
         self.share = RefusedShare()
         self._log = SendLog()
         self._storm = SequentialTest(STORM_BAR, self._ordinary)
         self._excess = SequentialTest(EXCESS_BAR)
         self._runs = RefusalRuns()
         self._since = 0  # attempts of a lower order were sent before the last change, and are no evidence about it
-        self._accepted = True
-        self._limit = Limit.REQUESTS
-        self._names_time = False
+        self._accepted = True  # something was, since the last pause
+        self._limit = Limit.REQUESTS  # the one that the last refusal named
+        self._names_time = False  # it also named a time to come back
         self._trial: _SlowTrial | None = None
         self._next_trial_s = 0.0
         self._trial_wait_s = TRY_AGAIN_S
         self._is_storm = False
-        self._conclusion = NOTHING
-        self._may_add_up = False
+        self._conclusion = NOTHING  # for the next `refused` to return: a storm may be found when an answer is counted
+        self._may_add_up = False  # in quiet times accepted attempts are counted together, now and then
         self._add_up_from_s = 0.0
 
     @property
@@ -273,6 +273,7 @@ class Refusals:
         return self._is_storm or excess
 
     def _respond(self, at_s: float, now_s: float) -> None:
+        """Too much is refused: the causes are tried in this order, and the first that fits is acted on."""
         search = self.searches[self._limit]
         if self._crowding.cap is not None:
             if self._crowding.doubt(now_s):
@@ -303,6 +304,7 @@ class Refusals:
             self._excess.clear()
 
     def _pause(self, at_s: float, now_s: float, *, lone: bool = False) -> None:
+        """The gate pauses, and the rate is lowered if it may be the cause; `lone`: after one refusal that says so."""
         self._conclusion = Conclusion(storm=True, accepted=self._accepted)
         search = self.searches[self._limit]
         if not lone and self._rate_is_no_cause(search, at_s, now_s):
@@ -335,6 +337,7 @@ class Refusals:
             self.share.add(refused, count)
 
     def _begin_trial(self, at_s: float, now_s: float) -> None:
+        """Goes slower on purpose, if a share is refused without a storm and nothing else explains it."""
         if self._runs.is_found:
             return  # a trial of a hundred requests may fall between two runs
         share, free = float(self.share), all(rate.per_minute is None for rate in self._rates.values())
