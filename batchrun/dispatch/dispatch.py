@@ -210,17 +210,17 @@ class Dispatch:
                 now_s,
                 daily=learned.daily,
                 found=Found(known.requests_per_minute, known.tokens_per_minute),
-                on_pace=log.rate_changed,
+                on_rate_change=log.rate_changed,
             )
             shared = SharedAdmission(loop, circuit, budget)
-            return Gate(circuit, shared, rates, overruns=learned.overruns, on_kind=log.refusals_explained)
+            return Gate(circuit, shared, rates, overruns=learned.overruns, on_cause=log.refusals_explained)
         lanes = list[Lane]()
         shared = SharedAdmission(loop, Circuits(lanes), budget)
         for label, endpoint, most in zip(job.labels, job.endpoints, in_flight, strict=True):
             limits, log = job.limits_of(endpoint), GateLog(self._status.log, label)
             circuit = self._circuit(limits, most, 0, log)
-            rates = RateLimits(limits, now_s, on_pace=log.rate_changed)
-            gate = Gate(circuit, shared, rates, overruns=learned.overruns, on_kind=log.refusals_explained)
+            rates = RateLimits(limits, now_s, on_rate_change=log.rate_changed)
+            gate = Gate(circuit, shared, rates, overruns=learned.overruns, on_cause=log.refusals_explained)
             lanes.append(Lane(label, gate, endpoint.weight))
         return Gates(shared, lanes, self._on_set_aside)
 

@@ -60,19 +60,19 @@ class Gate:
         rates: RateLimits,
         *,
         overruns: Overruns | None = None,
-        on_kind: Callable[[str, str], None] = lambda kind, why: None,
+        on_cause: Callable[[str, str], None] = lambda cause, why: None,
     ) -> None:
         """Gates of several endpoints are given the same `shared`, each a circuit and rates of its own.
 
         `overruns` raises the upper bounds of models that were billed beyond them; without it, bounds are trusted.
-        `on_kind` is called when refusals get another explanation.
+        `on_cause` is called when refusals get another explanation: the cause, and what shows it.
         """
         self.circuit = circuit
         self._loop = shared.loop
         self._rates = rates
         self._requests, self._tokens = self._rates.requests, self._rates.tokens
         adaptive = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
-        self._refusals = Refusals(adaptive, circuit.in_flight, on_kind)
+        self._refusals = Refusals(adaptive, circuit.in_flight, on_cause)
         self._next_headers_s = self._loop.time()
         self.shared = shared
         self.budget = shared.budget

@@ -50,22 +50,22 @@ class RateLimits:
         *,
         daily: DailyCount | None = None,
         found: Found = Found(),  # noqa: B008  (frozen)
-        on_pace: RateChange = lambda limit, before, after, why: None,
+        on_rate_change: RateChange = lambda limit, before, after, why: None,
     ) -> None:
-        """`found` holds the limits that an earlier process found. `on_pace` is called for each change of a limit."""
-        self._on_pace = on_pace
+        """`found` holds the limits that an earlier process found. `on_rate_change` is called for each change."""
+        self._on_rate_change = on_rate_change
         self._sent_at_s = now_s
         self._guards: dict[Limit, AsyncLimiter] = {}
         self.requests = AdaptiveRate(
-            Limit.REQUESTS, limits.requests_per_minute, now_s, on_pace, learned=found.requests_per_minute
+            Limit.REQUESTS, limits.requests_per_minute, now_s, on_rate_change, learned=found.requests_per_minute
         )
         self.tokens = AdaptiveRate(
-            Limit.TOKENS, limits.tokens_per_minute, now_s, on_pace, learned=found.tokens_per_minute
+            Limit.TOKENS, limits.tokens_per_minute, now_s, on_rate_change, learned=found.tokens_per_minute
         )
         self._apart: dict[Limit, AdaptiveRate] = {}  # input and output tokens, if limited
         for limit in (Limit.INPUT_TOKENS, Limit.OUTPUT_TOKENS):
             if (configured := getattr(limits, _TOKENS[limit])) is not None:
-                self._apart[limit] = AdaptiveRate(limit, configured, now_s, on_pace)
+                self._apart[limit] = AdaptiveRate(limit, configured, now_s, on_rate_change)
         self.daily = daily
         self._guard(Limit.REQUESTS, limits.requests_per_minute)
         self._guard(Limit.REQUESTS_PER_SECOND, limits.requests_per_second)
@@ -95,7 +95,7 @@ class RateLimits:
                 continue
             rate = self.tokens if limit is Limit.TOKENS else self._apart.get(limit)
             if rate is None:
-                rate = self._apart[limit] = AdaptiveRate(limit, None, now_s, self._on_pace)
+                rate = self._apart[limit] = AdaptiveRate(limit, None, now_s, self._on_rate_change)
             was_free = rate.per_minute is None
             rate.configure(configured, now_s)
             if was_free:

@@ -104,15 +104,17 @@ class Refusals:
         self,
         rates: Mapping[Limit, AdaptiveRate],
         in_flight: InFlight,
-        on_kind: Callable[[str, str], None] = lambda kind, why: None,
+        on_cause: Callable[[str, str], None] = lambda cause, why: None,
     ) -> None:
-        """`rates` of requests and tokens; `on_kind` is called with the new explanation of refusals, and the reason."""
+        """`rates` of requests and tokens. `on_cause` is called with the cause of refusals (a limit, crowding, chance)
+        when there is evidence for it, and with that evidence in words.
+        """
         self.searches = {limit: RateSearch(rate) for limit, rate in rates.items()}
         self._requests, self._tokens = self.searches[Limit.REQUESTS], self.searches[Limit.TOKENS]
         self._rates = rates
         self._crowding = in_flight.crowding
         self._in_flight = in_flight
-        self._on_kind = on_kind
+        self._on_cause = on_cause
         self.out = 0  # attempts that are sent and not ended
         self.share = RefusedShare()
         self._log = SendLog()
@@ -229,7 +231,7 @@ class Refusals:
         most, share = self._in_flight.most, float(self.share)
         if not refused and self._crowding.accepted(now_s, attempt.at_s, attempt.others, most, share):
             self._requests.space_out(attempt.at_s, now_s)
-            self._on_kind("limit", "as many were accepted one by one")
+            self._on_cause("limit", "as many were accepted one by one")
             self._start_again()
             return
         if order < self._since:
@@ -283,12 +285,12 @@ class Refusals:
         elif self._is_storm and not self._names_time and self._crowding.suspect(now_s, self._storm.refused):
             for each in self.searches.values():
                 each.drop(now_s, "fewer in flight instead")
-            self._on_kind("crowding", f"at most {self._crowding.cap} in flight")
+            self._on_cause("crowding", f"at most {self._crowding.cap} in flight")
             self._start_again()
         elif search.is_chance(at_s, now_s, self.share):
             self._next_trial_s = now_s + self._trial_wait_s  # this counts as a trial of going slower
             self._runs.is_chance(now_s)
-            self._on_kind("chance", f"{float(self.share):.1%} are refused at any rate")
+            self._on_cause("chance", f"{float(self.share):.1%} are refused at any rate")
             if search.per_s is None:
                 self._in_flight.unleash(self.out)
             self._start_again()
@@ -298,7 +300,7 @@ class Refusals:
             self._start_again()
         elif search.exceeded(at_s, now_s, float(self.share), by_chance=self._runs.are_single):
             self._runs.is_handled = True
-            self._on_kind("limit", "more was refused than in ordinary times")
+            self._on_cause("limit", "more was refused than in ordinary times")
             self._start_again()
         else:
             self._excess.clear()
@@ -312,7 +314,7 @@ class Refusals:
         elif lone or not self._runs.is_handled:
             search.storm(at_s, now_s, lone=lone, keep=self._runs.is_found)
             self._runs.is_handled = True
-        self._on_kind("limit", "an empty bucket" if lone else "nearly everything was refused")
+        self._on_cause("limit", "an empty bucket" if lone else "nearly everything was refused")
         self._accepted = False
         self._start_again()
 
@@ -321,7 +323,7 @@ class Refusals:
         if not self._runs.lowered(now_s, search.per_s, search.shown(at_s)):
             return False
         search.restore(self._runs.before, now_s, "refusals come in runs, slower or not")
-        self._on_kind("chance", "refusals come in runs, slower or not")
+        self._on_cause("chance", "refusals come in runs, slower or not")
         return True
 
     def _start_again(self) -> None:
@@ -364,11 +366,11 @@ class Refusals:
         if trial.evidence >= HELPED_BAR:
             self._requests.slower_helped(trial.per_s, now_s)
             self.share.set(trial.refused / trial.count, trial.count)
-            self._on_kind("limit", "slower on purpose ended the refusals")
+            self._on_cause("limit", "slower on purpose ended the refusals")
         else:
             self._requests.drop(now_s, "slower did not help")
             self._in_flight.unleash(self.out)
             self._trial_wait_s = max(2 * self._trial_wait_s, TRY_AGAIN_TIMES * (now_s - trial.started_s))
             self._next_trial_s = now_s + self._trial_wait_s
-            self._on_kind("chance", f"{trial.share:.1%} are refused, slower or not")
+            self._on_cause("chance", f"{trial.share:.1%} are refused, slower or not")
         self._start_again()
