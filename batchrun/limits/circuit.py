@@ -22,7 +22,7 @@ from batchrun.limits.in_flight import InFlight
 from batchrun.limits.outage import Unanswered
 from batchrun.limits.refusals import NOTHING, Conclusion
 from batchrun.limits.run_verdicts import RunVerdicts
-from batchrun.records import OTHER_API, RowError, Verdict
+from batchrun.records import OK, OTHER_API, RowError, Verdict
 
 ALIKE_ROWS = 10
 """This many first rows that fail alike are the job's fault: a wrong parameter fails a million rows as it does ten."""
@@ -187,26 +187,25 @@ class Circuit:
         `conclusion` is what `Refusals` concluded from a refusal.
         """
         decision = PROCEED
-        match outcome.verdict:
-            case Verdict.OK:
-                self.successes += 1
-                self._first_failures = None
-                own = self._verdicts.disproved_by(outcome.row, order) if self._verdicts else ()
-                decision = Decision(own=own) if own else PROCEED
-                self._answered(order, now_s)
-            case _ if outcome.says_nothing:
-                pass
-            case Verdict.ROW:  # a bad answer is still an answer, but only a success shows that the key works
-                self._count_alike(outcome.error)
-                self._answered(order, now_s)
-            case Verdict.FREE | Verdict.MAYBE:
-                self._got_no_answer(outcome, order, now_s)
-            case Verdict.SLOW:
-                self._refused(outcome, order, now_s, conclusion)
-            case Verdict.PAUSE | Verdict.STOP:
-                decision = self._run_failed(outcome, order)
-            case _:
-                assert_never(outcome.verdict)
+        if outcome.verdict is OK:  # most attempts; a constant, because reading a member of an enum is slow
+            self.successes += 1
+            self._first_failures = None
+            if self._verdicts and (own := self._verdicts.disproved_by(outcome.row, order)):
+                decision = Decision(own=own)
+            self._answered(order, now_s)
+        elif not outcome.says_nothing:
+            match outcome.verdict:
+                case Verdict.ROW:  # a bad answer is still an answer, but only a success shows that the key works
+                    self._count_alike(outcome.error)
+                    self._answered(order, now_s)
+                case Verdict.FREE | Verdict.MAYBE:
+                    self._got_no_answer(outcome, order, now_s)
+                case Verdict.SLOW:
+                    self._refused(outcome, order, now_s, conclusion)
+                case Verdict.PAUSE | Verdict.STOP:
+                    decision = self._run_failed(outcome, order)
+                case _:
+                    assert_never(outcome.verdict)
         self.withdraw(order)
         return decision
 
