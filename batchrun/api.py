@@ -242,7 +242,7 @@ def _runtime(job: Job, environ: Mapping[str, str], note: Callable[[str], None]) 
     """The event loop, and the engine that the job wants."""
     with contextlib.ExitStack() as opened:
         open_transports = None
-        if job.engine.name != "local":
+        if job.engine.name == "ray":
             from batchrun.ray_engine import cluster  # only if the job wants it: it loads much
 
             open_transports = opened.enter_context(cluster.opened(job, environ, note))

@@ -19,7 +19,7 @@ from batchrun.terminal import error as error_line
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="batchrun")
 def cli() -> None:
-    """Run a file of prompts against a chat-completions API; get a Parquet file of answers and their cost."""
+    """Send a file of prompts to a chat-completions API; get a Parquet file of answers and their cost."""
 
 
 for command in (

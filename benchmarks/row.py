@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,6 +59,26 @@ atexit.register(tell)
 from batchrun.cli import main; main()
 """
 
+FORKED = """
+import importlib, json, os, sys
+for name in ("batchrun.commands.run", "batchrun.dispatch.dispatch", "aiohttp", "uvloop"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
+processes = {}
+for name, (program, arguments) in json.loads(sys.argv[1]).items():
+    if not (process := os.fork()):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        sys.argv[1:] = arguments
+        exec(program, {"__name__": "__main__"})
+        sys.exit()
+    if os.waitpid(process, 0)[1]:
+        sys.exit(f"{name} failed: run it without valgrind")
+    processes[name] = process
+print(json.dumps(processes))
+"""
 
 LAG = """
 import asyncio, contextlib, json, time
@@ -142,15 +163,23 @@ def bare_arguments(to: Target, requests: int) -> list[str]:
     return [to.url, str(requests), str(to.in_flight), to.ca_file]
 
 
-def instructions(arguments: list[str]) -> int:
-    """Those of one Python program, in user space."""
-    valgrind = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
-    ended = subprocess.run(
-        [*valgrind, sys.executable, *arguments], check=True, capture_output=True, text=True, env=environ()
-    )
-    found = re.search(r"I\s+refs:\s+([\d,]+)", ended.stderr)
-    assert found is not None, ended.stderr
-    return int(found[1].replace(",", ""))
+def instructions(programs: Mapping[str, tuple[str, list[str]]]) -> dict[str, int]:
+    """Those of each Python program with its arguments, in user space, by the programs' names.
+
+    They are forks of one process that has imported what they need: under valgrind that takes longer than they do.
+    """
+    compileall.compile_dir(HERE.parent / "batchrun", quiet=1)  # or the first run compiles what the second only reads
+    with tempfile.TemporaryDirectory(prefix="batchrun-bench-") as folder:
+        log = Path(folder) / "%p"
+        valgrind = ["valgrind", "--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"]
+        whole = [*valgrind, f"--log-file={log}", sys.executable, "-c", FORKED, json.dumps(programs)]
+        ended = subprocess.run(whole, check=True, stdout=subprocess.PIPE, text=True, env=environ())
+        found = {}
+        for name, process in json.loads(ended.stdout.splitlines()[-1]).items():
+            counted = re.search(r"I\s+refs:\s+([\d,]+)", log.with_name(str(process)).read_text())
+            assert counted is not None, name
+            found[name] = int(counted[1].replace(",", ""))
+    return found
 
 
 def slope(few: float, many: float, rows: tuple[int, int]) -> tuple[float, float]:
@@ -159,29 +188,30 @@ def slope(few: float, many: float, rows: tuple[int, int]) -> tuple[float, float]
     return each, few - rows[0] * each
 
 
-def counted(to: Target) -> tuple[float, float]:
-    """Thousands of instructions of a row, and millions of a run without rows."""
-    compileall.compile_dir(HERE.parent / "batchrun", quiet=1)  # or the first run compiles what the second only reads
-    program = ["-c", "from batchrun.cli import main; main()"]
+class Counted(NamedTuple):
+    """Thousands of instructions of a request in a bare loop, and of a row; millions of a run without rows."""
+
+    bare: float
+    each: float
+    none: float
+
+
+def counted(to: Target) -> Counted:
     with tempfile.TemporaryDirectory(prefix="batchrun-bench-", dir=".") as folder:
         made = Path(folder).resolve()
-        few, many = (instructions([*program, *command(to, rows, made)]) for rows in (FEW, MANY))
-    each, none = slope(few, many, (FEW, MANY))
-    return each / 1e3, none / 1e6
-
-
-def bare_counted(to: Target) -> float:
-    """Thousands of instructions of a request in a bare loop."""
-    few, many = (instructions(["-c", BARE, *bare_arguments(to, count)]) for count in (FEW, MANY))
-    return slope(few, many, (FEW, MANY))[0] / 1e3
+        programs = {f"bare {rows}": (BARE, bare_arguments(to, rows)) for rows in (FEW, MANY)}
+        run = "from batchrun.cli import main; main()"
+        found = instructions(programs | {f"run {rows}": (run, command(to, rows, made)) for rows in (FEW, MANY)})
+    bare, _ = slope(found[f"bare {FEW}"], found[f"bare {MANY}"], (FEW, MANY))
+    each, none = slope(found[f"run {FEW}"], found[f"run {MANY}"], (FEW, MANY))
+    return Counted(bare / 1e3, each / 1e3, none / 1e6)
 
 
 def guard(to: Target) -> None:
     """Ends with 1 where a row takes more bare requests' worth of instructions than the baseline and the margin."""
     allowed = json.loads(BASELINE.read_text())["times_the_bare_loop"] * MARGIN
-    bare = bare_counted(to)
     for _ in range(2):  # the timing of threads moves the count: twice too many is no chance
-        each = counted(to)[0]
+        bare, each, _ = counted(to)
         print(f"{each:,.0f} thousand instructions a row, {each / bare:.2f} x the bare loop; {allowed:.2f} are allowed")
         if each / bare <= allowed:
             return
@@ -231,8 +261,7 @@ def main() -> None:
             if arguments.guard:
                 guard(to)
             elif arguments.instructions:
-                unit = bare_counted(to)
-                each, none = counted(to)
+                unit, each, none = counted(to)
                 print(f"bare loop: {unit:,.0f} thousand instructions a request")
                 print(f"batchrun: {each:,.0f} thousand a row ({each / unit:.2f} × bare), {none:,.0f} million without")
             elif arguments.lag:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from large import Server, write_input
@@ -75,8 +75,11 @@ def to_first_request(server: Server, command: list[str]) -> Seconds:
 
 
 def median(measured: Callable[[], Seconds], rounds: int = ROUNDS) -> Seconds:
-    walls, cpus = zip(*(measured() for _ in range(rounds)), strict=True)
-    return statistics.median(walls), statistics.median(cpus)
+    return middle([measured() for _ in range(rounds)])
+
+
+def middle(of: Sequence[Seconds]) -> Seconds:
+    return statistics.median(wall for wall, _ in of), statistics.median(cpu for _, cpu in of)
 
 
 def line(name: str, seconds: Seconds, target: str) -> None:
@@ -116,10 +119,10 @@ def measure(server: Server, folder: Path) -> None:
         job = job_of(folder, server.url, READ_ROWS, f"{how}-{next(made)}")
         return whole([sys.executable, "-c", READER, str(job), how])
 
-    waits, reads = median(lambda: through("waits"), 3), median(lambda: through("reads"), 3)
-    line(f"a Runner without a reader, {READ_ROWS:,} rows", waits, "")
-    more = (reads[1] - waits[1]) / READ_ROWS * 1e6
-    line(f"the same with a reader: {more:.0f} µs of CPU more a row", reads, "30 µs")
+    pairs = [(through("waits"), through("reads")) for _ in range(ROUNDS)]  # in turns: the machine's speed changes
+    line(f"a Runner without a reader, {READ_ROWS:,} rows", middle([waits for waits, _ in pairs]), "")
+    more = statistics.median(reads[1] - waits[1] for waits, reads in pairs) / READ_ROWS * 1e6
+    line(f"the same with a reader: {more:.0f} µs of CPU more a row", middle([reads for _, reads in pairs]), "30 µs")
 
 
 def main() -> None:

@@ -104,7 +104,7 @@ def estimate(
     skip_invalid: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
+    """Estimate tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
     from datetime import datetime
 
     from batchrun import preflight

@@ -12,9 +12,11 @@ from batchrun.commands.results import put, say
 @click.command()
 @click.argument("before", type=ResultPath(whole=True))
 @click.argument("after", type=ResultPath(whole=True))
-@click.option("--id", "by", metavar="COLUMN", help="The input's column that identifies a row, or `row`, its position.")
-@click.option("-n", "examples", type=click.IntRange(0), default=20, show_default=True, help="Changed rows to show.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON object instead of lines.")
+@click.option("--id", "by", metavar="COLUMN", help="The input column that identifies a row, or `row` for its position.")
+@click.option(
+    "-n", "examples", type=click.IntRange(0), default=20, metavar="N", help="Show at most N changed rows (20)."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of lines.")
 def compare(before: Path, after: Path, by: str | None, examples: int, as_json: bool) -> None:
     """Compare two runs over the same questions, row by row. Shows what changed, and what it cost."""
     from batchrun.report import compare as comparing

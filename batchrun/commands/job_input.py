@@ -113,8 +113,8 @@ def require_budget(job: Job, found: "Survey") -> "dict[str, PriceTable | None]":
     from batchrun.price_list import lookup
     from batchrun.startup import preconditions, search_fees
 
-    today, urls = date.today().isoformat(), [each.url for each in job.endpoints]
-    tables = {model: lookup.resolve_for_all(model, job.pricing, today, urls) for model in found.models}
+    today = date.today().isoformat()
+    tables = {model: lookup.resolve_for_all(model, job, today) for model in found.models}
     preconditions.require_budget(job, found.max_request, tables)
     if (fees := search_fees.warning(job, tables)) is not None:
         note(fees)

@@ -15,8 +15,12 @@ JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
 OUT = click.argument("out", type=click.Path(path_type=Path))
 RESULT = click.argument("out", type=ResultPath(whole=True))
 PATHS = click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=ResultPath(whole=False))
-INPUT = click.option("-i", "--input", "input_path", metavar="PATH", help="Input instead of input.path; - is stdin.")
-DATE = click.option("--date", metavar="YYYY-MM-DD", help="The logical date for {date}; default: the first start's.")
+INPUT = click.option(
+    "-i", "--input", "input_path", metavar="PATH", help="The input, instead of input.path; - is stdin."
+)
+DATE = click.option(
+    "--date", metavar="YYYY-MM-DD", help="The logical date for {date}; default: that of the first start."
+)
 SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting of the job.")
 REUSE = click.option(
     "--reuse",
@@ -25,9 +29,9 @@ REUSE = click.option(
     help="Take answers of earlier runs instead of input.reuse_from: a run, a pattern, a Parquet file, or latest.",
 )
 SHARD = click.option(
-    "--shard", metavar="K/N", help="Only the Kth of N equal ranges of rows, from 0: one task of an array job."
+    "--shard", metavar="K/N", help="Only range K of N equal ranges of the rows; K counts from 0, as in an array job."
 )
-SKIP = click.option("--skip-invalid", is_flag=True, help="Set bad records aside (run: in rejects.jsonl).")
+SKIP = click.option("--skip-invalid", is_flag=True, help="Skip invalid records; run lists them in rejects.jsonl.")
 
 
 def amount(what: str) -> "Callable[[click.Context, click.Parameter, str | None], Decimal | None]":

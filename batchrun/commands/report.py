@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "--by",
     default="job,model",
     metavar="KEYS",
-    help="Some of night,day,month,job,model,service_tier,status,tag,tag.NAME,run.",
+    help="Lines by some of: night, day, month, job, model, service_tier, status, tag, tag.NAME, run.",
 )
 @click.option("--since", metavar="DATE", help="Only what was spent from this day or month on.")
 @click.option("--until", metavar="DATE", help="Only what was spent up to and including this day or month.")
@@ -34,10 +34,13 @@ if TYPE_CHECKING:
     metavar="ZONE",
     help="Time zone of the days: UTC (as on invoices), local, Europe/Berlin.",
 )
-@click.option("--columns", metavar="NAMES", help="Figures to show, or all.")
+@click.option("--columns", metavar="NAMES", help="The figures to show, or all.")
 @click.option("--findings", is_flag=True, help="Report what is unusual in the newest run of each job.")
 @click.option(
-    *("--finding", "limits"), multiple=True, metavar="NAME=SHARE", help="A finding's threshold, NAME=off, or off."
+    *("--finding", "limits"),
+    multiple=True,
+    metavar="NAME=SHARE",
+    help="Set the threshold of a finding; NAME=off turns that one off, off turns all off.",
 )
 @click.option("--against", "other", metavar="last|N|PATH", help="Compare the newest run of each job with earlier ones.")
 @click.option("--fail-on-drift", is_flag=True, help="Exit 8 if a figure jumped; needs --against.")
@@ -45,7 +48,7 @@ if TYPE_CHECKING:
     *("--reprice", "new_prices"),
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="What if: the bill at the prices of a TOML file.",
+    help="Print what the same runs would cost at the prices of a TOML file.",
 )
 @click.option(
     *("--reconcile", "invoice"),
@@ -53,11 +56,15 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="Compare the runs with an invoice (CSV) by request id, or by day and model, instead of a bill.",
 )
-@click.option("--format", "form", type=click.Choice(["table", "markdown", "csv", "json", "parquet", "xlsx", "html"]))
+@click.option(
+    *("--format", "form"),
+    type=click.Choice(["table", "markdown", "csv", "json", "parquet", "xlsx", "html"]),
+    help="The form; default: the one that the ending of -o names, else table.",
+)
 @click.option(
     *("-o", "--output", "target"),
     type=click.Path(path_type=Path),
-    help="A file instead of stdout: .txt, .md, .csv, .json, .parquet, .xlsx or .html.",
+    help="Write to this file instead of stdout: .txt, .md, .csv, .json, .parquet, .xlsx or .html.",
 )
 @click.option(
     *("--png", "picture"),
@@ -82,7 +89,7 @@ def report(
     target: Path | None,
     picture: Path | None,
 ) -> None:
-    """The bill over many runs. PATH: a run directory, a folder of them, a completions file, or a URL."""
+    """Add up the bill over many runs. PATH: a run directory, a folder of them, a completions file, or a URL."""
     import msgspec
 
     from batchrun.errors import JobError
@@ -101,7 +108,7 @@ def report(
     if fail_on_drift and against is None:
         raise JobError("--fail-on-drift needs --against")
     if new_prices is not None and (drawn or span.zone != "UTC"):
-        raise JobError("--reprice works with neither a page nor a --tz other than UTC: rows keep the price they had")
+        raise JobError("--reprice can't make a page or use a --tz other than UTC, because rows keep their price")
     thresholds = unusual.thresholds(limits) if findings or limits or drawn else None
     found = runs.find_runs(paths)
     if invoice is not None:

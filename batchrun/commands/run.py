@@ -33,8 +33,14 @@ class RunCommand(click.Command):
 @JOB
 @INPUT
 @REUSE
-@click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory or URL instead of output.path.")
-@click.option("--state-dir", metavar="DIR", help="With a URL: where runs keep their files; ~/.local/state/batchrun.")
+@click.option(
+    "-o", "--output", "output_path", metavar="DIR", help="The run directory or a URL, instead of output.path."
+)
+@click.option(
+    "--state-dir",
+    metavar="DIR",
+    help="If the output is a URL: where runs keep their files; default: ~/.local/state/batchrun.",
+)
 @DATE
 @SHARD
 @click.option("--new", is_flag=True, help="Start another run instead of resuming the last.")
@@ -44,35 +50,40 @@ class RunCommand(click.Command):
     callback=amount("an amount in USD"),
     help="Hard cap for the whole run, in USD.",
 )
-@click.option("--max-failures", type=int, metavar="N", help="Failed rows that still exit 0.")
+@click.option("--max-failures", type=int, metavar="N", help="Exit 0 with up to N failed rows.")
 @click.option("--deadline", metavar="WHEN", help="Stop by then: 6h, 90m, 06:00 (the next), 2026-11-26T06:00.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N rows; omit it to run the rest.")
 @click.option(
     "--accept-changes",
     is_flag=True,
-    help="Resume with a changed input or job: send rows without an answer. --accept-changes=input: not a changed job.",
+    help="Resume although input or job changed; send only rows without an answer. "
+    "--accept-changes=input: only the input may have changed.",
 )
 @click.option(ACCEPT_INPUT, "accept_input", is_flag=True, hidden=True)
 @click.option("--accept-canary", is_flag=True, help="Send the other rows even if the canary fails.")
-@click.option("--retry-failed", is_flag=True, help="Retry failed rows of a complete run; --set may vary request.*.")
-@click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
+@click.option("--retry-failed", is_flag=True, help="Retry failed rows of a complete run; --set may change request.*.")
+@click.option(
+    "--status", "statuses", metavar="LIST", help="With --retry-failed: rows of these statuses, e.g. truncated,error."
+)
 @SKIP
 @click.option(
     *("--grace", "grace_s"),
     metavar="SECONDS",
     callback=amount("seconds, 0 or more"),
-    help="Time to drain after a signal or the deadline; 20.",
+    help="How long requests in flight may take after a signal or the deadline; default: 20.",
 )
-@click.option("--engine", type=click.Choice(["local", "ray"]), help="Which processes send: this one, or Ray's actors.")
+@click.option("--engine", metavar="NAME", help="Which processes send: local (this one) or ray (Ray's actors).")
 @click.option(
-    "--ray-address", metavar="ADDRESS", help="The Ray cluster, host:port or auto; else RAY_ADDRESS, else local."
+    "--ray-address",
+    metavar="ADDRESS",
+    help="The Ray cluster, host:port or auto; default: RAY_ADDRESS, else Ray on this machine.",
 )
 @click.option(
     LOG_FORMAT,
     type=click.Choice(["plain", "json"]),
     envvar=LOG_FORMAT_ENV,
     expose_value=False,
-    help="json: each line on stderr and stdout is a JSON object, without a bar.",
+    help="json: each line on stderr and stdout is a JSON object, and there is no progress bar.",
 )  # `cli` reads it first
 @SET
 def run(

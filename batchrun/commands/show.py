@@ -15,9 +15,9 @@ from batchrun.errors import harmless
 @click.option("--status", "statuses", metavar="LIST", help="Rows of these statuses, e.g. error,invalid.")
 @click.option("--row", "numbers", metavar="ROWS", help="Rows by their position: 3 or 3,10-12.")
 @click.option("--where", metavar="EXPR", help="Rows by their columns: \"cost_usd > 0.01 and error.kind == 'quota'\".")
-@click.option("-n", "most", type=click.IntRange(0), default=10, show_default=True, help="At most N rows; 0: all.")
+@click.option("-n", "most", type=click.IntRange(0), default=10, metavar="N", help="At most N rows (10); 0: all.")
 @click.option("--columns", metavar="NAMES", help="Columns of the input or the output to show.")
-@click.option("--json", "as_json", is_flag=True, help="A line of JSON for each row.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each row, a line each.")
 def show(
     out: Path,
     statuses: str | None,
@@ -27,7 +27,7 @@ def show(
     columns: str | None,
     as_json: bool,
 ) -> None:
-    """Rows of a result: the question beside the answer. OUT: a run directory, a completions file, a URL of one."""
+    """Print rows of a result, questions beside answers. OUT: a run directory, a completions file, or a URL of one."""
     from batchrun.report import row_view
     from batchrun.store.rundir import RunDirectory
 

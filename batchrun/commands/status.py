@@ -13,8 +13,12 @@ from batchrun.errors import ExitCode
 
 @click.command()
 @PATHS
-@click.option("--json", "as_json", is_flag=True, help="A JSON array with an object for each run.")
-@click.option("--exit-code", is_flag=True, help="Exit 4 if a run is unfinished and no process works on it.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array with an object for each run.")
+@click.option(
+    "--exit-code",
+    is_flag=True,
+    help="Exit 4 if a run is unfinished and no process works on it, 7 if a run is unreadable.",
+)
 def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
     """Show the state of a run, or of many runs, a line each. Unfinished ones come first."""
     from datetime import UTC, datetime
@@ -37,7 +41,13 @@ def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
 
 @click.command()
 @OUT
-@click.option("--every", "every_s", type=click.FloatRange(0.1, 3600), default=1.0, metavar="SECONDS", show_default=True)
+@click.option(
+    *("--every", "every_s"),
+    type=click.FloatRange(0.1, 3600),
+    default=1.0,
+    metavar="SECONDS",
+    help="The time between two updates; default: 1.",
+)
 def watch(out: Path, every_s: float) -> None:
     """Follow a run at work: rows, limits, cost, ETA. Exits with the run's exit code."""
     import os

@@ -16,10 +16,10 @@ from batchrun.commands.results import say
 @click.option("--tpm", "tokens_per_minute", metavar="N", help="Tokens a minute.")
 @click.option("--input-tpm", "input_tokens_per_minute", metavar="N", help="Tokens of prompts a minute.")
 @click.option("--output-tpm", "output_tokens_per_minute", metavar="N", help="Tokens of answers a minute.")
-@click.option("--max-in-flight", metavar="N", help="Requests at once, at most as many as at its start.")
-@click.option("--max-cost", "max_cost_usd", metavar="USD", help="The cap on cost, of a run that has one.")
-@click.option("--max-tokens", metavar="N", help="The cap on tokens, of a run that has one.")
-@click.option("--max-requests", metavar="N", help="The cap on requests, of a run that has one.")
+@click.option("--max-in-flight", metavar="N", help="Requests in flight; at most as many as the process started with.")
+@click.option("--max-cost", "max_cost_usd", metavar="USD", help="The cap on cost, if the run has one.")
+@click.option("--max-tokens", metavar="N", help="The cap on tokens, if the run has one.")
+@click.option("--max-requests", metavar="N", help="The cap on requests, if the run has one.")
 def tune(out: Path, **settings: str | None) -> None:
     """Change the limits of a running run, until it ends."""
     from batchrun.dispatch import live_limits

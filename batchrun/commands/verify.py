@@ -13,7 +13,9 @@ from batchrun.errors import ExitCode
 @click.command()
 @OUT
 @click.option("--salvage", is_flag=True, help="Copy what is intact into OUT.salvaged.")
-@click.option("--rebuild", is_flag=True, help="First write partitions or JSON lines again from the run's parts.")
+@click.option(
+    "--rebuild", is_flag=True, help="First rewrite partitions or JSON lines from the parts that the run keeps."
+)
 def verify(out: Path, salvage: bool, rebuild: bool) -> None:
     """Check every record and digest of a run. Changes no file, sends nothing."""
     from batchrun.integrity import findings as found
@@ -35,7 +37,7 @@ def verify(out: Path, salvage: bool, rebuild: bool) -> None:
 
 @click.command()
 @OUT
-@click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="A file instead, outside of OUT.")
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="Write to this file, outside of OUT.")
 def export(out: Path, target: Path | None) -> None:
     """Write the rows that a stopped run has so far. The others are pending. Changes nothing else, sends nothing."""
     from batchrun.integrity import export as exporting

@@ -24,7 +24,8 @@ def start_lines(job: Job, plan: Plan, where: Path, totals: Totals, lost: int, *,
         lines.append(Notice(line, "resuming", directory=where, rows=plan.rows, done=done, cost_usd=cost))
         if not retrying:  # a retry prints a line of its own
             pending = plan.rows - done
-            left = f"; without --retry-failed {plural(failed, 'failed row')} will stay so" if failed else ""
+            stay = "stays" if failed == 1 else "stay"
+            left = f"; {plural(failed, 'row')} {stay} failed without --retry-failed" if failed else ""
             line = f"{plural(pending, 'row')} to send{about_cost(pending, totals.mean_cost_usd())}{left}"
             lines.append(Notice(line, "to send", pending=pending, failed=failed))
     else:
@@ -37,8 +38,8 @@ def start_lines(job: Job, plan: Plan, where: Path, totals: Totals, lost: int, *,
         line = f"only the first {plural(plan.rows, 'row')}; run without --limit to send the rest"
         lines.append(Notice(line, "limit", rows=plan.rows, of=known.rows))
     if lost:
-        were = "was" if lost == 1 else "were"
-        line = f"{plural(lost, 'request')} {were} in flight when the last process died; sent again"
+        were, they = ("was", "it is") if lost == 1 else ("were", "they are")
+        line = f"{plural(lost, 'request')} {were} in flight when the last process died; {they} sent again"
         lines.append(Notice(line, "lost", requests=lost))
     if not known.rows and known.share is not None:
         lines.append("this shard has no rows: the result will be empty")

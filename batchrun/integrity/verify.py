@@ -98,7 +98,7 @@ class Inspection:
             if self.known.whole and traces:
                 self._damaged(directory.checkpoint, f"holds no run, although {traces[0]} exists")
             elif self.known.whole:
-                self.sound.append("no run has started here")
+                self.sound.append("checkpoint.db: no run has started here yet")
             return
         try:
             manifest = Manifest.decode(self.known.manifest)

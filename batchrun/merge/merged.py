@@ -116,7 +116,7 @@ class MergedWriter:
             if summary.complete and summary.merged == list(self._manifest.merged):
                 result.require_intact(self._target, summary.rows_in_output, read_finished(self._target.checkpoint))
                 return summary
-        raise JobError(f"{place}: is there already, and no intact merge of these shards; name another with -o")
+        raise JobError(f"{place}: exists already and is not an intact merge of these shards; name another with -o")
 
     def write(self) -> Summary:
         chunks = [chunk for pair in self._pairs() for chunk in self._parts(*pair)]

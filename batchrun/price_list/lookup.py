@@ -7,7 +7,7 @@ Whose price counts is decided by the host of the endpoint's URL:
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import date
 from urllib.parse import urlsplit
 
@@ -15,6 +15,7 @@ import msgspec
 
 from batchrun import prices
 from batchrun.errors import JobError
+from batchrun.job.job import Job
 from batchrun.job.settings import Price as Override
 from batchrun.price_list import newest
 from batchrun.price_list.tables import ListedPrice, Model, Vendor
@@ -51,15 +52,13 @@ def resolve(model: str, overrides: Mapping[str, Override], today: str, url: str)
     return listed(model, today, url)
 
 
-def resolve_for_all(
-    model: str, overrides: Mapping[str, Override], today: str, urls: Sequence[str]
-) -> prices.PriceTable | None:
-    """The price of `model`, which must be the same at every endpoint; None if unknown.
+def resolve_for_all(model: str, job: Job, today: str) -> prices.PriceTable | None:
+    """The price of `model`, which must be the same at every endpoint of the job; None if unknown.
 
     Raises:
         JobError: it differs, so what a row costs would depend on where it was sent.
     """
-    tables = [resolve(model, overrides, today, url) for url in urls]
+    tables = [resolve(model, job.pricing, today, each.url) for each in job.endpoints]
     if len({None if each is None else each.rates for each in tables}) > 1:
         raise JobError(
             f"{model} has different prices at the job's endpoints; state one price for it in [pricing], or use "

@@ -44,7 +44,7 @@ def page(bill: Bill, found: Sequence[FoundRun], columns: Sequence[str], now: dat
             labels = [plain(label) for label in chart.labels]
             clean = chart._replace(title=plain(chart.title), labels=labels, series=series)
             drawn.append((chart, Markup(charts.svg(clean))))  # noqa: S704  (ElementTree wrote it)
-    failures, costliest = page_data.rows(within, bill.span)
+    failures, costliest = page_data.rows(within)
     header, *lines = formats.with_total(bill, columns)
     headline = [(formats.heading(name), formats.cell(figure(bill.total, name), name)) for name in HEADLINE]
     text = environment.from_string(folder.joinpath("page.html").read_text("utf-8")).render(

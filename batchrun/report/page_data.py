@@ -40,11 +40,11 @@ class FailureKind(NamedTuple):
 
 
 class CostlyRow(NamedTuple):
-    """One of the most expensive rows."""
+    """One of the most expensive rows. `run` is the name of its directory: a path could say too much in a mail."""
 
     cost_usd: Decimal
     job: str
-    night: str
+    run: str
     row: int
     status: str
     attempts: int
@@ -120,13 +120,13 @@ def _by_second(result: Result) -> Counter[int]:
     return seconds
 
 
-def rows(found: Sequence[FoundRun], span: DaySpan) -> tuple[list[FailureKind], list[CostlyRow]]:
+def rows(found: Sequence[FoundRun]) -> tuple[list[FailureKind], list[CostlyRow]]:
     """The failures by kind, commonest first, and the most expensive rows. Runs without readable rows are left out."""
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
     costliest: list[CostlyRow] = []
     for each in found:
-        of_run = run_rows.if_readable(each.place, partial(_of_run, each, span))
+        of_run = run_rows.if_readable(each.place, partial(_of_run, each))
         if of_run is not None:
             counts.update(of_run[0])
             examples = {**of_run[1], **examples}
@@ -137,7 +137,7 @@ def rows(found: Sequence[FoundRun], span: DaySpan) -> tuple[list[FailureKind], l
 _COLUMNS = ("row", "status", "attempts", "prompt_tokens", "completion_tokens", "cost_usd", "error")
 
 
-def _of_run(found: FoundRun, span: DaySpan, result: Result) -> tuple[Counter[str], dict[str, str], list[CostlyRow]]:
+def _of_run(found: FoundRun, result: Result) -> tuple[Counter[str], dict[str, str], list[CostlyRow]]:
     """How many rows each kind of failure has, an example of each, and the run's most expensive rows."""
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
@@ -153,7 +153,8 @@ def _of_run(found: FoundRun, span: DaySpan, result: Result) -> tuple[Counter[str
                 examples[kind] = error.text
         paid = table.filter(pc.is_valid(table["cost_usd"]))
         first = pc.sort_indices(paid, sort_keys=[("cost_usd", "descending")])[:MOST_COSTLY]
-        named = (found.account.job, night(found, span.zone))
+        directory = found.place if found.place.is_dir() else found.place.absolute().parent
+        named = (found.account.job, directory.name)
         costliest += [
             CostlyRow(
                 *(row["cost_usd"], *named, row["row"], row["status"]),
@@ -167,4 +168,4 @@ def _of_run(found: FoundRun, span: DaySpan, result: Result) -> tuple[Counter[str
 
 
 def _most_costly(rows: list[CostlyRow]) -> list[CostlyRow]:
-    return sorted(rows, key=lambda row: (-row.cost_usd, row.job, row.row))[:MOST_COSTLY]
+    return sorted(rows, key=lambda row: (-row.cost_usd, row.job, row.run, row.row))[:MOST_COSTLY]

@@ -48,7 +48,7 @@ def result_of(place: Path) -> Result | None:
     try:
         schema = arrow_files.schema_of(files[0])
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{files[0]}: no readable Parquet file: {error}") from error
+        raise InputError(f"{files[0]}: can't be read as Parquet: {error}") from error
     place = place.parent if place.name == MANIFEST else place
     if (place / MANIFEST).exists():  # a folder that was moved: keys of partitions are in its folders' names alone
         keys = [name for name in hive.texts_of(files[0].relative_to(place)) if name not in schema.names]

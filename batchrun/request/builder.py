@@ -61,7 +61,9 @@ def detect_dialect(job: Job, columns: Collection[str]) -> str:
     if "messages" in columns:
         return "messages"
     shown = ", ".join(list(columns)[:12]) or "none"
-    raise InputError(f"can't see what to send: set request.prompt to a template over the columns ({shown})")
+    raise InputError(
+        f"neither job nor rows say what to send: set request.prompt, a template over the columns ({shown})"
+    )
 
 
 class RequestBuilder:

@@ -82,5 +82,5 @@ class _Layer:
                 out += self._inflater.decompress(piece, at_most - len(out))
                 piece = self._inflater.unused_data or self._inflater.unconsumed_tail
         except zlib.error as error:
-            raise EncodingError(f"the answer is no {self._name}: {error}") from error
+            raise EncodingError(f"the answer is not valid {self._name}: {error}") from error
         return bytes(out)

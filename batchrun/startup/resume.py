@@ -139,7 +139,7 @@ def _prices(job: Job, manifest: Manifest, ways: tuple[Variant, ...], known: Tabl
     tables = {
         model: known.get(model)
         if known.get(model) and model not in job.pricing
-        else lookup.resolve_for_all(model, job.pricing, today, [each.url for each in job.endpoints])
+        else lookup.resolve_for_all(model, job, today)
         for model in (*manifest.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
     }
     preconditions.require_budget(job, manifest.max_request, tables)

@@ -97,4 +97,4 @@ def writing(place: object) -> Iterator[None]:
     except _LEFT:
         raise
     except Exception as error:
-        raise StorageError(f"{place} can't be written: {reason(error)}; then {NEXT}") from error
+        raise StorageError(f"{place} can't be written: {reason(error)}; correct that, then {NEXT}") from error

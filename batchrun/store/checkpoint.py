@@ -24,7 +24,9 @@ from batchrun.store.ledger import SINCE, Ledger, among, groups
 from batchrun.store.totals import Totals, row_counts_again, with_carried, with_changes, with_reopened
 
 FORMAT = 9
-"""`PRAGMA user_version`. A run directory with another number is of another version: exit 7."""
+"""`PRAGMA user_version`. A run directory with another number is of another version: exit 7. A changed table, record or
+output column needs a new number: this version can't resume a run whose records and parts lack it.
+"""
 
 REOPENED_AT_ONCE = 1000
 """Reopened rows in memory at a time."""

@@ -262,7 +262,7 @@ def _as_ours(path: Path, error: sqlite3.Error | UnicodeDecodeError | OSError) ->
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return RunLockedError(f"{path}: another program has it open; close that one and run again")
         case sqlite3.SQLITE_IOERR if is_at_size_limit(path, path.with_name(f"{path.name}-wal")):
-            return DiskError(f"{path}: the largest file that this process may write; {FILE_SIZE_STEP}")
+            return DiskError(f"{path}: has the largest size that this process may write; {FILE_SIZE_STEP}")
         case _ if code in _REFUSALS and not (code == sqlite3.SQLITE_READONLY and _says_read_only(path)):
             return DiskError(f"{path}: the disk refused a write ({error}); fix that and run the same command again")
         case _:

@@ -77,7 +77,7 @@ def _foreign(name: str, keys: Sequence[str]) -> str | None:
     """What is wrong with an object of that name in a dataset by these keys; None: nothing is."""
     *folders, file = name.split("/")
     if [folder.partition("=")[:2] for folder in folders] != [(partitioned.escaped(key), "=") for key in keys]:
-        return f"is in no folder named {'/'.join(f'{key}=…' for key in keys)}; the dataset is divided otherwise"
+        return f"is in no folder named {'/'.join(f'{key}=…' for key in keys)}; the dataset has other keys"
     if (own := part_in(Path(), 0).name) != file:
         return (
             f"is not the one file {own} of its partition, and an object store replaces no folder in one step; "

@@ -42,7 +42,7 @@ def require_possible(output: Output, inputs: tuple[InputFile, ...], access: Stor
         for child in children:
             if not child.is_dir() or child.name.partition("=")[0] != partitioned.escaped(key):
                 raise JobError(
-                    f"output.dataset: {child} is no folder named {key}=…; the dataset is divided otherwise than by "
+                    f"output.dataset: {child} is not a folder named {key}=…; the dataset has other keys than "
                     f"{', '.join(output.partition_by)}"
                 )
         if not children:

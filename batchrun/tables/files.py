@@ -235,7 +235,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"{path}: no readable Parquet file: {error}") from error
+        raise CheckpointError(f"{path}: can't be read as Parquet: {error}") from error
 
 
 def require_rows(path: Path, rows: int) -> None:

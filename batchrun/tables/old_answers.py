@@ -18,6 +18,7 @@ from batchrun import compute as pc
 from batchrun.errors import InputError
 from batchrun.records import Status
 from batchrun.source import hive
+from batchrun.tables.carried import OF_THE_REQUEST
 from batchrun.tables.rows import NOT_IN_PARSED, OWN_COLUMNS, own_columns, prefix_in, with_column
 
 KEY = "request_key"
@@ -28,14 +29,8 @@ BATCH_ROWS = 1_000  # where whole answers are read
 _ANSWERS = ("content", "function_call", "tool_calls")
 """The columns of an answer. A file that has no `status` has an answer where one of these is not null."""
 
-_OF_THE_EXCHANGE = frozenset(
-    {
-        *("row", "request_id", "attempts", "set_aside", "latency_s", "time_to_first_token_s", "invocation"),
-        *("variant", "service_tier", "reported_cost_usd", "answer_cost_usd", "finished_at"),
-        *(name for name in OWN_COLUMNS.names if name.endswith("_tokens")),
-    }
-)
-"""Columns that speak of the earlier request and not of its answer: they are not read."""
+_UNREAD = OF_THE_REQUEST | {"row", "attempts", "finished_at", "answer_cost_usd", "variant", "invocation"}
+"""Columns that are not read: `carried` gives them no value, or another one."""
 
 
 class OldAnswers:
@@ -138,7 +133,7 @@ class OldAnswers:
         for group in range(self._file.num_row_groups):
             rows = self._file.metadata.row_group(group).num_rows
             if row < first + rows:
-                wanted = [name for name in self._names if name not in _OF_THE_EXCHANGE]
+                wanted = [name for name in self._names if name not in _UNREAD]
                 self._batches = self._batches_of(group, wanted, BATCH_ROWS)
                 self._first = self._end = first
                 self._batch = None

@@ -42,7 +42,7 @@ def require_keys(schema: pa.Schema, output: Output) -> None:
     inputs = [name for name in schema.names if name not in own]
     for place, name in enumerate(output.partition_by):
         if name in own and name not in own_keys:
-            raise JobError(f"output.partition_by: {name!r} differs in every row; of ours take {', '.join(own_keys)}")
+            raise JobError(f"output.partition_by: {name!r} differs in every row; choose from {', '.join(own_keys)}")
         if name not in schema.names:
             raise JobError(
                 f"output.partition_by: {name!r} is not a column of the output ({', '.join(inputs + own_keys)})"

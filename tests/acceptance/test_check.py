@@ -180,7 +180,7 @@ def test_a_non_unique_id_column_shows_twenty(tmp_path: Path) -> None:
 
 def test_an_ambiguous_dialect_must_be_chosen(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", texts(1))
-    with pytest.raises(InputError, match="can't see what to send"):
+    with pytest.raises(InputError, match="neither job nor rows say what to send"):
         surveyed(path, job_over(path, request={"prompt": None}))
 
 

@@ -46,6 +46,7 @@ PAGES = [page for page in (*DOCS, *sorted(ROOT.glob("*.md")), ROOT / "sample_inp
 USER_PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which may speak of what is gone
 
 CODE = re.compile(r"^ {4,}(?P<block>.+)$|^```.*\n(?P<fence>[\s\S]*?)^```|`(?P<span>[^`]+)`", re.MULTILINE)
+FENCED = re.compile(r"^```.*\n[\s\S]*?^```", re.MULTILINE)
 NOT_YET = re.compile(r"^- Not yet:.*(?:\n .*)*|^## Not yet\n(?:(?!## ).*\n?)*", re.MULTILINE)
 OPTION = re.compile(r"(?<!\S)--?[a-z][\w-]*")
 CITED_TESTS = re.compile(r"(?P<names>(?:`test_\w+`(?:,\s+|\s+and\s+)?)+)\s+in\s+(?P<file>tests/\w+/test_\w+\.py)")
@@ -340,9 +341,21 @@ def test_every_link_of_pages_works(page: Path) -> None:
         assert not anchor or anchor in _anchors(linked), target
 
 
+@pytest.mark.parametrize("page", DOCS, ids=ids_of)
+def test_a_long_page_lists_its_sections(page: Path) -> None:
+    """Before the first of five or more sections a line links to all of them, in their order."""
+    text = FENCED.sub("", page.read_text("utf-8"))
+    sections = [_anchor(heading) for heading in re.findall(r"^## (.+)$", text, re.MULTILINE)]
+    listed = re.search(r"^On this page: (?:.+\n)+", text.partition("\n## ")[0], re.MULTILINE)
+    assert len(sections) < 5 or (listed and re.findall(r"\]\(#([\w-]+)\)", listed[0]) == sections)
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
 def _anchors(page: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return set(map(_anchor, re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)

@@ -120,7 +120,7 @@ def test_killed_twice_only_requests_in_flight_repeat(tmp_path: Path) -> None:
         assert any(name.endswith(".parquet") for name in parts), "the kills came before the first seal"
         ended = batchrun("run", job, "-o", out)
         assert ended.exit_code == 0, ended.stderr
-        assert " in flight when the last process died; sent again\n" in ended.stderr
+        assert " in flight when the last process died; they are sent again\n" in ended.stderr
         ledger = simulator.ledger()
     summary = read_summary(out)
     undisturbed = undisturbed_run(tmp_path, source, faults)

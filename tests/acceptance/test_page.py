@@ -154,9 +154,20 @@ def test_the_tables_have_the_bills_figures(runs: Path, elements: Elements) -> No
     assert failure[:2] == ["error, quota", str(NIGHTS * 4)]
     _, *costliest = elements.tables["The most expensive rows"]
     costs = [float(line[4]) for line in costliest]
+    assert costliest[0][1:3] == [f"2026-11-{NIGHTS:02d}", "79"]
     assert len(costs) == 10
     assert all(one >= other for one, other in pairwise(costs))
     assert costs[0] == pytest.approx((79 + NIGHTS) / 10_000)
+
+
+def test_an_expensive_row_names_its_run(tmp_path: Path) -> None:
+    """Two runs of one night differ by the names of their directories, which is what `show` takes."""
+    for name in ("2026-11-01", "2026-11-01-2"):
+        write_result(tmp_path / "runs" / name, [row(0)])
+    ended = batchrun("report", tmp_path / "runs", "-o", tmp_path / "bill.html")
+    assert ended.exit_code == 0, ended.stderr
+    elements = Elements((tmp_path / "bill.html").read_text("utf-8"))
+    assert [line[1] for line in elements.tables["The most expensive rows"][1:]] == ["2026-11-01", "2026-11-01-2"]
 
 
 def test_every_chart_has_name_and_table(elements: Elements) -> None:

@@ -236,7 +236,7 @@ def test_a_file_without_a_bill_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"no bill in its footer; name {run} or a completions.parquet"):
         bill_over([run / "usage.parquet"], ("job",))
     (text := tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(InputError, match=f"{text}: no readable Parquet file"):
+    with pytest.raises(InputError, match=f"{text}: can't be read as Parquet"):
         bill_over([text], ("job",))
 
 

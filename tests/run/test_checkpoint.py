@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import msgspec
@@ -23,6 +24,7 @@ from batchrun.store.commits import MAX_GROUP
 from batchrun.store.database import _sqlite_errors
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import Totals, answer_line, fold, possibly_billed, with_possibly_billed
+from batchrun.tables.rows import OWN_COLUMNS
 from tests import checkpoint_writer, level
 from tests.endings import completion, discarded, stored_attempt
 from tests.money import pico
@@ -95,6 +97,12 @@ def unexpected(error: BatchrunError) -> None:
 
 
 # ── what is kept ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_new_columns_need_another_format_number() -> None:
+    """A run that was begun without a column has parts without it, which this version can't join with its own."""
+    columns = "\n".join(f"{field.name} {field.type}" for field in OWN_COLUMNS)
+    assert (FORMAT, sha256(columns.encode()).hexdigest()[:16]) == (9, "624c9c26a21ac12e")
 
 
 @SHARED
@@ -312,7 +320,7 @@ def test_a_refused_write_is_reported(tmp_path: Path) -> None:
     with checkpoint_writer.start(path, MAX_FILE_BYTES="300000") as process:
         out, err = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert err.startswith(f"DiskError: {path}: the largest file that this process may write; ")
+    assert err.startswith(f"DiskError: {path}: has the largest size that this process may write; ")
     durable = {int(row) for row in out.split()}
     assert durable
     require_consistent(path, durable)

@@ -114,7 +114,7 @@ INPUT: dict[str, pa.DataType] = {
         (["lang", "lang"], "'lang' is named twice"),
         (["price"], "'price' is of type double; text, integers, booleans and dates name folders"),
         (["tags"], "'tags' is of type list<item: string>"),
-        (["b_row"], "'b_row' differs in every row; of ours take b_status, b_model"),
+        (["b_row"], "'b_row' differs in every row; choose from b_status, b_model"),
     ],
 )
 def test_keys_that_name_no_folders_are_refused(keys: list[str], line: str) -> None:

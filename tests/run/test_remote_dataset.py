@@ -85,7 +85,7 @@ def test_partitions_not_replaceable_at_once_are_refused(s3: S3Server, api: Runni
     before = sent(api)
     cases = {
         "several": ("lang=de/data_0.parquet", "is not the one file part-000000.parquet of its partition"),
-        "deeper": ("lang=de/day=1/part-000000.parquet", "is in no folder named lang=…; the dataset is divided"),
+        "deeper": ("lang=de/day=1/part-000000.parquet", "is in no folder named lang=…; the dataset has other"),
         "other": ("day=1/part-000000.parquet", "is in no folder named lang=…"),
         "flat": ("part-000000.parquet", "is in no folder named lang=…"),
     }

@@ -82,9 +82,9 @@ def test_a_dataset_that_does_not_fit_is_refused(tmp_path: Path, simulator: Runni
         folder.mkdir(parents=True)
     (tmp_path / "flat" / "a.parquet").write_bytes(b"")
     cases = {
-        "labels": f"{day} is no folder named lang=…; the dataset is divided otherwise than by lang",
+        "labels": f"{day} is not a folder named lang=…; the dataset has other keys than lang",
         "below": f"{below} is a folder below those of lang",
-        "flat": "a.parquet is no folder named lang=…",
+        "flat": "a.parquet is not a folder named lang=…",
         "job.toml": "is a file; name a directory",
         ".": "holds the run's input; name another directory",
     }
