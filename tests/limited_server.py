@@ -117,7 +117,7 @@ def new_gate(
         on_change=lambda before, after: run.changes.append((_now_s() - run.server.started_s, f"{before} -> {after}")),
     )
     loop = asyncio.get_running_loop()
-    rates = RateLimits(settings.Limits(**limits), loop.time(), found=found, on_pace=log)
+    rates = RateLimits(settings.Limits(**limits), loop.time(), found=found, on_rate_change=log)
     return Gate(state, SharedAdmission(loop, state), rates)
 
 

@@ -345,13 +345,13 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
     rates = RateLimits(
         Limits(max_in_flight=max_in_flight, **limits),
         loop.time(),
-        on_pace=lambda limit, before, after, why: log(f"{limit}: {before} -> {after}: {why}"),
+        on_rate_change=lambda limit, before, after, why: log(f"{limit}: {before} -> {after}: {why}"),
     )
     gate = Gate(
         state,
         SharedAdmission(loop, state),
         rates,
-        on_kind=lambda kind, why: log(f"{kind}: {why}"),
+        on_cause=lambda kind, why: log(f"{kind}: {why}"),
     )
 
     async def work() -> None:

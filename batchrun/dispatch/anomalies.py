@@ -6,7 +6,6 @@ from batchrun.errors import ExitCode
 from batchrun.limits.admission import Stop
 from batchrun.policy import CONTENT_POLICY, QUOTA, Judgement
 from batchrun.records import OK, RowError, Status, Verdict
-from batchrun.response.finish_reasons import is_known
 
 FIRST_ROWS = 40
 """How many rows show whether nearly all are filtered. Ten would be too few: a file may begin with ten blocked ones."""
@@ -19,7 +18,7 @@ been this low: a file that is really full of refused rows stops one start only."
 
 MAX_REASONS = 20
 MAX_REASON_CHARS = 100
-"""Bounds for a server that invents a reason for each answer."""
+"""Bounds of the lists that the summary shows."""
 
 
 class Anomalies:
@@ -64,20 +63,6 @@ class Anomalies:
         message = f"no answer for {waited_s / 60:.0f} minutes: {judgement.error.message or ''}"
         error = RowError(judgement.error.kind, judgement.error.http_status, judgement.error.code, message)
         return Judgement(Verdict.PAUSE, error, retry_after_s=judgement.retry_after_s)
-
-    def note_finish_reason(self, finish_reason: str | None) -> None:
-        """Keeps a finish_reason that batchrun does not know."""
-        if finish_reason is None or is_known(finish_reason):
-            return
-        _add_once(self.unknown_finish_reasons, finish_reason)
-
-    def note_unpriced_tier(self, service_tier: str | None) -> None:
-        """Keeps a service tier without a known price."""
-        _add_once(self.unpriced_tiers, service_tier or "")
-
-    def note_unpriced_usage(self, what: str) -> None:
-        """Keeps what an answer used that no known price covers."""
-        _add_once(self.unpriced_usage, what)
 
     def settled(self, status: Status, error: RowError | None) -> Stop | None:
         """A row is settled with this status; returns why the run must stop, if it must."""
@@ -143,7 +128,8 @@ def _stop(what: str, error: RowError | None) -> Stop:
     )
 
 
-def _add_once(words: list[str], word: str) -> None:
+def add_once(words: list[str], word: str) -> None:
+    """Adds the word, shortened, unless it is there or the list is full: a server may invent one for each answer."""
     word = word[:MAX_REASON_CHARS]
     if word not in words and len(words) < MAX_REASONS:
         words.append(word)

@@ -60,7 +60,8 @@ class Pending(msgspec.Struct, frozen=True):
 class Backlog:
     """Hands out the pending rows. One per event loop; any number of workers may wait in `next`.
 
-    A row handed out is busy until `retry`, `put_back`, `hold` or `done` is called for it.
+    A row handed out is busy until `retry`, `put_back`, `hold` or `done` is called for it. `exhausted`: every row of the
+    input was read.
     """
 
     def __init__(
@@ -78,16 +79,16 @@ class Backlog:
         self._open_next = open_next
         self._prepare = prepare
         self._clock = clock
-        self._has_room = has_room
-        self._fresh: deque[tuple[Row, OpenChunk]] = deque()
-        self._batches: Iterator[tuple[list[Row], OpenChunk]] = iter(())
+        self.has_room = has_room
+        self._fresh: deque[tuple[Row, OpenChunk]] = deque()  # new rows, in order; their requests are not made yet
+        self._batches: Iterator[tuple[list[Row], OpenChunk]] = iter(())  # the rest of the open chunk
         self._opening: asyncio.Task[OpenChunk | None] | None = None
-        self._retries: list[tuple[float, int, Pending]] = []
-        self._returned: list[tuple[int, Pending]] = []
+        self._retries: list[tuple[float, int, Pending]] = []  # a heap: when it is due, the row's number, the row
+        self._returned: list[tuple[int, Pending]] = []  # a heap of new rows that were handed out and not sent
         self._mixing = Mixing()
-        self._held: list[Pending] = []
-        self._busy = 0
-        self._exhausted = False
+        self._held: list[Pending] = []  # sent again when no other row is left
+        self._busy = 0  # rows that are handed out
+        self.exhausted = False
         self._closed = False
         self.left_to_wait = 0  # rows left when all others had ended: each has a longer wait than allowed
         self._waiters = Waiters()
@@ -95,7 +96,7 @@ class Backlog:
     @property
     def alone(self) -> bool:
         """True if one row is busy and no other is left, so that no other row can confirm its failure."""
-        return self._exhausted and self._busy == 1 == self.left
+        return self.exhausted and self._busy == 1 == self.left
 
     @property
     def left(self) -> int:
@@ -113,23 +114,13 @@ class Backlog:
         return len(self._retries)
 
     @property
-    def exhausted(self) -> bool:
-        """True once every row of the input was read."""
-        return self._exhausted
-
-    @property
     def drained(self) -> bool:
         """True if every row left is busy, waits for a retry or is held."""
-        return self._exhausted and not self.untried
-
-    @property
-    def has_room(self) -> bool:
-        """False while sending waits for a reader of the settled rows."""
-        return self._has_room()
+        return self.exhausted and not self.untried
 
     def next_at_once(self) -> Pending | None:
         """The next row to send, if it is known without a wait and the backlog does not mix; else ask `next`."""
-        if self._closed or self._mixing.is_on or not self._has_room():
+        if self._closed or self._mixing.is_on or not self.has_room():
             return None
         if self._fresh and not self._retries and not self._returned:
             self._busy += 1
@@ -144,16 +135,16 @@ class Backlog:
         `probes`: the row will show whether the endpoint is well, so the backlog mixes.
         """
         while not self._closed:
-            if not self._has_room():
+            if not self.has_room():
                 await self._wait(timed=False)
                 continue
-            if (self._mixing.is_on or probes) and len(self._fresh) < self._mixing.reach and not self._exhausted:
+            if (self._mixing.is_on or probes) and len(self._fresh) < self._mixing.reach and not self.exhausted:
                 await self._refill()
                 continue
             if (pending := self._pop(probes=probes)) is not None:
                 self._busy += 1
                 return pending
-            if not self._exhausted and len(self._retries) < MAX_WAITING:
+            if not self.exhausted and len(self._retries) < MAX_WAITING:
                 await self._refill()
             elif not self._busy and self._all_wait_long:
                 self.left_to_wait = len(self._retries)
@@ -230,8 +221,11 @@ class Backlog:
         elif not self._retries:
             pending = self._next_new()
         else:
-            due = self._is_due and not (self._may_be_new and self._is_unconfirmed(self._retries[0][2]))
-            pending = self._due() if due else self._next_new()
+            # a new row first, as long as no other row was answered since the oldest retry was sent
+            last = self._retries[0][2].successes
+            unconfirmed = last is not None and self._successes() <= last
+            is_first = self._is_due and not (unconfirmed and self._may_be_new)
+            pending = heapq.heappop(self._retries)[2] if is_first else self._next_new()
         if pending is None and self._held and self.drained and not self._busy and self._all_wait_long:
             return self._held.pop()
         return pending
@@ -263,9 +257,6 @@ class Backlog:
     def _may_be_new(self) -> bool:
         return len(self._retries) < MAX_WAITING and not self.drained
 
-    def _due(self) -> Pending | None:
-        return heapq.heappop(self._retries)[2] if self._is_due else None
-
     def _least_tried(self) -> Pending | None:
         """The due retry with the fewest attempts, so that every row has its turn before one has its next."""
         if not self._is_due:
@@ -292,10 +283,6 @@ class Backlog:
         del self._fresh[index]
         return self._prepare(row, chunk)
 
-    def _is_unconfirmed(self, pending: Pending) -> bool:
-        """Whether no other row was answered since the row was last sent."""
-        return pending.successes is not None and self._successes() <= pending.successes
-
     async def _refill(self) -> None:
         """Reads more new rows: the next batch of the open chunk, or the next chunk; opens the one after it ahead."""
         batch = next(self._batches, None)
@@ -306,7 +293,7 @@ class Backlog:
                 return  # another worker was first, or the chunk is not needed any more
             self._opening = None
             if opened is None:
-                self._exhausted = True
+                self.exhausted = True
                 self._waiters.wake()
                 return
             self._batches = ((rows, opened) for rows in opened.rows())

@@ -8,25 +8,23 @@ from collections.abc import Callable, Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import TypeVarTuple
 
-import msgspec
-
 from batchrun import signals
 from batchrun.credentials import Credentials
 from batchrun.dispatch.endpoints import Connected, Endpoints, OpenTransports
+from batchrun.dispatch.gate_log import GateLog
 from batchrun.dispatch.heartbeat import Heartbeat
-from batchrun.dispatch.hooks import Hooks, Host
+from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.learned_limits import LearnedLimits
 from batchrun.dispatch.requests import Requests
-from batchrun.dispatch.result_queue import CompletionsOf
 from batchrun.dispatch.run_status import Running, RunStatus
-from batchrun.dispatch.runlog import RunLog
 from batchrun.dispatch.shared_budget import SharedBudget, name_of
+from batchrun.dispatch.shutdown import Shutdown
 from batchrun.dispatch.store import OpenRun, Store
 from batchrun.dispatch.worker import Workers
 from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 from batchrun.job.settings import Limits
-from batchrun.limits.admission import Found, Limit, Phase, Stop
+from batchrun.limits.admission import Found, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.deadline import Deadline
@@ -38,8 +36,7 @@ from batchrun.limits.shared_admission import SharedAdmission
 from batchrun.limits.token_bucket import BURST_S
 from batchrun.money import to_pico
 from batchrun.open_files import OpenFiles
-from batchrun.records import Notice
-from batchrun.report.wording import plural
+from batchrun.records import Ending, Notice
 from batchrun.request.image_digests import ImageDigests
 from batchrun.store import in_flight
 from batchrun.store.in_flight import InFlightFile
@@ -101,7 +98,7 @@ class Dispatch:
                 endpoints = Endpoints(connected, gate, self._status.log, self._hooks.note)
                 workers = Workers(job, requests, gate, endpoints, open_run, learned)
                 if over_time is not None:
-                    over_time.listen(gate.wake, workers.fail)
+                    over_time.listen(gate.shared.wake, workers.fail)
                 self._status.reached(Running(store.checkpoint, store.plan, workers, self._deadline))
                 heartbeat = Heartbeat(store.directory, self._status, workers, self._deadline, self._hooks)
                 shutdown = await self._work(workers, heartbeat, open_run)
@@ -113,18 +110,28 @@ class Dispatch:
             return None  # the last rows were in flight then, so the run is complete
         return shutdown.final_stop(gate.stop)
 
-    async def _work(self, workers: Workers, heartbeat: Heartbeat, open_run: OpenRun) -> "Shutdown":
-        """The workers have ended, and what they received is durable and sealed."""
+    async def _work(self, workers: Workers, heartbeat: Heartbeat, open_run: OpenRun) -> Shutdown:
+        """The workers have ended, and what they received is durable and sealed. Signals and the host can end it."""
         loop = asyncio.get_running_loop()
-        on_commit = _each(workers.on_commit, None if self._hooks.otel is None else self._hooks.otel.settled)
+
+        def on_commit(endings: Sequence[Ending]) -> None:
+            workers.endings.on_commit(endings)
+            if self._hooks.otel is not None:
+                self._hooks.otel.settled(endings)
+
         open_run.store.checkpoint.listen(_in_loop(loop, on_commit), _in_loop(loop, workers.fail), loop.call_soon)
-        shutdown = Shutdown(workers, self._hooks, self._status)
+        shutdown = Shutdown(workers, self._hooks, self._status.log)
         heartbeat.warn_of_limits(self._job.total_limits)
         heartbeat.check_deadline()
         beat = asyncio.create_task(heartbeat.beat())
         beat.add_done_callback(functools.partial(_on_last_beat, workers))
         sealing = asyncio.create_task(self._seal(workers, open_run))
-        shutdown.listen(self._hooks.host, open_run.store.chunks.completions_of)
+        if (host := self._hooks.host) is not None:
+            completions_of = open_run.store.chunks.completions_of
+            host.results.listen(_in_loop(loop, workers.backlog.wake), completions_of, loop.call_soon)
+            host.stop.listen(_in_loop(loop, functools.partial(shutdown.request, signals.PROGRAM, ExitCode.STOPPED)))
+        for number, exit_code in signals.EXIT_CODES.items() if signals.may_handle() else ():
+            loop.add_signal_handler(number, shutdown.request, number.name, exit_code)
         await workers.work_all()
         shutdown.abandoned = await self._flush(workers, open_run)
         heartbeat.report_changes()
@@ -136,7 +143,7 @@ class Dispatch:
     async def _flush(self, workers: Workers, open_run: OpenRun) -> int:
         """Everything received is durable, and requests still in flight are listed as possibly billed; their number."""
         await workers.backlog.stop()
-        workers.record_held()
+        workers.endings.record_held()
         checkpoint, manifest = self._store.checkpoint, self._store.plan.manifest
         if not await asyncio.to_thread(checkpoint.flushed):
             return 0  # the disk failed: the slots keep the names for the next start
@@ -180,7 +187,8 @@ class Dispatch:
         for label, (transport, choice), credentials in zip(
             self._job.labels, opened, self._credentials.members, strict=True
         ):
-            self._status.log.write("transport", wire=choice.wire, why=choice.why, **self._named(label))
+            named = {"endpoint": label} if self._job.more_endpoints else {}
+            self._status.log.write("transport", wire=choice.wire, why=choice.why, **named)
             connected.append(Connected(label, transport, credentials))
         return connected
 
@@ -191,98 +199,46 @@ class Dispatch:
         in_flight: list[int],
         over_time: SharedBudget | None,
     ) -> AnyGate:
+        """One gate for one endpoint; for several one each, with the budget and the queue in common."""
         job, known, now_s = self._job, learned.known, loop.time()
         budget = _budget_account(job, self._store, over_time)
         if not job.more_endpoints:
-            circuit = self._circuit(job.limits, in_flight[0], known.in_flight or 0)
+            log = GateLog(self._status.log)
+            circuit = self._circuit(job.limits, in_flight[0], known.in_flight or 0, log)
             rates = RateLimits(
                 job.limits,
                 now_s,
                 daily=learned.daily,
                 found=Found(known.requests_per_minute, known.tokens_per_minute),
-                on_pace=self._logs(_log_pace),
+                on_rate_change=log.rate_changed,
             )
             shared = SharedAdmission(loop, circuit, budget)
-            return Gate(circuit, shared, rates, overruns=learned.overruns, on_kind=self._logs(_log_kind))
-        circuits = Circuits()
-        shared = SharedAdmission(loop, circuits, budget)
-        lanes = []
+            return Gate(circuit, shared, rates, overruns=learned.overruns, on_cause=log.refusals_explained)
+        lanes = list[Lane]()
+        shared = SharedAdmission(loop, Circuits(lanes), budget)
         for label, endpoint, most in zip(job.labels, job.endpoints, in_flight, strict=True):
-            limits = job.limits_of(endpoint)
-            circuit = self._circuit(limits, most, 0, label)
-            rates = RateLimits(limits, now_s, on_pace=self._logs(_log_pace, label))
-            gate = Gate(circuit, shared, rates, overruns=learned.overruns, on_kind=self._logs(_log_kind, label))
+            limits, log = job.limits_of(endpoint), GateLog(self._status.log, label)
+            circuit = self._circuit(limits, most, 0, log)
+            rates = RateLimits(limits, now_s, on_rate_change=log.rate_changed)
+            gate = Gate(circuit, shared, rates, overruns=learned.overruns, on_cause=log.refusals_explained)
             lanes.append(Lane(label, gate, endpoint.weight))
-        circuits.gates = Gates(loop, shared, lanes, self._on_set_aside)
-        return circuits.gates
+        return Gates(shared, lanes, self._on_set_aside)
 
-    def _circuit(self, limits: Limits, most: int, known: int, label: str = "") -> Circuit:
+    def _circuit(self, limits: Limits, most: int, known: int, log: GateLog) -> Circuit:
+        """`most` and `known`: how many requests may be in flight, and how many an earlier start had in flight."""
         burst = int((limits.requests_per_minute or 0.0) / 60 * BURST_S)  # a rate set by the job needs no slow start
         return Circuit(
             in_flight=InFlight(most, max(burst, known)),
             max_outage_s=self._job.retry.max_outage_s,
             resumed=self._store.plan.resumed,
             uniform=random.random,
-            on_change=self._logs(_log_phase, label),
+            on_change=log.phase_changed,
         )
-
-    def _logs(self, write: Callable[[RunLog, dict[str, str], *Ts], None], label: str = "") -> Callable[[*Ts], None]:
-        """A callback that writes to the run's log, with the endpoint's name where there are several."""
-        log, named = self._status.log, self._named(label)
-        return lambda *change: write(log, named, *change)
-
-    def _named(self, label: str) -> dict[str, str]:
-        """The field of a log entry that names one of several endpoints."""
-        return {"endpoint": label} if self._job.more_endpoints else {}
 
     def _on_set_aside(self, label: str, stop: Stop) -> None:
         self._status.log.write("endpoint set aside", endpoint=label, why=stop.why)
         line = f"warning: endpoint {label} is set aside: {self._credentials.clean_text(stop.why)}"
         self._hooks.note(Notice(line, "endpoint set aside", endpoint=label))
-
-
-class Shutdown:
-    """Ends the run early, on a signal or for the host program.
-
-    `abandoned` is how many requests were still in flight at the end.
-    """
-
-    def __init__(self, workers: Workers, hooks: Hooks, status: RunStatus) -> None:
-        self._workers = workers
-        self._hooks = hooks
-        self._status = status
-        self._by: str | None = None
-        self.abandoned = 0
-
-    def listen(self, host: Host | None, completions_of: CompletionsOf) -> None:
-        """From now on signals and the host can end the run, and the host receives settled rows."""
-        loop = asyncio.get_running_loop()
-        if host is not None:
-            host.results.listen(_in_loop(loop, self._workers.backlog.wake), completions_of, loop.call_soon)
-            host.stop.listen(_in_loop(loop, functools.partial(self.request, signals.PROGRAM, ExitCode.STOPPED)))
-        for number, exit_code in signals.EXIT_CODES.items() if signals.may_handle() else ():
-            loop.add_signal_handler(number, self.request, number.name, exit_code)
-
-    def request(self, by: str, exit_code: ExitCode) -> None:
-        """The first call ends admission and lets requests in flight end within the grace; the second ends them now."""
-        if self._by is not None:
-            self._workers.cancel()
-            return
-        self._by = by
-        in_flight, grace_s = self._workers.gate.in_flight, self._hooks.grace_s
-        self._status.log.write("signal", name=by, in_flight=in_flight)
-        drain = f"waiting up to {grace_s:g} s for {plural(in_flight, 'request')} in flight"
-        fields = {"name": by, "in_flight": in_flight, "grace_s": grace_s}
-        self._hooks.note(Notice(f"{by}: {drain}; send it again to stop now", "signal", **fields))
-        self._workers.close(Stop(exit_code, f"{by}: drained"))
-        asyncio.get_running_loop().call_later(grace_s, self._workers.cancel)
-
-    def final_stop(self, stop: Stop | None) -> Stop | None:
-        """The stop, with the number of abandoned requests, which is known only at the end."""
-        if stop is None or self._by is None or not self.abandoned:
-            return stop
-        abandoned = plural(self.abandoned, "request")
-        return msgspec.structs.replace(stop, why=f"{self._by}: stopped at once; {abandoned} in flight abandoned")
 
 
 def _budget_account(job: Job, store: Store, over_time: SharedBudget | None) -> BudgetAccount:
@@ -308,33 +264,6 @@ def _on_last_beat(workers: Workers, beat: "asyncio.Task[None]") -> None:
     """A heartbeat that ends by an exception, such as a bug in `progress`, ends the run: it enforces the deadlines."""
     if not beat.cancelled() and (error := beat.exception()) is not None:
         workers.fail(error)
-
-
-def _log_phase(log: RunLog, named: dict[str, str], before: Phase, after: Phase) -> None:
-    why = getattr(after, "why", None)
-    log.write("gate", before=type(before).__name__, after=type(after).__name__, why=why, **named)
-
-
-def _log_pace(
-    log: RunLog, named: dict[str, str], limit: Limit, before: float | None, after: float | None, why: str
-) -> None:
-    log.write("pace", limit=limit, before=before, after=after, why=why, **named)
-
-
-def _log_kind(log: RunLog, named: dict[str, str], kind: str, why: str) -> None:
-    log.write("refusals", kind=kind, why=why, **named)
-
-
-def _each(first: Callable[[*Ts], None], second: Callable[[*Ts], None] | None) -> Callable[[*Ts], None]:
-    """Calls both; `first` itself without a second."""
-    if second is None:
-        return first
-
-    def call_both(*arguments: *Ts) -> None:
-        first(*arguments)
-        second(*arguments)
-
-    return call_both
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[*Ts], None]) -> Callable[[*Ts], None]:

@@ -128,8 +128,8 @@ class Endings:
                 self._retry(_as_free(earlier), None, self._gate.successes)
 
     def _is_refused_again(self, result: AttemptResult) -> bool:
-        """Whether a refusal met before a restart came again, with no other row left to confirm it: it is the row's. So
-        is a wrong key while other rows were answered.
+        """Whether this refusal is the row's own: no other row is left to confirm it, and the row was refused in an
+        earlier start, too. So it is with a wrong key if other rows were answered.
         """
         pending, http_status = result.pending, result.attempt.http_status
         seen = pending.refused and http_status in (403, 429)

@@ -115,10 +115,10 @@ class Heartbeat:
             self._change_limits(change)
         except ValueError as error:
             self._refuse(str(error))
-            self._status.tuned(Tuned(change.id, str(error)))
+            self._status.tuned = Tuned(change.id, str(error))
             return True
         self._status.log.write("tuned", **msgspec.to_builtins(change, builtin_types=(Decimal,)))
-        self._status.tuned(Tuned(change.id, None))
+        self._status.tuned = Tuned(change.id, None)
         limits = self._gate.in_force
         self._hooks.note(Notice(f"limits now: {limits_in_words(limits)}", "tuned", **msgspec.structs.asdict(limits)))
         return True

@@ -26,41 +26,32 @@ class LastRows:
         self._recovering = 0.0  # the share of recent answers that are of rows which had failed
         self._answers = 0
 
-    def answered(self, history: History) -> None:
-        """A row was answered at its last attempt."""
-        after_failure = history.attempts > 1
-        self._answers += 1
-        if after_failure:
-            self._recovered += 1
-        elif not (self._failing or self._refusing or self._recovering):
-            return  # nothing fails: all shares stay at zero
-        self._recovering += (after_failure - self._recovering) / min(self._answers, attempt_caps.SHARE_OF)
-        self._add(history, ANSWERED)
-
-    def failed(self, history: History, judgement: Judgement) -> None:
-        """An attempt has failed."""
-        self._add(history, judgement)
-
-    def _add(self, history: History, judgement: Judgement) -> None:
+    def ended(self, history: History, judgement: Judgement) -> None:
+        """An attempt has ended; `history` includes it."""
+        if judgement is ANSWERED:
+            after_failure = history.attempts > 1
+            self._answers += 1
+            self._recovered += after_failure
+            if not (after_failure or self._failing or self._refusing or self._recovering):
+                return  # nothing fails: all shares stay at zero
+            self._recovering += (after_failure - self._recovering) / min(self._answers, attempt_caps.SHARE_OF)
         failed = judgement.verdict in (Verdict.FREE, Verdict.MAYBE)  # although its row may be good
         self._failing = attempt_caps.share_of_first(self._failing, history, counts=failed)
         self._refusing = attempt_caps.share_of_first(self._refusing, history, counts=judgement.is_refusal)
 
     @property
     def may_be_at_fault(self) -> bool:
-        """True if a row that fails may be at fault although no other is answered, in a run whose endpoint has answered
-        before. The only row of a run counts from the start.
-
-        Each row left has failed in this process, and they are too few for an outage to show, or more such rows were
-        given up than recovered. Or nothing was answered for so long that the rows left are the likelier cause.
-        """
+        """True if a row that fails may be at fault itself although no other row is answered."""
+        # the endpoint must have answered before; the only row of a run counts from the start
         if not (self._answered_before or self._gate.successes or self._backlog.alone):
             return False
         left = self._backlog.left
         has_tried_all = not self.untried and self._backlog.drained
+        # all rows left have failed: too few of them for an outage to show, or rows like these were mostly given up
         if has_tried_all and (left < MANY_OUTAGE_ROWS or self._given_up > self._recovered):
             return True
-        # while the circuit probes with one row a minute, the rows left would take hours
+        # or nothing was answered for so long that the rows left are the likelier cause. Waiting longer is no way out:
+        # while the circuit probes with one row a minute, they would take hours
         if not self._backlog.exhausted or left > attempt_caps.MOST_LEFT:
             return False
         return self._gate.unanswered_s > attempt_caps.patience_s(attempt_caps.END_S, left, self._retry)

@@ -52,7 +52,8 @@ class Running(msgspec.Struct, frozen=True):
 class RunStatus:
     """The status of the run for people, programs and the next process. Close it.
 
-    `phase` is how far this start has come, `state` the word for it in summary.json.
+    `phase` is how far this start has come, `state` the word for it in summary.json. `forecast` says when the run will
+    be complete at the pace of the last minutes. `tuned` is the reply to `batchrun tune` that summaries contain.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class RunStatus:
         self._started_s = time.monotonic()
         self.state = "checking"
         self.phase: Checking | Running = Checking()
-        self._forecast: Forecast | None = None
-        self._tuned: Tuned | None = None
+        self.forecast: Forecast | None = None
+        self.tuned: Tuned | None = None
         self._seen_in_flight = self._seen_answers = 0
         self._seen = Counter[str]()  # how many anomalies of each kind are reported
         self._seen_used: set[tuple[str, str]] = set()
@@ -91,11 +92,6 @@ class RunStatus:
         with disk_errors(directory.log):
             self.log = RunLog(directory.log)
         self.write(self.summary())
-
-    @property
-    def forecast(self) -> Forecast | None:
-        """When the run will be complete, at the pace of the last minutes."""
-        return self._forecast
 
     @property
     def _workers(self) -> "Workers | None":
@@ -118,10 +114,6 @@ class RunStatus:
         """All rows are settled: the result is being written."""
         self.state = "writing"
 
-    def tuned(self, reply: Tuned) -> None:
-        """The next summary has this reply for `batchrun tune`."""
-        self._tuned = reply
-
     def summary(self, exit_code: int | None = None, reason: str | None = None) -> Summary:
         """The run as it stands now; all its figures are durable."""
         workers, checkpoint = self._workers, self.phase.checkpoint
@@ -138,11 +130,11 @@ class RunStatus:
             exit_code=exit_code,
             reason=None if reason is None else self._credentials.clean_text(reason),
             complete=self.state == "complete",
-            forecast=self._forecast if self.state == "running" else None,
+            forecast=self.forecast if self.state == "running" else None,
             deadline=self.phase.deadline if isinstance(self.phase, Running) else None,
             now_s=time.monotonic(),
             limits=None if workers is None else workers.gate.in_force,
-            tuned=self._tuned,
+            tuned=self.tuned,
             unknown_finish_reasons=self._with_earlier("unknown_finish_reasons"),
             unpriced_tiers=self._with_earlier("unpriced_tiers"),
             unpriced_usage=self._with_earlier("unpriced_usage"),
@@ -169,7 +161,7 @@ class RunStatus:
         tokens = sum(line.total_tokens for line in totals.booked.values())
         limit = workers.gate.binding.limit
         self._recent.add(Sample(now_s, totals.settled(), tokens, limit, workers.sent, workers.refused))
-        self._forecast = self._recent.forecast(self.phase.plan.rows)
+        self.forecast = self._recent.forecast(self.phase.plan.rows)
         is_last = workers.backlog.drained
         if (retrying := self._retrying()) is not None and workers.retries.should_log(last=is_last):
             self.log.write("retrying", nothing_else_left=is_last, **msgspec.to_builtins(retrying))
@@ -259,7 +251,7 @@ class RunStatus:
         """How requests are sent now; None while none are."""
         if (workers := self._workers) is None:
             return None
-        forecast = self._forecast
+        forecast = self.forecast
         return Live(
             in_flight=workers.gate.in_flight,
             allowed_in_flight=workers.gate.allowed_in_flight,
@@ -277,7 +269,7 @@ class RunStatus:
         if workers is None or self.state != "running":
             return "checking the input" if self.state == "checking" else self.state
         gate = workers.gate
-        if not workers.backlog.has_room:
+        if not workers.backlog.has_room():
             return "the reader of completions"
         if gate.binding.limit is Limit.LATENCY and not gate.in_flight and (retrying := self._retrying()):
             return waiting_to_retry(retrying)

@@ -8,10 +8,10 @@ future or timeout object per row.
 
 import asyncio
 import functools
-from collections.abc import Sequence
 
 from batchrun import attempt_caps, policy, prices, row_status
 from batchrun.attempt_caps import History
+from batchrun.dispatch.anomalies import add_once
 from batchrun.dispatch.attempt_result import AttemptResult, cost_of, maybe_billed, reported
 from batchrun.dispatch.backlog import Backlog, Pending
 from batchrun.dispatch.cache_keys import NO_KEY, Key
@@ -31,12 +31,13 @@ from batchrun.limits.gate import GateClosed
 from batchrun.limits.gates import AnyGate
 from batchrun.limits.probe_turns import InDoubt
 from batchrun.policy import Judgement
-from batchrun.records import OK, Answer, Attempt, Ending, Request, Verdict
+from batchrun.records import OK, Answer, Attempt, Request, Verdict
 from batchrun.response import answer as answers
+from batchrun.response.finish_reasons import is_known
 
 
 class Workers:
-    """Sends every row of the backlog: call `work_all`. `on_commit` must be called after each commit.
+    """Sends every row of the backlog: call `work_all`, and `endings.on_commit` after each commit.
 
     `failure` is the error that ends the run.
     """
@@ -54,7 +55,7 @@ class Workers:
         self._job = job
         self._requests = requests
         self.endpoints = endpoints
-        self._store = store = open_run.store
+        store = open_run.store
         self._checkpoint = store.checkpoint
         self._attempt_prefix = store.plan.manifest.attempt_prefix
         self._slots = open_run.slots
@@ -68,8 +69,8 @@ class Workers:
         )
         self._last_rows = LastRows(self.backlog, gate, job.retry, answered_before=store.was_answered)
         self.serving = Serving(job, store.plan.manifest.dialect, self._clock)
-        self._endings = Endings(job, open_run, gate, self.backlog, self._last_rows, self.serving)
-        self.anomalies, self.retries = self._endings.anomalies, self._endings.retries
+        self.endings = Endings(job, open_run, gate, self.backlog, self._last_rows, self.serving)
+        self.anomalies, self.retries = self.endings.anomalies, self.endings.retries
         self._unparked = asyncio.Event()
         self.failure: BaseException | None = None
         self._working: asyncio.Task[None] | None = None
@@ -160,8 +161,8 @@ class Workers:
         except BatchrunError as error:  # disk or input: admission ends, requests in flight may end
             self.fail(error)
             return None
-        if pending is None and self.backlog.left_to_wait and self._endings.long_wait is not None:
-            self.gate.close(self._endings.long_wait)
+        if pending is None and self.backlog.left_to_wait and self.endings.long_wait is not None:
+            self.gate.close(self.endings.long_wait)
         if pending is not None and pending.successes is None:
             self._last_rows.untried += 1
         return pending
@@ -215,7 +216,7 @@ class Workers:
         if not serving.is_plain:
             tier = serving.tier(pending)
             body = serving.body(body, tier, key)
-        self._endings.record_if_held(row)
+        self.endings.record_if_held(row)
         bound, tokens = gate.bound(slot)
         successes = gate.successes
         # before the first byte is sent, so that a crash leaves no request unnamed
@@ -231,9 +232,9 @@ class Workers:
             judgement = policy.with_replaced_key(judgement)
         settlement = None
         if judgement is policy.ANSWERED:  # shows the gate, the backlog and the last rows that the endpoint is well
-            decision = gate.answered(slot, row)
+            decision = gate.observe(slot, Outcome(row, OK))
             history = attempt_caps.answered(pending.history)
-            self._last_rows.answered(history)
+            self._last_rows.ended(history, judgement)
             self.backlog.ended(pending, OK)
             settlement = row_status.settlement(answer, request.expected, self._job.finish, attempt.http_status)
         else:
@@ -243,9 +244,9 @@ class Workers:
         table = self._requests.prices.get(request.model)
         cost = cost_of(attempt, answer, judgement, table, reported_cost)
         if cost is None and table is not None and prices.lacks_tier(table, answer.service_tier):
-            self.anomalies.note_unpriced_tier(answer.service_tier)
+            add_once(self.anomalies.unpriced_tiers, answer.service_tier or "")
         if answer.billed_apart is not None and (table is None or not table.every_tier):
-            self.anomalies.note_unpriced_usage(answer.billed_apart)
+            add_once(self.anomalies.unpriced_usage, answer.billed_apart)
         in_doubt = not cost and maybe_billed(answer, judgement, cost, capped=self._capped)
         result = AttemptResult(
             pending, attempt, answer, judgement, settlement, history, bound, cost, in_doubt, reported_cost, tokens
@@ -255,7 +256,7 @@ class Workers:
             self._unpark(key, answered=judgement is policy.ANSWERED)
         if not serving.is_plain and (stop := serving.stop_for(judgement)) is not None:
             self.close(stop)
-        self._endings.end(result, decision, slot, successes)
+        self.endings.end(result, decision, slot, successes)
 
     def _judge(self, pending: Pending, attempt: Attempt, answer: Answer, tier: str | None, slot: int) -> Judgement:
         """The verdict on the attempt. What it used teaches estimates, overruns and rates."""
@@ -263,8 +264,8 @@ class Workers:
         if pending.successes is None:
             self._last_rows.untried -= 1
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
-        if answer.finish_reason != "stop":
-            anomalies.note_finish_reason(answer.finish_reason)
+        if answer.finish_reason not in ("stop", None) and not is_known(answer.finish_reason):
+            add_once(anomalies.unknown_finish_reasons, answer.finish_reason)
         tier_may_be_full = tier is not None and tier not in prices.ORDINARY
         judgement = policy.judge(attempt, answer, self._job.retry, tier_may_be_full=tier_may_be_full)
         if judgement is not policy.ANSWERED or anomalies.quota_refused_since_s is not None:
@@ -302,15 +303,7 @@ class Workers:
         corroborated = reached and self.gate.successes > before
         history = attempt_caps.after(pending.history, judgement, corroborated=corroborated, at_end=at_end)
         history = attempt_caps.refused(history, judgement, corroborated=corroborated, at_end=is_last)
-        self._last_rows.failed(history, judgement)
+        self._last_rows.ended(history, judgement)
         # a full tier is an answer as far as the backlog is concerned: the endpoint is well
         self.backlog.ended(pending, Verdict.ROW if judgement.is_capacity else judgement.verdict)
         return decision, history
-
-    def on_commit(self, endings: Sequence[Ending]) -> None:
-        """The endings are durable: their slots are free, rows are settled or wait for their retry."""
-        self._endings.on_commit(endings)
-
-    def record_held(self) -> None:
-        """The attempts of rows that are still held are on the checkpoint's queue; the rows stay pending."""
-        self._endings.record_held()

@@ -35,11 +35,13 @@ IN_TRANSIT_S = 0.05
 
 
 class AdaptiveRate:
-    """One limit's rate. `per_minute` is the limit in force, None if there is none."""
+    """One limit's rate. `per_minute` is the limit in force, None if there is none.
+
+    `stated` is what the server's headers said last, `stated_now` what of it is in force so far.
+    """
 
     __slots__ = (
         "_bucket",
-        "_burst",
         "_inherited",
         "_least",
         "_lowered_s",
@@ -49,6 +51,7 @@ class AdaptiveRate:
         "_on_change",
         "_raised_s",
         "_room",
+        "burst",
         "configured",
         "learned",
         "limit",
@@ -82,7 +85,7 @@ class AdaptiveRate:
         self._on_change = on_change
         self._bucket: Bucket | None = None
         self._room: float | None = None
-        self._burst = math.inf
+        self.burst = math.inf  # no more than this is sent at once, from the next change of the rate on
         self._lowered_s = self._raised_s = now_s
         self._older = self._newer = (now_s, 0.0)  # (moment, what had been taken by then)
         self._note_from_s = now_s + IN_TRANSIT_S
@@ -137,10 +140,6 @@ class AdaptiveRate:
         self._inherited = False
         self._apply_lowest(why, now_s)
 
-    def limit_burst(self, amount: float) -> None:
-        """No more than this is sent at once, from the next change of the rate on: the server's bucket holds no more."""
-        self._burst = amount
-
     def stand_at(self, level: float, now_s: float) -> None:
         """Sets the bucket's level."""
         if self._bucket is not None:
@@ -154,12 +153,17 @@ class AdaptiveRate:
             return
         margin = MARGIN_S * limit.per_minute / 60
         if limit.remaining > 0 and limit.reset_s is not None:
-            depth = min(limit.remaining + limit.reset_s * limit.per_minute / 60, limit.per_minute)
-            self._make_room(depth - margin, now_s)
+            # the bucket becomes as deep as the server's, up to our own maximum
+            depth = min(limit.remaining + limit.reset_s * limit.per_minute / 60, limit.per_minute) - margin
+            capacity = max(self._least, min(depth, MAX_BURST_S * self.per_minute / 60))
+            if capacity > 0 and abs(capacity - self._bucket.capacity) > self._least + 0.01 * capacity:
+                self._room = depth
+                self._bucket.change(self.per_minute, capacity, now_s)
         # the server may have written the headers when the request came in or when its answer left: at least this much
         # is left in either case, after what was sent since and what is in transit
         refilled = (now_s - sent_s) * self.per_minute / 60
-        uncounted = max(self._uncounted(now_s), self.taken - sent_total - refilled)
+        in_transit = self.taken - (self._newer if now_s - self._newer[0] >= IN_TRANSIT_S else self._older)[1]
+        uncounted = max(in_transit, self.taken - sent_total - refilled)
         at_least = limit.remaining - uncounted - margin
         at_most = max(0.0, limit.remaining + self._least - margin)
         level = self._bucket.level(now_s)
@@ -170,6 +174,7 @@ class AdaptiveRate:
             self._bucket.stand_at(at_most, now_s)
 
     def _set_stated(self, per_minute: float, now_s: float) -> None:
+        """A lower stated limit holds at once; `ready_in_s` approaches a higher one."""
         first = self.stated is None
         self.stated = per_minute
         if first or self.stated_now is None or per_minute < self.stated_now:
@@ -178,25 +183,12 @@ class AdaptiveRate:
                 self.learned = None  # by an earlier process: the server knows better
             self._apply_lowest("stated by the server", now_s)
 
-    def _make_room(self, room: float, now_s: float) -> None:
-        """Makes the bucket as deep as the server's, up to our own maximum."""
-        if self.per_minute is None or self._bucket is None:
-            return
-        capacity = max(self._least, min(room, MAX_BURST_S * self.per_minute / 60))
-        if capacity > 0 and abs(capacity - self._bucket.capacity) > self._least + 0.01 * capacity:
-            self._room = room
-            self._bucket.change(self.per_minute, capacity, now_s)
-
     def _rise(self, now_s: float) -> None:
         """Approaches a higher stated limit by one step."""
         if self.stated is not None and self.stated_now is not None and self.stated_now < self.stated:
             self._raised_s = now_s
             self.stated_now = min(self.stated, self.stated_now * RISE)
             self._apply_lowest("towards what the server states", now_s)
-
-    def _uncounted(self, now_s: float) -> float:
-        """What was sent too recently for the server to have counted it."""
-        return self.taken - (self._newer if now_s - self._newer[0] >= IN_TRANSIT_S else self._older)[1]
 
     def _apply_lowest(self, why: str, now_s: float) -> None:
         """Puts the lowest of the three rates in force."""
@@ -211,7 +203,7 @@ class AdaptiveRate:
         capacity = self.per_minute / 60 * burst_s
         if self._room is not None:
             capacity = min(capacity, self._room)
-        capacity = max(self._least, min(capacity, self._burst))
+        capacity = max(self._least, min(capacity, self.burst))
         if self._bucket is None:
             self._bucket = Bucket(self.per_minute, now_s, least=self._least)
         self._bucket.change(self.per_minute, capacity, now_s)

@@ -47,8 +47,10 @@ class AdmissionQueue:
         try:
             return await turn
         except asyncio.CancelledError:
-            if turn.cancelled():
-                self._leave(turn)
+            if turn.cancelled():  # the next attempt may fit where this one did not
+                self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not turn)
+                self._stop_timer()
+                self.wake()
             elif turn.exception() is None:
                 give_back(turn.result())
             raise
@@ -59,13 +61,8 @@ class AdmissionQueue:
             self._is_woken = True
             self._loop.call_soon(self._grant_all)
 
-    def _leave(self, turn: "asyncio.Future[int]") -> None:
-        """The attempt no longer waits; the next one may fit where this one did not."""
-        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not turn)
-        self._stop_timer()
-        self.wake()
-
     def _grant_all(self) -> None:
+        """Grants from the front, up to the first attempt that has to wait."""
         self._is_woken = False
         self._stop_timer()
         while self._waiting:

@@ -1,6 +1,5 @@
 """The budget: hard caps on dollars, tokens and requests, which unlike rates do not refill. PURE."""
 
-from collections.abc import Iterator
 from decimal import ROUND_FLOOR, Decimal
 from typing import Protocol
 
@@ -175,29 +174,27 @@ class BudgetAccount:
 
     def refusal(self, demand: Demand) -> str:
         """Why the attempt does not fit, and which setting to raise."""
-        return f"the budget is used up: {'; '.join(self._refusals(demand))} and run again"
-
-    def _refusals(self, demand: Demand) -> Iterator[str]:
-        cost, tokens, requests = self.cost, self.tokens, self.requests
+        reasons, cost, tokens, requests = list[str](), self.cost, self.tokens, self.requests
         if cost is not None and not cost.fits(bound := _bound_pico_usd(demand)):
-            yield (
+            reasons.append(
                 f"{in_words(cost.spent)} of {in_words(cost.most)} spent, and the next request may cost "
                 f"{in_words(bound)}; raise budget.max_cost_usd"
             )
         if tokens is not None and not tokens.fits(demand.upper_bound_tokens):
-            yield (
+            reasons.append(
                 f"{tokens.spent:,} of {tokens.most:,} tokens used, and the next request may use "
                 f"{demand.upper_bound_tokens:,}; raise budget.max_tokens"
             )
         if requests is not None and not requests.fits(1):
-            yield f"{requests.spent:,} of {requests.most:,} requests sent; raise budget.max_requests"
+            reasons.append(f"{requests.spent:,} of {requests.most:,} requests sent; raise budget.max_requests")
         if (start := self.start) is not None and not start.fits(bound := _bound_pico_usd(demand)):
-            yield (
+            reasons.append(
                 f"{in_words(start.spent)} of {in_words(start.most)} spent in this start, and the next request may cost "
                 f"{in_words(bound)}; the same command resumes with as much again; or raise budget.per_start_usd"
             )
         if self.over_time is not None and self.over_time.is_used_up(bound := _bound_pico_usd(demand)):
-            yield self.over_time.refusal(bound)
+            reasons.append(self.over_time.refusal(bound))
+        return f"the budget is used up: {'; '.join(reasons)} and run again"
 
 
 def _bound_pico_usd(demand: Demand) -> int:

@@ -13,12 +13,6 @@ from batchrun.limits.adaptive_rate import MAX_BURST_S
 from batchrun.limits.admission import Limit
 from batchrun.run_summary import TotalsLine
 
-MOST_BURST_S = MAX_BURST_S
-"""How many seconds of a limit may be sent at once, if the server's headers show room for it."""
-
-ONE = 1
-"""A request that needs more than the bucket holds is sent, too, and leaves a debt."""
-
 
 class Size(msgspec.Struct, frozen=True):
     """Mean tokens of a row, from so many answers; zeros if unknown, and then no token limit applies."""
@@ -49,7 +43,8 @@ def size_of(totals: Iterable[TotalsLine]) -> Size:
 
 def least_minutes(limits: Limits, rows: int, size: Size, day_left_s: float) -> tuple[float, Limit] | None:
     """The least time that so many rows take, and the limit responsible; None if no limit applies."""
-    times = [(max(0.0, (rows - ONE) / pace.rows - MOST_BURST_S / 60), pace.limit) for pace in _a_minute(limits, size)]
+    # the first row waits for nothing: one that needs more than a full bucket is sent, too, and leaves a debt
+    times = [(max(0.0, (rows - 1) / pace.rows - MAX_BURST_S / 60), pace.limit) for pace in _a_minute(limits, size)]
     if limits.requests_per_day is not None:
         days = daily.least_s(rows, limits.requests_per_day, day_left_s) / 60
         times += [(days, Limit.REQUESTS_PER_DAY)] if days else []
@@ -58,8 +53,8 @@ def least_minutes(limits: Limits, rows: int, size: Size, day_left_s: float) -> t
 
 def most_rows(limits: Limits, within_s: float, size: Size, day_requests: int | None) -> Allowance | None:
     """How many rows can be done in that time, with `day_requests` allowed by the daily limit; None without limits."""
-    time_s = within_s + MOST_BURST_S
-    allowed = [msgspec.structs.replace(pace, rows=pace.rows / 60 * time_s + ONE) for pace in _a_minute(limits, size)]
+    time_s = within_s + MAX_BURST_S
+    allowed = [msgspec.structs.replace(pace, rows=pace.rows / 60 * time_s + 1) for pace in _a_minute(limits, size)]
     if limits.requests_per_day is not None and day_requests is not None:
         words = f"{limits.requests_per_day:,} requests a day"
         allowed.append(Allowance(Limit.REQUESTS_PER_DAY, day_requests, words))

@@ -6,6 +6,9 @@
     any of them ──second row confirms, outage too long, close()──→ Stopped(why)
 
 A single refusal changes nothing here: its row waits, and `Refusals` decides what many of them mean.
+
+The phases are named as a gate's. In the usual words of circuit breakers our Open is closed, Cooling is open, and
+Probing is half-open.
 """
 
 from collections.abc import Callable
@@ -148,10 +151,7 @@ class Circuit:
         return self._sent - 1
 
     def withdraw(self, order: int) -> None:
-        """An admitted attempt is no longer in flight: it ended, or was never sent.
-
-        A confirmed verdict stops the run; one on a key waits for the rows in flight, which may disprove it.
-        """
+        """An admitted attempt is no longer in flight: it ended, or was never sent."""
         if order >= self._trouble:
             self.out -= 1
             if order < self._episode:
@@ -159,6 +159,7 @@ class Circuit:
         if order >= self._episode:
             self._probe_out = False
         stop = self._verdicts.stop
+        # a confirmed verdict stops the run; one on a key waits for the rows in flight, which may disprove it
         if stop is not None and (self._to_hear <= 0 or not self._verdicts.may_be_of_one_key):
             self.close(stop)
 
@@ -180,53 +181,41 @@ class Circuit:
         self._on_change(before, self.phase)
         self._probe(why)
 
-    def answered(self, row: int, order: int, now_s: float) -> Decision:
-        """As `observe`, for a good answer."""
-        self.successes += 1
-        self._first_failures = None
-        own = self._verdicts.disproved_by(row, order) if self._verdicts else ()
-        self._answered(order, now_s)
-        self.withdraw(order)
-        return Decision(own=own) if own else PROCEED
-
     def observe(self, outcome: Outcome, order: int, now_s: float, conclusion: Conclusion = NOTHING) -> Decision:
         """Takes one admitted attempt's outcome into account; returns what it means for rows.
 
         `conclusion` is what `Refusals` concluded from a refusal.
         """
-        if outcome.verdict is OK:
-            return self.answered(outcome.row, order, now_s)
-        decision = PROCEED if outcome.says_nothing else self._failed(outcome, order, now_s, conclusion)
+        decision = PROCEED
+        if outcome.verdict is OK:  # most attempts; a constant, because reading a member of an enum is slow
+            self.successes += 1
+            self._first_failures = None
+            if self._verdicts and (own := self._verdicts.disproved_by(outcome.row, order)):
+                decision = Decision(own=own)
+            self._answered(order, now_s)
+        elif not outcome.says_nothing:
+            match outcome.verdict:
+                case Verdict.ROW:  # a bad answer is still an answer, but only a success shows that the key works
+                    self._count_alike(outcome.error)
+                    self._answered(order, now_s)
+                case Verdict.FREE | Verdict.MAYBE:
+                    self._got_no_answer(outcome, order, now_s)
+                case Verdict.SLOW:
+                    self._refused(outcome, order, now_s, conclusion)
+                case Verdict.PAUSE | Verdict.STOP:
+                    decision = self._run_failed(outcome, order)
+                case _:
+                    assert_never(outcome.verdict)
         self.withdraw(order)
         return decision
 
-    def _failed(self, outcome: Outcome, order: int, now_s: float, conclusion: Conclusion) -> Decision:
-        match outcome.verdict:
-            case Verdict.ROW:
-                return self._row_failed(outcome, order, now_s)
-            case Verdict.FREE | Verdict.MAYBE:
-                return self._got_no_answer(outcome, order, now_s)
-            case Verdict.SLOW:
-                return self._refused(outcome, order, now_s, conclusion)
-            case Verdict.PAUSE | Verdict.STOP:
-                return self._run_failed(outcome, order)
-            case Verdict.OK:
-                raise AssertionError("a good answer is no failure")
-            case _:
-                assert_never(outcome.verdict)
-
-    def _row_failed(self, outcome: Outcome, order: int, now_s: float) -> Decision:
-        """A bad answer is still an answer: the endpoint works. Only a success would show that the key does, too."""
-        self._count_alike(outcome.error)
-        self._answered(order, now_s)
-        return PROCEED
-
-    def _got_no_answer(self, outcome: Outcome, order: int, now_s: float) -> Decision:
+    def _got_no_answer(self, outcome: Outcome, order: int, now_s: float) -> None:
+        """Enough rows in a row without an answer, or a probe without one, pause admission."""
         if not self.successes and outcome.error is not None and outcome.error.kind == OTHER_API:
             self._suspect(outcome, order)
-            return PROCEED
+            return
         if order < self._trouble or self._outage_is_too_long(outcome, now_s):
-            return PROCEED
+            return
         probe_failed = isinstance(self.phase, Probing) and order >= self._episode
         is_outage = self._unanswered.fail(outcome.row, order, sent=self._sent, allowed_in_flight=self.in_flight.allowed)
         if is_outage or probe_failed:
@@ -235,13 +224,17 @@ class Circuit:
             self.in_flight.back_off(kept, _reason(outcome.error), first=not self._coolings)
             why = f"the endpoint is not answering: {_reason(outcome.error)}"
             self._cool(why, _brief_reason(outcome.error), now_s, None)
-        return PROCEED
 
-    def _refused(self, outcome: Outcome, order: int, now_s: float, conclusion: Conclusion) -> Decision:
+    def _refused(self, outcome: Outcome, order: int, now_s: float, conclusion: Conclusion) -> None:
         """A single refusal only delays its row. A storm, or a refused probe, pauses admission."""
         error, floor_s = outcome.error, outcome.retry_after_s
         if order < self._trouble:
-            self._extend_once(now_s + (floor_s or 0.0))
+            # a straggler starts no new cooling; a longer wait named by the server extends it, once
+            until_s = now_s + (floor_s or 0.0)
+            if isinstance(self.phase, Cooling) and until_s > self.phase.until_s and not self._extended:
+                self._extended = True
+                until_s += self._uniform() * JITTER * BACKOFF_BASE_S
+                self._enter(msgspec.structs.replace(self.phase, until_s=until_s))
         elif not self._outage_is_too_long(outcome, now_s):
             probing = isinstance(self.phase, Probing) and order >= self._episode
             if conclusion.storm or (probing and not self._verdicts):
@@ -255,7 +248,6 @@ class Circuit:
                 self._cool(_reason(error), _brief_reason(error), now_s, floor_s, paced=paced, probe=probe)
             else:
                 self._failing_since_s = None if conclusion.accepted else self._failing_since_s
-        return PROCEED
 
     def _run_failed(self, outcome: Outcome, order: int) -> Decision:
         """The row is held until other rows confirm the verdict, or the same one, sent when no other is left; or until
@@ -322,7 +314,8 @@ class Circuit:
             return False
         unreached = not self._reached and outcome.error is not None and outcome.error.kind in UNREACHED
         what = "the endpoint was never reached" if unreached else "no answer"
-        self.close(Stop(ExitCode.PAUSED, f"{what} for {_duration(patience_s)}: {_reason(outcome.error)}"))
+        duration = f"{patience_s:.0f} seconds" if patience_s < 120 else f"{patience_s / 60:.0f} minutes"
+        self.close(Stop(ExitCode.PAUSED, f"{what} for {duration}: {_reason(outcome.error)}"))
         return True
 
     def _cool(
@@ -348,13 +341,6 @@ class Circuit:
         self._extended = False
         self._enter(Cooling(until_s, why, because, probe))
 
-    def _extend_once(self, until_s: float) -> None:
-        """A straggler starts no new cooling; a longer wait named by the server extends it, once."""
-        if isinstance(self.phase, Cooling) and until_s > self.phase.until_s and not self._extended:
-            self._extended = True
-            jitter_s = self._uniform() * JITTER * BACKOFF_BASE_S
-            self._enter(msgspec.structs.replace(self.phase, until_s=until_s + jitter_s))
-
     def _probe(self, why: str) -> None:
         self._probe_out = False
         self._enter(Probing(why))
@@ -364,10 +350,6 @@ class Circuit:
             return
         before, self.phase = self.phase, phase
         self._on_change(before, phase)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
 def _kind(error: RowError | None) -> tuple[str, int | None, str | None] | None:

@@ -53,7 +53,11 @@ RULED_OUT_FOR_S = 30.0
 
 
 class Crowding:
-    """The cap; None while there is none. `others` counts the other attempts in flight at the moment of sending."""
+    """The cap; None while there is none. `others` counts the other attempts in flight at the moment of sending.
+
+    A new cap is on *trial* until refusals have stopped. Later a *probe* raises it, to see whether more are accepted.
+    In the first second a *test* is one attempt more than the cap, which tells a crowd from an empty bucket.
+    """
 
     __slots__ = (
         "_above",
@@ -76,22 +80,23 @@ class Crowding:
         "cap",
     )
 
-    def __init__(self, on_change: Callable[[int | None, int | None, str], None]) -> None:
-        """`on_change` is called with each change of the cap: before, after, why."""
+    def __init__(self, on_change: Callable[[str], None]) -> None:
+        """`on_change` is called after each change of the cap, with its reason."""
         self._on_change = on_change
         self.cap: int | None = None
         self._accepted: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)
         self._refused: deque[int] = deque(maxlen=REMEMBERED)
-        self._tried: int | None = None
+        self._tried: int | None = None  # attempts accepted in this trial, None after it
         self._trials = 0
-        self._probing_from: int | None = None
-        self._lowered_s = self._probe_s = self._not_before_s = -1.0
-        self._probe = SequentialTest(PROBE_BAR)
+        self._probing_from: int | None = None  # the cap before the last probe
+        self._probe = SequentialTest(PROBE_BAR)  # of what the probe sends beyond that cap
+        self._probe_s = -1.0  # when the next probe may begin
         self._wait_s = PROBE_EVERY_S
-        self._step = 1
+        self._step = 1  # by which the next probe raises the cap
+        self._lowered_s = self._not_before_s = -1.0
         self._ruled_out_for_s = RULED_OUT_FOR_S
-        self._low = self._above = 0
-        self._tests_from_s: float | None = None  # until a test decides
+        self._low = self._above = 0  # nearly the lowest number refused, and how many tests above it were accepted
+        self._tests_from_s: float | None = None  # when tests began, until one of them decides
         self._test_s: float | None = None  # when the next one is due
 
     @property
@@ -126,7 +131,7 @@ class Crowding:
                 self._drop(now_s, "as many were accepted one by one")
                 return True
         if self._tried is not None:
-            self._tried += others + 1 >= 0.7 * self.cap
+            self._tried += others + 1 >= 0.7 * self.cap  # fewer in flight would be accepted in any case
             if self._tried >= TRIED * self.cap:
                 self._tried = None
                 self._probe_s = now_s + self._wait_s
@@ -167,7 +172,7 @@ class Crowding:
         numbers = sorted(list(self._refused)[-refused:])
         if len(accepted) < LEAST_ACCEPTED or len(numbers) < refused:
             return False
-        low = numbers[len(numbers) // 10]
+        low = numbers[len(numbers) // 10]  # not the lowest: a tenth may have been refused by chance
         if low < 2 or sum(others >= low for others in accepted) > OVERLAP * len(accepted):
             return False
         self._trials = 0
@@ -209,5 +214,5 @@ class Crowding:
         self._set(math.ceil(BELOW_REFUSED * low), f"refused with {low} and more others in flight")
 
     def _set(self, cap: int | None, why: str) -> None:
-        before, self.cap = self.cap, cap
-        self._on_change(before, cap, why)
+        self.cap = cap
+        self._on_change(why)

@@ -72,7 +72,10 @@ def _moment(text: str, now: datetime, local: Local) -> datetime | None:
     """None if the text is not a moment."""
     try:
         if _TIME_OF_DAY.fullmatch(text):
-            return _next(text, now, local)
+            hour, minute, *second = map(int, text.split(":"))
+            today = now.replace(hour=hour, minute=minute, second=second[0] if second else 0, microsecond=0, tzinfo=None)
+            at = local(today)
+            return at if at > now else local(today + timedelta(days=1))
         if text and (duration := _DURATION.fullmatch(text)):
             ahead = timedelta(**{unit: float(number) for unit, number in duration.groupdict("0").items()})
             return (now.astimezone(UTC) + ahead).astimezone(now.tzinfo)
@@ -80,11 +83,3 @@ def _moment(text: str, now: datetime, local: Local) -> datetime | None:
     except (ValueError, OverflowError):
         return None
     return local(at) if at.tzinfo is None else at
-
-
-def _next(time_of_day: str, now: datetime, local: Local) -> datetime:
-    """The next moment at which local clocks show that time."""
-    hour, minute, *second = map(int, time_of_day.split(":"))
-    today = now.replace(hour=hour, minute=minute, second=second[0] if second else 0, microsecond=0, tzinfo=None)
-    at = local(today)
-    return at if at > now else local(today + timedelta(days=1))

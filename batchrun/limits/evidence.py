@@ -77,10 +77,11 @@ class SequentialTest:
     """A sequential test (Wald): is the refused share `much`, or only `ordinary`?
 
     Each refusal steps up and each accepted attempt steps down, by the log of the likelihood ratio. At zero it starts
-    again. With an ordinary share it reaches `bar` about once in e^bar excursions.
+    again. With an ordinary share it reaches `bar` about once in e^bar excursions. `level` is the evidence so far, 0
+    while nothing is suspected; `refused` and `count` are of this excursion.
     """
 
-    __slots__ = ("_at", "_bar", "_on_zero", "count", "refused")
+    __slots__ = ("_bar", "_on_zero", "count", "level", "refused")
 
     def __init__(self, bar: float, on_zero: Callable[[int, int], None] = lambda refused, count: None) -> None:
         """`on_zero` is called when an excursion ends below the bar, with its refusals and its attempts."""
@@ -88,42 +89,32 @@ class SequentialTest:
         self._on_zero = on_zero
         self.clear()
 
-    @property
-    def is_at_zero(self) -> bool:
-        """True between two excursions."""
-        return not self._at
-
-    @property
-    def is_low(self) -> bool:
-        """True while nothing is suspected."""
-        return self._at < self._bar / 3
-
     def clear(self) -> None:
         """Starts a new excursion."""
-        self._at = 0.0
+        self.level = 0.0
         self.refused = self.count = 0
 
     def step(self, ordinary: float, much: float, *, refused: bool, times: float = 1.0) -> bool:
         """Adds one attempt; True if this refusal reaches the bar, raised by the factor `times`."""
-        if not refused and not self._at:
+        if not refused and not self.level:
             self._on_zero(0, 1)  # nearly every attempt takes this path, without a logarithm
             return False
         self.count += 1
         if refused:
             self.refused += 1
-            self._at += math.log(much / ordinary)
-            return self._at >= self._bar * times
-        self._at += math.log((1 - much) / (1 - ordinary))
-        if self._at <= 0:
+            self.level += math.log(much / ordinary)
+            return self.level >= self._bar * times
+        self.level += math.log((1 - much) / (1 - ordinary))
+        if self.level <= 0:
             self._on_zero(self.refused, self.count)
             self.clear()
         return False
 
 
 class RefusedShare:
-    """The refused share in ordinary times: a moving average over a few hundred attempts."""
+    """The refused share in ordinary times: a moving average over a few hundred attempts, of which so many `refused`."""
 
-    __slots__ = ("_count", "_refused")
+    __slots__ = ("_count", "refused")
 
     MEMORY = 300
     """Attempts after which an older count is nearly forgotten: a share of 1 % is then known to within one percent, and
@@ -133,15 +124,10 @@ class RefusedShare:
     """Weight of the initial belief that almost nothing is refused, in attempts."""
 
     def __init__(self) -> None:
-        self._refused = self._count = 0.0
+        self.refused = self._count = 0.0
 
     def __float__(self) -> float:
-        return (self._refused + 0.0025 * self.PRIOR) / (self._count + self.PRIOR)
-
-    @property
-    def refused(self) -> float:
-        """How many refusals the share rests on."""
-        return self._refused
+        return (self.refused + 0.0025 * self.PRIOR) / (self._count + self.PRIOR)
 
     @property
     def is_known(self) -> bool:
@@ -151,10 +137,10 @@ class RefusedShare:
     def add(self, refused: int, count: int) -> None:
         """Adds attempts, so many of them refused."""
         kept = max(0.0, 1 - count / self.MEMORY)
-        self._refused = self._refused * kept + refused
+        self.refused = self.refused * kept + refused
         self._count = self._count * kept + count
 
     def set(self, share: float, count: int) -> None:
         """Sets the share, as measured over so many attempts."""
         self._count = min(count, self.MEMORY)
-        self._refused = share * self._count
+        self.refused = share * self._count

@@ -60,48 +60,43 @@ class Gate:
         rates: RateLimits,
         *,
         overruns: Overruns | None = None,
-        on_kind: Callable[[str, str], None] = lambda kind, why: None,
+        on_cause: Callable[[str, str], None] = lambda cause, why: None,
     ) -> None:
         """Gates of several endpoints are given the same `shared`, each a circuit and rates of its own.
 
         `overruns` raises the upper bounds of models that were billed beyond them; without it, bounds are trusted.
-        `on_kind` is called when refusals get another explanation.
+        `on_cause` is called when refusals get another explanation: the cause, and what shows it.
         """
-        self._circuit = circuit
+        self.circuit = circuit
         self._loop = shared.loop
         self._rates = rates
         self._requests, self._tokens = self._rates.requests, self._rates.tokens
         adaptive = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
-        self._refusals = Refusals(adaptive, circuit.in_flight, on_kind)
+        self._refusals = Refusals(adaptive, circuit.in_flight, on_cause)
         self._next_headers_s = self._loop.time()
-        self._shared = shared
+        self.shared = shared
         self.budget = shared.budget
         self._overruns = overruns
-        self._slots = circuit.in_flight.most
-        self._free = list(reversed(shared.new_slots(self._slots)))  # a stack: low slots are used again
+        self.slots = circuit.in_flight.most  # the most that can ever be in flight, whatever limit is set later
+        self._free = list(reversed(shared.new_slots(self.slots)))  # a stack: low slots are used again
         self._flights = shared.flights
         self._queue = shared.queue
         self.turns = shared.turns
 
     @property
-    def slots(self) -> int:
-        """The most attempts that can ever be in flight, whatever limit is set later."""
-        return self._slots
-
-    @property
     def in_flight(self) -> int:
         """Attempts that are admitted and not yet durable."""
-        return self._slots - len(self._free)
+        return self.slots - len(self._free)
 
     @property
     def allowed_in_flight(self) -> int:
         """How many attempts may be in flight now."""
-        return self._circuit.in_flight.allowed
+        return self.circuit.in_flight.allowed
 
     @property
     def why_in_flight(self) -> str:
         """The reason for `allowed_in_flight`."""
-        return self._circuit.in_flight.why
+        return self.circuit.in_flight.why
 
     @property
     def refusals(self) -> str | None:
@@ -111,17 +106,17 @@ class Gate:
     @property
     def successes(self) -> int:
         """Good answers in this process; see `Circuit`."""
-        return self._circuit.successes
+        return self.circuit.successes
 
     @property
     def unanswered_s(self) -> float:
         """Seconds since the endpoint answered last, if it has failed since; else 0."""
-        return self._circuit.unanswered_s(self._loop.time())
+        return self.circuit.unanswered_s(self._loop.time())
 
     @property
     def stop(self) -> Stop | None:
         """Why the gate is closed; None while it is open."""
-        return self._circuit.stop
+        return self.circuit.stop
 
     @property
     def found(self) -> Found:
@@ -135,7 +130,7 @@ class Gate:
             return self._queue.blocker
         if (blocker := self.turns.blocked_by) is not None:
             return blocker
-        return IN_FLIGHT if self.in_flight >= self._circuit.in_flight.most else UNLIMITED
+        return IN_FLIGHT if self.in_flight >= self.circuit.in_flight.most else UNLIMITED
 
     def tune(self, rates: Rates = Rates(), *, max_in_flight: int | None = None) -> None:  # noqa: B008  (frozen)
         """Changes the limits; None leaves one as it is. Attempts in flight are not affected.
@@ -149,8 +144,8 @@ class Gate:
         if rates.tokens_per_minute is not None:
             self._refusals.searches[Limit.TOKENS].forget()
         if max_in_flight is not None:
-            self._circuit.in_flight.limit(min(max_in_flight, self._slots))
-        self._shared.wake()
+            self.circuit.in_flight.limit(min(max_in_flight, self.slots))
+        self.shared.wake()
 
     @property
     def in_force(self) -> InForce:
@@ -159,7 +154,7 @@ class Gate:
         return InForce(
             requests_per_minute=self._requests.per_minute,
             tokens_per_minute=self._tokens.per_minute,
-            max_in_flight=self._circuit.in_flight.most,
+            max_in_flight=self.circuit.in_flight.most,
             max_cost_usd=None if caps.cost is None else to_usd(caps.cost.most),
             max_tokens=None if caps.tokens is None else caps.tokens.most,
             max_requests=None if caps.requests is None else caps.requests.most,
@@ -184,9 +179,7 @@ class Gate:
         """The attempt's reserved upper bounds, as they are recorded: cost in 10⁻¹² USD (None: unknown) and tokens."""
         demand = self._flights[slot].demand
         bound = demand.upper_bound_pico_usd
-        if bound is not None and bound > _MOST_RECORDED:
-            bound = _MOST_RECORDED
-        return bound, demand.upper_bound_tokens
+        return None if bound is None else min(bound, _MOST_RECORDED), demand.upper_bound_tokens
 
     def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
         """Corrects the token buckets to the usage: `tokens` in all, `output_tokens` of them for the answer.
@@ -200,7 +193,7 @@ class Gate:
             self._rates.correct(flight.demand, tokens, output_tokens)
             self._refusals.correct(tokens - flight.demand.tokens)
             if self._queue.blocker is not NO_SLOT and self._rates.limit_tokens:
-                self._shared.wake()
+                self.shared.wake()
 
     def read_headers(self, slot: int, headers: Mapping[str, str]) -> None:
         """Reads the rate limit headers of a response. Call it after `settle`: the headers count this usage already."""
@@ -216,44 +209,28 @@ class Gate:
             flight.drained |= limit.remaining is not None and limit.remaining < flight.demand.tokens
             self._tokens.apply_headers(limit, now_s, sent_s=flight.sent_s, sent_total=flight.tokens_before)
 
-    def answered(self, slot: int, row: int) -> Decision:
-        """As `observe`, for a good answer to this row."""
-        circuit, now_s = self._circuit, self._loop.time()
+    def observe(self, slot: int, outcome: Outcome) -> Decision:
+        """Records how the attempt ended; returns what that means for its row and for rows held earlier."""
+        circuit, now_s = self.circuit, self._loop.time()
         flight, was_open = self._flights[slot], circuit.phase is OPEN
         assert not flight.observed, f"slot {slot} is observed twice"
         flight.observed = True
-        if self._overruns is not None and self._overruns.most_in_flight(flight.demand.model) is not None:
-            self._overruns.ended(flight.demand.model, OK)
-        # it shows how fast the endpoint is with so many in flight, and that it accepted the attempt
-        in_flight = circuit.in_flight
-        free = self._requests.learned is None and in_flight.crowding.cap is None
-        latency_s = now_s - flight.sent_s
-        in_flight.knee.answered(now_s, latency_s, flight.others, in_flight.allowed, in_flight.most, free=free)
-        self._refusals.ended(flight.order, now_s)
-        decision = circuit.answered(row, flight.order, now_s)
-        if not was_open and circuit.phase is OPEN:
-            self._refusals.reopened(now_s)
-        if self._queue.blocker is not NO_SLOT or circuit.phase is not OPEN or not was_open:
-            self._shared.wake()
-        return decision
-
-    def observe(self, slot: int, outcome: Outcome) -> Decision:
-        """Records how the attempt ended; returns what that means for its row and for rows held earlier."""
-        if outcome.verdict is OK:
-            return self.answered(slot, outcome.row)
-        flight = self._flights[slot]
-        assert not flight.observed, f"slot {slot} is observed twice"
-        flight.observed = True
-        if self._overruns is not None and self._overruns.most_in_flight(flight.demand.model) is not None:
+        if self._overruns is not None:
             self._overruns.ended(flight.demand.model, outcome.verdict)
-        circuit, now_s = self._circuit, self._loop.time()
-        was_open = circuit.phase is OPEN
-        conclusion = self._adjust_limits(flight, outcome, now_s)
+        if outcome.verdict is OK:
+            # it shows how fast the endpoint is with so many in flight, and that it accepted the attempt
+            in_flight, latency_s = circuit.in_flight, now_s - flight.sent_s
+            free = self._requests.learned is None and in_flight.crowding.cap is None
+            in_flight.knee.answered(now_s, latency_s, flight.others, in_flight.allowed, in_flight.most, free=free)
+            self._refusals.ended(flight.order, now_s)
+            conclusion = NOTHING
+        else:
+            conclusion = self._adjust_limits(flight, outcome, now_s)
         decision = circuit.observe(outcome, flight.order, now_s, conclusion)
         if not was_open and circuit.phase is OPEN:
             self._refusals.reopened(now_s)
         if self._queue.blocker is not NO_SLOT or circuit.phase is not OPEN or not was_open:
-            self._shared.wake()
+            self.shared.wake()
         return decision
 
     def release(self, slot: int, spent_pico_usd: int | None, spent_tokens: int | None = None) -> None:
@@ -264,13 +241,13 @@ class Gate:
         """As `release`, for all outcomes of a commit: slot, 10⁻¹² USD, tokens. Those that wait are granted together."""
         for slot, usd, tokens in spent:
             self.put_down(slot, usd, tokens)
-        self._shared.wake()
+        self.shared.wake()
 
     def put_down(self, slot: int, spent_pico_usd: int | None, spent_tokens: int | None) -> None:
         """As `release`, but nothing that waits is granted yet."""
         flight = self._flights.pop(slot)
         if not flight.observed:
-            self._circuit.withdraw(flight.order)
+            self.circuit.withdraw(flight.order)
             self._refusals.ended(flight.order, self._loop.time(), reached=False)
         if self.budget.is_kept:
             self.budget.settle(flight.demand, spent_pico_usd, spent_tokens, flight.lease)
@@ -279,30 +256,17 @@ class Gate:
     @property
     def phase(self) -> Phase:
         """The circuit's phase."""
-        return self._circuit.phase
-
-    @property
-    def in_doubt(self) -> bool:
-        """True while one row at a time is sent, to find out whether the endpoint works."""
-        return self._circuit.in_doubt
-
-    def circuit_blocker(self, now_s: float) -> Binding | None:
-        """What the circuit alone blocks the next attempt by."""
-        return self._circuit.binding(now_s)
+        return self.circuit.phase
 
     def reopen(self, why: str) -> None:
         """Admits one row again after a stop, to find out whether its cause is gone."""
-        self._circuit.reopen(why)
-        self._shared.wake()
+        self.circuit.reopen(why)
+        self.shared.wake()
 
     def close(self, stop: Stop) -> None:
         """Ends admission: waiting and later attempts get `GateClosed`. The first reason is kept."""
-        self._circuit.close(stop)
-        self._shared.wake()
-
-    def wake(self) -> None:
-        """The first in the queue checks again: a budget that it waits for may have got money."""
-        self._shared.wake()
+        self.circuit.close(stop)
+        self.shared.wake()
 
     def _adjust_limits(self, flight: Flight, outcome: Outcome, now_s: float) -> Conclusion:
         """Updates rates and requests in flight after a failure. A refused attempt used nothing, so it is given back to
@@ -324,7 +288,8 @@ class Gate:
         if self._tokens.learned is None and not flight.settled:
             self._rates.correct(flight.demand, 0, 0)
         message = "" if outcome.error is None else outcome.error.message or ""
-        limit = Limit.TOKENS if _names_tokens(message) else Limit.REQUESTS
+        names_tokens = _TOKENS.search(message) is not None and _REQUESTS.search(message) is None
+        limit = Limit.TOKENS if names_tokens else Limit.REQUESTS
         names_time = outcome.retry_after_s is not None
         return self._refusals.refused(flight.order, now_s, limit, names_time=names_time, empty=flight.drained)
 
@@ -339,12 +304,12 @@ class Gate:
 
         Raises as `admit` does.
         """
-        circuit, now_s = self._circuit, self._loop.time()
+        circuit, now_s = self.circuit, self._loop.time()
         if circuit.phase is not OPEN or circuit.out >= circuit.in_flight.allowed:
             blocker = circuit.binding(now_s) if circuit.phase is OPEN else self._blocked_by_circuit(probes, now_s)
             if blocker is not None:
                 return blocker
-        if len(self._free) <= self._slots - circuit.in_flight.most:  # all, or all but those beyond a lower limit
+        if len(self._free) <= self.slots - circuit.in_flight.most:  # all, or all but those beyond a lower limit
             return NO_SLOT
         if self._overruns is not None:
             demand = self._overruns.widened(demand)  # an answer may have shown an overrun while the attempt waited
@@ -355,14 +320,20 @@ class Gate:
             if self._refusals.is_searching:
                 return Binding(blocker.limit, min(blocker.until_s or math.inf, now_s + SEARCHING_S))
             return blocker
-        return self._take(demand, now_s)
+        lease = self.budget.reserve(demand) if self.budget.is_kept else None
+        slot, order = self._free.pop(), circuit.admit(now_s)
+        requests, tokens = self._requests.taken, self._tokens.taken
+        self._flights[slot] = Flight(demand, order, now_s, self._refusals.out, requests, tokens, lease)
+        self._rates.take(demand, now_s)
+        self._refusals.sent(now_s, demand.tokens)
+        return slot
 
     def _blocked_by_circuit(self, probes: bool, now_s: float) -> Binding | None:
         """What an endpoint in trouble blocks the attempt by, which may end a pause.
 
         Raises as `admit` does.
         """
-        circuit = self._circuit
+        circuit = self.circuit
         if not probes and circuit.in_doubt:
             raise InDoubt
         if circuit.stop is not None:
@@ -377,31 +348,15 @@ class Gate:
             if self._flights or self.budget.may_come(demand):
                 return BUDGET  # what is in flight, here or in other runs, may return a part of its reservation
             stop = Stop(ExitCode.STOPPED, self.budget.refusal(demand))
-            self._circuit.close(stop)
+            self.circuit.close(stop)
             raise GateClosed(stop)
         if self._overruns is None or not self.budget.rests_on_bounds:
             return None
-        most = self._overruns.most_in_flight(demand.model)
-        if (
-            most is None
-            or sum(f.demand.model == demand.model and not f.observed for f in self._flights.values()) < most
-        ):
+        if (most := self._overruns.most_in_flight(demand.model)) is None:
             return None
-        return BUDGET  # the first answer of this model will show whether its bounds hold
-
-    def _take(self, demand: Demand, now_s: float) -> int:
-        lease = self.budget.reserve(demand) if self.budget.is_kept else None
-        slot, order = self._free.pop(), self._circuit.admit(now_s)
-        sent = self._requests.taken, self._tokens.taken
-        self._flights[slot] = Flight(demand, order, now_s, self._refusals.out, sent[0], sent[1], lease)
-        self._rates.take(demand, now_s)
-        self._refusals.sent(now_s, demand.tokens)
-        return slot
+        out = sum(flight.demand.model == demand.model and not flight.observed for flight in self._flights.values())
+        return None if out < most else BUDGET  # the first answer of this model will show whether its bounds hold
 
     def _give_back(self, slot: int) -> None:
         """The attempt was never sent."""
         self.release(slot, 0, 0)
-
-
-def _names_tokens(message: str) -> bool:
-    return _TOKENS.search(message) is not None and _REQUESTS.search(message) is None

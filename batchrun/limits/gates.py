@@ -1,6 +1,5 @@
 """One gate for each of several endpoints, with one queue and one budget over all of them."""
 
-import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from batchrun.limits.admission import (
     Stopped,
 )
 from batchrun.limits.admission_queue import UNLIMITED
+from batchrun.limits.circuit import IN_FLIGHT
 from batchrun.limits.gate import NO_SLOT, Gate, GateClosed
 from batchrun.limits.probe_turns import InDoubt, ProbeTurns
 from batchrun.limits.rates import Rates
@@ -31,7 +31,6 @@ from batchrun.records import Verdict
 from batchrun.run_summary import EndpointTotals, InForce
 
 BEST_FIRST = (Open, Probing, Cooling, Stopped)
-IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 STOPPED = Binding(Limit.STOPPED)
 
 
@@ -60,18 +59,17 @@ class Gates:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
         shared: SharedAdmission,
         lanes: Sequence[Lane],
         on_set_aside: Callable[[str, Stop], None] = lambda label, stop: None,
     ) -> None:
         """The lanes' gates have consecutive slots and were made with `shared`."""
-        self._loop = loop
-        self._shared = shared
+        self.shared = shared
         self.lanes = lanes
         self._on_set_aside = on_set_aside
         self._lane_of = [lane for lane in lanes for _ in range(lane.gate.slots)]
-        self._stop: Stop | None = None
+        self.slots = len(self._lane_of)
+        self.stop: Stop | None = None
         self._virtual = 0.0
         self.budget = shared.budget
         self.turns: ProbeTurns = shared.turns
@@ -81,12 +79,8 @@ class Gates:
         return [lane for lane in self.lanes if lane.set_aside is None]
 
     @property
-    def slots(self) -> int:
-        return len(self._lane_of)
-
-    @property
     def in_flight(self) -> int:
-        return len(self._shared.flights)
+        return len(self.shared.flights)
 
     @property
     def allowed_in_flight(self) -> int:
@@ -110,10 +104,6 @@ class Gates:
         return min((lane.gate.unanswered_s for lane in self._live), default=0.0)
 
     @property
-    def stop(self) -> Stop | None:
-        return self._stop
-
-    @property
     def phase(self) -> Phase:
         """That of the endpoint in use which is the best off."""
         phases: list[Phase] = [lane.gate.phase for lane in self._live or self.lanes]
@@ -126,8 +116,8 @@ class Gates:
 
     @property
     def binding(self) -> Binding:
-        if self._shared.queue:
-            return self._shared.queue.blocker
+        if self.shared.queue:
+            return self.shared.queue.blocker
         if (blocker := self.turns.blocked_by) is not None:
             return blocker
         return IN_FLIGHT if self.in_flight >= self.slots else UNLIMITED
@@ -160,18 +150,18 @@ class Gates:
         """
         if rates != Rates() or max_in_flight is not None:
             raise ValueError("with several endpoints only the budget can be changed; each has its limits in the job")
-        self._shared.wake()
+        self.shared.wake()
 
     def admit(self, demand: Demand, *, probes: bool = True) -> Coroutine[Any, Any, int]:
         """As `Gate.admit`, at any of the endpoints."""
-        return self._shared.queue.admit(self._try_admit, demand, probes, self._give_back)
+        return self.shared.queue.admit(self._try_admit, demand, probes, self._give_back)
 
     def _try_admit(self, demand: Demand, probes: bool) -> int | Binding:
         """The slot at the first endpoint in turn that admits the attempt now; else the block that is lifted first."""
-        if self._stop is not None:
-            raise GateClosed(self._stop)
+        if self.stop is not None:
+            raise GateClosed(self.stop)
         live = self._live
-        if not probes and all(lane.gate.in_doubt for lane in live):
+        if not probes and all(lane.gate.circuit.in_doubt for lane in live):
             raise InDoubt
         blockers: list[Binding] = []
         for lane in sorted(live, key=lambda lane: max(lane.finish, self._virtual)):
@@ -205,9 +195,6 @@ class Gates:
     def read_headers(self, slot: int, headers: Mapping[str, str]) -> None:
         self._lane_of[slot].gate.read_headers(slot, headers)
 
-    def answered(self, slot: int, row: int) -> Decision:
-        return self.observe(slot, Outcome(row, Verdict.OK))
-
     def observe(self, slot: int, outcome: Outcome) -> Decision:
         """As `Gate.observe`. If this sets the endpoint aside, its rows in question are sent elsewhere."""
         lane = self._lane_of[slot]
@@ -218,7 +205,7 @@ class Gates:
         lane.held.difference_update(decision.own)
         if decision.hold:
             lane.held.add(outcome.row)
-        if lane.gate.stop is None or self._stop is not None:
+        if lane.gate.stop is None or self.stop is not None:
             return decision
         if lane.set_aside is None and self._is_last_set_aside(lane, lane.gate.stop):
             return decision
@@ -231,23 +218,19 @@ class Gates:
     def release_all(self, spent: Iterable[tuple[int, int | None, int | None]]) -> None:
         for slot, usd, tokens in spent:
             self._lane_of[slot].gate.put_down(slot, usd, tokens)
-        self._shared.wake()
-
-    def wake(self) -> None:
-        """The first in the queue checks again: a budget that it waits for may have got money."""
-        self._shared.wake()
+        self.shared.wake()
 
     def close(self, stop: Stop) -> None:
         """Ends admission at all endpoints. The first reason is kept."""
-        if self._stop is None:
-            self._stop = stop
+        if self.stop is None:
+            self.stop = stop
         for lane in self.lanes:
             lane.gate.close(stop)
 
     def restore(self, index: int, why: str) -> bool:
         """Tries an endpoint again that was set aside, one row at a time; True if it was."""
         lane = self.lanes[index]
-        if lane.set_aside is None or self._stop is not None:
+        if lane.set_aside is None or self.stop is not None:
             return False
         lane.set_aside = None
         lane.gate.reopen(why)
@@ -272,18 +255,21 @@ AnyGate = Gate | Gates
 class Circuits:
     """The circuits of several endpoints as one: in doubt only if all are that are in use."""
 
-    def __init__(self) -> None:
-        self.gates: Gates | None = None
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        """The list of lanes may be filled later: their gates are made with what they share, which includes this."""
+        self._lanes = lanes
 
     @property
     def in_doubt(self) -> bool:
-        live = [] if self.gates is None else self.gates._live
-        return bool(live) and all(lane.gate.in_doubt for lane in live)
+        live = [lane for lane in self._lanes if lane.set_aside is None]
+        return bool(live) and all(lane.gate.circuit.in_doubt for lane in live)
 
     def binding(self, now_s: float) -> Binding | None:
         blockers = []
-        for lane in [] if self.gates is None else self.gates._live:
-            if (blocker := lane.gate.circuit_blocker(now_s)) is None:
+        for lane in self._lanes:
+            if lane.set_aside is not None:
+                continue
+            if (blocker := lane.gate.circuit.binding(now_s)) is None:
                 return None
             blockers.append(blocker)
         return _first_lifted(blockers)

@@ -1,4 +1,4 @@
-"""How many requests may be in flight: a ramp upwards, and two caps found while running. PURE."""
+"""How many requests may be in flight: a slow start upwards, and two caps found while running. PURE."""
 
 from batchrun.limits.crowding import Crowding
 from batchrun.limits.useful_in_flight import UsefulInFlight
@@ -16,13 +16,16 @@ doubled at once, half of them would meet an empty bucket in the same moment."""
 
 
 class InFlight:
-    """`allowed` is how many may be in flight now: the least of ramp, caps and `most`."""
+    """`allowed` is how many may be in flight now: the least of ramp, caps and `most`. `why` says why it is so.
+
+    `crowding` caps it for servers that refuse too many at once, `knee` for servers that queue them.
+    """
 
     def __init__(self, most: int, first: int = FIRST_IN_FLIGHT) -> None:
         self.most = most
         self.why = "at the start"
-        self.crowding = Crowding(self._capped)
-        self.knee = UsefulInFlight(self._capped)
+        self.crowding = Crowding(self._changed)
+        self.knee = UsefulInFlight(self._changed)
         self._ramp = min(max(FIRST_IN_FLIGHT, first), most)
         self._ramp_to = most  # one more with every answer below it, one more per round above
         self._round = self._left_in_round = self._ramp  # answers per round, and still to come
@@ -54,12 +57,13 @@ class InFlight:
             return None
         if now_s < (next_s := self._grown_s + SILENT_S / self._ramp):
             return next_s
-        self._grow_to(self._ramp + 1, now_s, "nothing was refused for a while")
+        self._grow(now_s, "nothing was refused for a while")
         return now_s
 
     def answered(self, out: int, now_s: float) -> None:
-        """Adds one with every answer, which doubles the ramp every round; after trouble that holds up to the number
-        that worked before, and beyond it one more per round. Only while what is allowed is used.
+        """Adds one with every answer, which doubles the ramp every round; only while what is allowed is used.
+
+        After trouble this holds up to a share of what was allowed before; beyond it, one is added every round.
         """
         self._proven = True
         if self._ramp >= self.most:
@@ -68,7 +72,7 @@ class InFlight:
         round_is_over = self._left_in_round <= 0
         used = self._most_out >= USED * min(self._round, self.allowed)
         if used and (round_is_over or self._ramp < self._ramp_to):
-            self._grow_to(self._ramp + 1, now_s, "what was allowed was used, without trouble")
+            self._grow(now_s, "what was allowed was used, without trouble")
         if round_is_over:
             self._round = self._left_in_round = self._ramp
             self._most_out = out
@@ -90,15 +94,13 @@ class InFlight:
         self._most_out = 0
         self._changed(f"a ramp up to {self._ramp_to} after: {why}")
 
-    def _grow_to(self, ramp: int, now_s: float, why: str) -> None:
-        self._ramp, self._grown_s = ramp, now_s
-        self._changed(why)
-
-    def _capped(self, before: int | None, after: int | None, why: str) -> None:
+    def _grow(self, now_s: float, why: str) -> None:
+        """Allows one more."""
+        self._ramp, self._grown_s = self._ramp + 1, now_s
         self._changed(why)
 
     def _changed(self, why: str) -> None:
-        """To be called after each change of the ramp, a cap or `most`, since `allowed` is read for each row."""
+        """The ramp, a cap or `most` has changed. `allowed` is computed here because it is read for each row."""
         self.why = why
         numbers = self._ramp, self.most, self.crowding.cap, self.knee.cap
         self.allowed = min(number for number in numbers if number is not None)

@@ -20,8 +20,8 @@ SLACK = 2.0
 class KnownLimit:
     """`per_s` is the last measurement, None without one; `is_sure` if the one before agreed with it.
 
-    A limit that was sure, and then a lower one was measured, is `doubted`: it is tried again (`go_back`), and one of
-    the two proves right.
+    If less is measured than a limit that was sure, that limit is `doubted`. It is tried once more (`go_back`): refusals
+    then prove the lower one right, and their absence the higher one (`confirm`).
     """
 
     __slots__ = ("_climb_s", "_level", "_total", "doubted", "is_back", "is_sure", "per_s")
@@ -32,11 +32,6 @@ class KnownLimit:
         self.doubted: float | None = None
         self.is_back = False
         self._climb_s = self._total = self._level = 0.0
-
-    @property
-    def is_believed(self) -> bool:
-        """True if it takes much to disprove it."""
-        return self.is_sure or self.is_back
 
     def measure(self, per_s: float, count: float, *, by_chance: bool) -> float:
         """Takes a measurement over `count` requests; returns what is now believed to be the limit.
@@ -75,13 +70,12 @@ class KnownLimit:
         """True if this measurement shows that the limit is higher than was known."""
         return self.per_s is not None and per_s > (1 + MET) * self.per_s
 
-    def is_exceeded(self, per_s: float | None) -> bool:
-        """True at a rate above the limit."""
-        return self.per_s is not None and per_s is not None and per_s > self.per_s
+    def has_emptied(self, climbed_to: float | None, at_s: float, total: float, amount: float) -> bool:
+        """True if the climb to this rate has emptied the server's bucket, so that refusals of `amount` are expected.
 
-    def is_empty(self, at_s: float, total: float, amount: float) -> bool:
-        """True if the climb has emptied the server's bucket by now, so that a refusal is expected."""
-        if self.per_s is None or not self.is_sure:
+        `total` was accepted by `at_s`.
+        """
+        if self.per_s is None or not self.is_sure or climbed_to is None or climbed_to <= self.per_s:
             return False
         level = self._level + self.per_s * (at_s - self._climb_s) - (total - self._total)
         return level <= SLACK * amount

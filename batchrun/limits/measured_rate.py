@@ -23,15 +23,18 @@ seconds, less a burst, is a lower bound of the limit."""
 
 
 class MeasuredRate:
-    """What was accepted and refused since the bucket was last empty (`mark`). Amounts are requests or tokens."""
+    """What was accepted and refused since the bucket was last empty (`mark`). Amounts are requests or tokens.
 
-    __slots__ = ("_burst", "_delivered", "_mark", "_refused_s", "amount", "at_first", "counted", "is_mixed", "refused")
+    `delivered` is what was accepted since the start, `counted` and `refused` are attempts since the mark.
+    """
+
+    __slots__ = ("_burst", "_mark", "_refused_s", "amount", "at_first", "counted", "delivered", "is_mixed", "refused")
 
     def __init__(self) -> None:
         self.counted = self.refused = 0  # attempts
         self.amount = 1.0  # of the last refused attempt
         self.is_mixed = False  # of those sent first, one was accepted after a refusal
-        self._delivered = Throughput()
+        self.delivered = Throughput()
         self.at_first = 0.0  # accepted before the first refusal, or in the first moment
         self._mark: tuple[float, float] | None = None
         self._refused_s: float | None = None  # when the first refused one was sent
@@ -46,27 +49,27 @@ class MeasuredRate:
             if self._refused_s is None:
                 self._refused_s = at_s
             return
-        self._delivered.add(at_s, amount)
-        if self._refused_s is None or self._delivered.span_s(at_s) <= MOMENT_S:
+        self.delivered.add(at_s, amount)
+        if self._refused_s is None or self.delivered.span_s(at_s) <= MOMENT_S:
             self.at_first += amount
             self.is_mixed |= self._refused_s is not None
 
     def accepted(self, at_s: float, amount: float, count: int) -> None:
         """As `count`, for several attempts that were accepted, the last of them sent at `at_s`."""
         self.counted += count
-        self._delivered.add(at_s, amount)
+        self.delivered.add(at_s, amount)
         if self._refused_s is None:
             self.at_first += amount
 
     def correct(self, more: float) -> None:
         """An accepted attempt used this much more than its estimate."""
-        self._delivered.total += more
+        self.delivered.total += more
 
     def mark(self, at_s: float) -> None:
         """The bucket was empty at `at_s`: the next measurement begins there."""
-        if self._burst is None and self._mark is None and self._delivered.first_s is not None:
-            self._burst = at_s - self._delivered.first_s, self._delivered.total
-        self._mark = at_s, self._delivered.total
+        if self._burst is None and self._mark is None and self.delivered.first_s is not None:
+            self._burst = at_s - self.delivered.first_s, self.delivered.total
+        self._mark = at_s, self.delivered.total
         self.counted = self.refused = 0
 
     def unmark(self) -> None:
@@ -85,37 +88,19 @@ class MeasuredRate:
     @property
     def taken(self) -> float:
         """The amount accepted since the mark."""
-        return self._delivered.total - (0.0 if self._mark is None else self._mark[1])
+        return self.delivered.total - (0.0 if self._mark is None else self._mark[1])
 
     @property
     def is_firm(self) -> bool:
         """True if enough was accepted since the mark for an exact rate."""
         return self.taken >= FIRM_TIMES * self.amount
 
-    @property
-    def total(self) -> float:
-        """The amount accepted so far."""
-        return self._delivered.total
-
-    @property
-    def sustained(self) -> float:
-        """See `Throughput.sustained`."""
-        return self._delivered.sustained()
-
-    def lately(self, at_s: float) -> float | None:
-        """The accepted rate over the last ten seconds; None over less than one."""
-        return self._delivered.lately(at_s)
-
-    def in_last_second(self, at_s: float) -> float:
-        """The amount accepted in the last second."""
-        return self._delivered.in_last_second(at_s)
-
     def refilled_per_s(self, at_s: float) -> float:
         """A lower bound of the limit: what was accepted beyond the first requests, since the first refusal. One of them
         may have been left in the bucket.
         """
         span_s = 0.0 if self._refused_s is None else at_s - self._refused_s
-        return max(0.0, self.total - self.at_first - self.amount) / span_s if span_s else 0.0
+        return max(0.0, self.delivered.total - self.at_first - self.amount) / span_s if span_s else 0.0
 
     def refused_above(self, ordinary: float) -> float:
         """How many attempts were refused beyond the `ordinary` share."""
@@ -123,7 +108,7 @@ class MeasuredRate:
 
     def at_least(self, at_s: float) -> float:
         """A lower bound of the limit; 0.0 in the first ten seconds."""
-        return BURST_OFF * (self.lately(at_s) or 0.0) if self._delivered.span_s(at_s) >= WINDOW_S else 0.0
+        return BURST_OFF * (self.delivered.lately(at_s) or 0.0) if self.delivered.span_s(at_s) >= WINDOW_S else 0.0
 
     def per_s(self, at_s: float) -> float | None:
         """Accepted ÷ time since the bucket was last empty; None if that says nothing yet."""
@@ -135,8 +120,9 @@ class MeasuredRate:
         return max(self.taken / span_s, self.at_least(at_s) if span_s > WINDOW_S else 0.0)
 
     def server_level(self, at_s: float, limit_per_s: float | None) -> float:
-        """What the server's bucket holds, by the measured limit. It is full at what it gave before the first refusal,
-        less what was refilled meanwhile.
+        """What the server's bucket holds, if `limit_per_s` is its limit.
+
+        It holds at most what it gave before the first refusal, less what was refilled until then.
         """
         if limit_per_s is None or self._mark is None:
             return 0.0

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import msgspec
 
 from batchrun.limits.admission import Demand
-from batchrun.records import Request, Usage, Verdict
+from batchrun.records import OK, Request, Usage, Verdict
 
 ENTRY = "overruns"
 """The manifest entry of all overruns."""
@@ -77,7 +77,7 @@ class Overruns:
 
         A refused or unreached attempt says nothing, as it will be sent again.
         """
-        if verdict is Verdict.OK:
+        if verdict is OK:
             self._answered.add(model)
         elif verdict in (Verdict.ROW, Verdict.MAYBE):
             self._failed[model] += 1

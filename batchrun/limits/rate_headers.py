@@ -47,17 +47,14 @@ def read_limit(headers: Mapping[str, str], what: str) -> StatedLimit | None:
     if remaining is not None and remaining > per_minute:
         remaining = None
     reset_s = duration_s(headers.get(f"x-ratelimit-reset-{what}"))
-    if reset_s is not None and (reset_s > MAX_RESET_S or _is_of_a_longer_window(per_minute, remaining, reset_s)):
+    if reset_s is not None and reset_s > MAX_RESET_S:
         return None
+    if reset_s is not None and remaining is not None and remaining < per_minute:
+        # what was used comes back as slowly as a limit per hour or day does (Groq: `14400`, `14399`, `6s`)
+        window_s = reset_s * per_minute / (per_minute - remaining)
+        if any(abs(window_s - longer_s) <= WINDOW_ERROR * longer_s for longer_s in LONGER_WINDOWS_S):
+            return None
     return StatedLimit(per_minute, remaining, reset_s)
-
-
-def _is_of_a_longer_window(limit: float, remaining: float | None, reset_s: float) -> bool:
-    """True if what was used comes back as slowly as a limit per hour or day does (Groq: `14400`, `14399`, `6s`)."""
-    if remaining is None or remaining >= limit:
-        return False
-    window_s = reset_s * limit / (limit - remaining)
-    return any(abs(window_s - longer_s) <= WINDOW_ERROR * longer_s for longer_s in LONGER_WINDOWS_S)
 
 
 def duration_s(text: str | None) -> float | None:

@@ -6,7 +6,6 @@ slightly below a measured limit refusals end, and random ones stay. If they stay
 """
 
 import math
-from enum import Enum, auto
 
 import msgspec
 
@@ -77,13 +76,6 @@ would win, and the next refusals would look like a storm."""
 LEAST_PER_S = 0.02
 
 
-class Step(Enum):
-    """The result of `RateSearch.exceeded`."""
-
-    TOO_EARLY = auto()
-    LOWERED = auto()
-
-
 class _Cut(msgspec.Struct, frozen=True):
     """The rate was lowered to just below a measured one: from `per_s`, with `share` of `count` attempts refused."""
 
@@ -93,13 +85,17 @@ class _Cut(msgspec.Struct, frozen=True):
 
 
 class RateSearch:
-    """Searches one learned rate, kept in its `AdaptiveRate`. Amounts are requests or tokens; rates are per second."""
+    """Searches one learned rate, kept in its `AdaptiveRate`. Amounts are requests or tokens; rates are per second.
+
+    `raised`: the rate was raised since it was last lowered. `confirmed`: the last rate per minute from which it was
+    raised further, so not one that a refusal by chance has shown.
+    """
 
     def __init__(self, rate: AdaptiveRate) -> None:
         self._rate = rate
         self.raised = rate.learned is not None
         self.confirmed = rate.learned
-        self._measured = MeasuredRate()
+        self.measured = MeasuredRate()
         self._climb = RateClimb()
         self._paused = False
         self._cut: _Cut | None = None
@@ -117,10 +113,10 @@ class RateSearch:
         """How many times the usual evidence it takes to lower the rate."""
         if self._spacing is not None:
             return SPACED_BAR
-        known, measured = self._known, self._measured
-        if self.raised and known.is_exceeded(self.per_s) and known.is_empty(at_s, measured.total, measured.amount):
+        known, measured = self._known, self.measured
+        if self.raised and known.has_emptied(self.per_s, at_s, measured.delivered.total, measured.amount):
             return EXPECTED_BAR
-        return BELIEVED_BAR if known.is_believed else 1 + FALL * self.excess(at_s)
+        return BELIEVED_BAR if known.is_sure or known.is_back else 1 + FALL * self.excess(at_s)
 
     @property
     def is_settled(self) -> bool:
@@ -136,19 +132,7 @@ class RateSearch:
         """An attempt sent at `at_s` was accepted or refused. To be called in the order of sending."""
         if self._spacing is not None:
             self._spacing.count(at_s, refused=refused)
-        self._measured.count(at_s, amount, refused=refused)
-
-    def accepted(self, at_s: float, amount: float, count: int) -> None:
-        """As `count`, for several attempts that were accepted, the last of them sent at `at_s`."""
-        self._measured.accepted(at_s, amount, count)
-
-    def correct(self, more: float) -> None:
-        """An accepted attempt used this much more than its estimate."""
-        self._measured.correct(more)
-
-    def lately(self, at_s: float) -> float | None:
-        """The accepted rate over the last ten seconds; None over less than one."""
-        return self._measured.lately(at_s)
+        self.measured.count(at_s, amount, refused=refused)
 
     def storm(self, at_s: float, now_s: float, *, lone: bool = False, keep: bool = False) -> None:
         """Nearly everything sent at about `at_s` was refused: the bucket is empty, and the gate pauses.
@@ -158,61 +142,65 @@ class RateSearch:
         """
         if self._spacing is not None and self._fall_back(self._spacing, at_s, now_s):
             return
-        measured = self._measured
+        measured, total, in_force = self.measured, self.measured.delivered.total, self._rate.per_minute
         before, rate, rough = self.per_s, measured.per_s(at_s), False
+        known = before if before is not None or in_force is None else in_force / 60
         self._cut = None
-        if rate is not None:
+        if rate is not None:  # measured since the bucket was last empty
             rough = not measured.is_firm
             self._cut = _Cut(before, measured.share, measured.counted)
             rate *= BELOW_MEASURED
-        elif lone and self._rate.limit is Limit.TOKENS and (known := before or self._known_per_s) is not None:
+        elif lone and self._rate.limit is Limit.TOKENS and known is not None:
             rate, rough = BELOW_LONE * known, True
-        elif (known := before or self._known_per_s) is not None:
+        elif known is not None:  # nothing is measured yet: this rate was too high, and some of it was accepted
             rate, rough = BELOW_REFUSED * known, True
-            if measured.total:
+            if total:
                 least = 0.0 if before is None else LEAST_LEARNED * before
-                rate = min(rate, max(least, BELOW_BURST * measured.in_last_second(at_s)))
+                rate = min(rate, max(least, BELOW_BURST * measured.delivered.in_last_second(at_s)))
             # a few wrong estimates are a storm, too; what was accepted for ten seconds is nearer to the limit
             rate = max(rate, measured.at_least(at_s))
-        elif measured.total:
-            rate, rough = BELOW_BURST * measured.in_last_second(at_s), True
-            small = not measured.is_marked and measured.at_first >= measured.total / MOST_SPACED
+        elif total:  # the first refusals ever, with no limit known: a full bucket has been emptied
+            rate, rough = BELOW_BURST * measured.delivered.in_last_second(at_s), True
+            small = not measured.is_marked and measured.at_first >= total / MOST_SPACED
             if small and (measured.at_first != USUAL * measured.amount or measured.refilled_per_s(at_s) > FIRST_PER_S):
                 rate = self._space_out(at_s) or rate
         self._remember(before)
         if rate is not None:
-            if keep and (kept := BELOW_MEASURED * measured.sustained) > rate:
+            if keep and (kept := BELOW_MEASURED * measured.delivered.sustained()) > rate:
                 rate, rough = kept, True
             self._lower(rate, now_s, rough=rough, why="an empty bucket" if lone else "nearly everything was refused")
-        self._measured.mark(at_s)
+        self.measured.mark(at_s)
         self._paused = True
 
     def space_out(self, at_s: float, now_s: float) -> None:
         """More at once were refused, but are accepted one by one: the server's bucket is small."""
         if self.per_s is None and (rate := self._space_out(at_s)) is not None:
             self._lower(rate, now_s, rough=True, why="accepted one by one, and not at once")
-            self._measured.mark(at_s)
+            self.measured.mark(at_s)
 
     def _space_out(self, at_s: float) -> float | None:
         """Begins to search by evenly spaced requests, at the rate that is returned; None if the bucket is not small."""
-        measured = self._measured
+        measured = self.measured
         holds = measured.at_first / measured.amount
         if holds > SMALL_BUCKET or (holds > 1 and measured.is_mixed):  # a bucket accepts the first of them
             return None
         self._spacing = RequestSpacing(holds)
-        self._rate.limit_burst(1.0)
+        self._rate.burst = 1.0
         return max(FIRST_PER_S, BELOW_BURST * holds, measured.refilled_per_s(at_s) / measured.amount)
 
-    def exceeded(self, at_s: float, now_s: float, ordinary: float = 0.0, *, by_chance: bool = True) -> Step:
-        """More than the `ordinary` share was refused at this rate. `by_chance`: that may have been chance."""
+    def exceeded(self, at_s: float, now_s: float, ordinary: float = 0.0, *, by_chance: bool = True) -> bool:
+        """More than the `ordinary` share was refused at this rate. `by_chance`: that may have been chance.
+
+        True if the rate was lowered; False if it is too early to know by how much.
+        """
         if self._spacing is not None:
-            return Step.LOWERED if self._fall_back(self._spacing, at_s, now_s, ordinary) else Step.TOO_EARLY
-        rate, measured, before = self.shown(at_s), self._measured, self.per_s
+            return self._fall_back(self._spacing, at_s, now_s, ordinary)
+        rate, measured, before = self.shown(at_s), self.measured, self.per_s
         assert before is not None
         if rate is None:
             if not measured.is_marked:
-                self._measured.mark(at_s)
-            return Step.TOO_EARLY
+                self.measured.mark(at_s)
+            return False
         self._remember(before)
         # what is refused in a window of time leaves less measured than its limit, but more at each climb
         passed = by_chance and self._known.is_passed(rate)
@@ -226,9 +214,9 @@ class RateSearch:
             self._cut = None if was_sure else _Cut(before, measured.share, measured.counted)
         why = f"refused; {rate * 60:.0f} a minute were accepted"
         self._lower(rate * BELOW_MEASURED, now_s, rough=rough, steady=passed, why=why)
-        self._measured.mark(at_s)
+        self.measured.mark(at_s)
         self._paused = False
-        return Step.LOWERED
+        return True
 
     def _fall_back(self, spacing: RequestSpacing, at_s: float, now_s: float, ordinary: float = 0.0) -> bool:
         """Falls back to a rate that was accepted; False if none is known yet."""
@@ -242,9 +230,9 @@ class RateSearch:
         self._known = KnownLimit()
         if not spacing.is_searching:
             self._known.per_s = rate
-            self._climb.rest_long(self._measured.refused_above(ordinary), rate / self._measured.amount)
+            self._climb.rest_long(self.measured.refused_above(ordinary), rate / self.measured.amount)
         self._lower(rate, now_s, rough=spacing.is_searching, why=f"refused; {rate * 60:.0f} a minute were accepted")
-        self._measured.mark(at_s)
+        self.measured.mark(at_s)
         self._paused = False
         self._end_spacing(spacing)
         return True
@@ -261,23 +249,23 @@ class RateSearch:
             ordinary.set(float(self._spacing.share), LEAST_SURE)
             self.restore(None, now_s, "rates far below accepted ones are refused")
             return True
-        cut, counted, share, rate = self._cut, self._measured.counted, self._measured.share, self.per_s
+        cut, counted, share, rate = self._cut, self.measured.counted, self.measured.share, self.per_s
         if cut is None or rate is None or counted < LEAST_COUNT:
             return False
         if self.raised and not (cut.per_s is None or rate <= FAR_BELOW * cut.per_s):
-            return False
+            return False  # too near to the refused rate again to differ from a limit
         least = max(LEAST_SHARE if self.raised else LEAST_CALM_SHARE, cut.share / ALIKE)
         if not least <= share <= min(MAX_SHARE, cut.share * ALIKE):
             return False
         count = cut.count + counted
-        share = (cut.share * cut.count + self._measured.refused) / count
+        share = (cut.share * cut.count + self.measured.refused) / count
         error = math.sqrt(share * (1 - share) / count)  # one sigma: assumed too low, it would look like a storm
         ordinary.set(share + error, max(LEAST_SURE, count))
         restored = None
         if self.confirmed is not None and share < MUCH_CHANCE:  # else the first lowering was also a mistake
             restored = cut.per_s if self.raised else self._before_chain
         self._cut = self.confirmed = None
-        self._measured.mark(at_s)
+        self.measured.mark(at_s)
         self._set(restored, now_s, f"{share:.0%} are refused at any rate")
         self._climb.begin(rough=False)
         self.raised = True
@@ -286,7 +274,7 @@ class RateSearch:
     def restore(self, per_s: float | None, now_s: float, why: str) -> None:
         """Restores an earlier rate, because the rate did not cause the refusals."""
         self._cut = self.confirmed = None
-        self._measured.unmark()
+        self.measured.unmark()
         self._set(per_s, now_s, why)
         self._climb.begin(rough=True, step=DOUBLED)
         self.raised = True
@@ -294,7 +282,7 @@ class RateSearch:
     def slower_helped(self, per_s: float, now_s: float) -> None:
         """A lower rate ended refusals: what was accepted before is the limit."""
         self._cut = None
-        self._measured.unmark()
+        self.measured.unmark()
         self._lower(BELOW_MEASURED * per_s, now_s, rough=False, why="slower on purpose, nothing was refused")
 
     def rise(self, now_s: float, share: float) -> bool:
@@ -304,11 +292,11 @@ class RateSearch:
             return False
         if spacing is not None and spacing.is_searching:
             return self._rise_spaced(spacing, rate, now_s)
-        total = self._measured.total
+        total = self.measured.delivered.total
         requests_per_s = rate * self._rate.requests / total if total else rate
         if not climb.is_due(now_s, self._rate.taken, rate, requests_per_s):
             return False
-        if self._known.is_back:
+        if self._known.is_back:  # the doubted limit was in use until now, and nothing was refused
             self._known.confirm()
         elif self._known.doubted is not None:
             self.raised = True
@@ -317,8 +305,8 @@ class RateSearch:
         elif not self.raised and climb.rests:
             return False
         if not self.raised:
-            climb.counted_before = self._measured.counted
-            self._known.climb(now_s, total, self._measured.server_level(now_s, self._known.per_s))
+            climb.counted_before = self.measured.counted
+            self._known.climb(now_s, total, self.measured.server_level(now_s, self._known.per_s))
             rate /= 1 - min(0.5, share)  # the measured rate counts accepted requests; more must be sent
         elif not climb.is_rough:
             self.confirmed = rate * 60
@@ -343,7 +331,7 @@ class RateSearch:
 
     def share_below(self, ordinary: float) -> tuple[float, int] | None:
         """The refused share since the bucket was last empty, and of how many; None unless clearly below `ordinary`."""
-        counted, share = self._measured.counted, self._measured.share
+        counted, share = self.measured.counted, self.measured.share
         return None if counted * ordinary < LEAST_COUNT or share > ordinary / ALIKE else (share, counted)
 
     def drop(self, now_s: float, why: str) -> None:
@@ -354,7 +342,7 @@ class RateSearch:
     def reopened(self, now_s: float) -> None:
         """The pause is over. What the server's bucket refilled meanwhile is left as a margin."""
         if self._spacing is not None:
-            self._rate.stand_at(min(self._rate.level(now_s), self._measured.amount), now_s)
+            self._rate.stand_at(min(self._rate.level(now_s), self.measured.amount), now_s)
             return
         self._climb.restart(now_s, self._rate.taken)
         self._rate.stand_at(0.0, now_s)
@@ -363,19 +351,14 @@ class RateSearch:
         """Drops everything learned, because the limit is now known from a better source."""
         self.confirmed = self._cut = None
         self._known = KnownLimit()
-        self._measured.unmark()
+        self.measured.unmark()
         self._climb.is_rough = self._paused = self.raised = False
         self._spacing = None
-        self._rate.limit_burst(math.inf)
-
-    @property
-    def _known_per_s(self) -> float | None:
-        """The configured or stated rate."""
-        return None if self._rate.per_minute is None else self._rate.per_minute / 60
+        self._rate.burst = math.inf
 
     def shown(self, at_s: float) -> float | None:
         """The measured rate, corrected for a bucket that refilled in a pause and was not all used."""
-        rate = self._measured.per_s(at_s)
+        rate = self.measured.per_s(at_s)
         if rate is None or not self._paused or self.per_s is None:
             return rate
         return max(rate, LEAST_AFTER_PAUSE * self.per_s)
@@ -393,7 +376,9 @@ class RateSearch:
     def _lower(self, per_s: float, now_s: float, *, rough: bool, steady: bool = False, why: str) -> None:
         before = self.per_s
         if before is not None and self._spacing is None:
-            per_s = min(per_s, BELOW_MEASURED * before)
+            per_s = min(
+                per_s, BELOW_MEASURED * before
+            )  # too much was refused at the present rate, whatever was measured
         self.raised = False
         self._climb.begin(rough=rough, steady=steady)
         self._climb.restart(now_s, self._rate.taken)

@@ -1,8 +1,8 @@
-"""Detects refusals that come in runs or spells of seconds whatever the rate, so that the rate need not fall. PURE.
+"""Detects refusals that come in runs, or for seconds at a time, at any rate, so that the rate need not fall. PURE.
 
-A constant limit gives the same rate each time it is measured. If storms follow each other and each measures a much
-lower rate, the rate is not the cause: the same number of requests, or the same time, passed between them although the
-gate went slower.
+A constant limit gives the same rate each time it is measured. If each storm measures a much lower rate than the one
+before, the rate is not the cause: as many requests, or as many seconds, lay between the storms although the gate sent
+more slowly.
 """
 
 import msgspec
@@ -14,7 +14,7 @@ AS_BEFORE = 0.97
 """If this share of the last rate is measured again, it is a limit, and a new series begins."""
 
 FALLS = 2
-"""A limit may change once while in use, and the next rate is then measured across the change. It does not fall on."""
+"""A limit that is lowered once is measured once across that change, and then as it is: its rate falls once only."""
 
 SERIES_S = 30.0
 """A storm that comes later than this after the last starts a new series."""
@@ -26,8 +26,10 @@ LEAST_RUN = 4
 """Fewer refusals in a row also occur at a limit slightly below the rate."""
 
 IN_A_ROW = 10
+"""So many refusals in a row are a storm (`refusals`)."""
+
 MOST_COUNTED = 3.0
-"""A run counts as three refusals of the ordinary share at most: some of them may be single random ones."""
+"""The ordinary share is divided by the length of runs, but by three at most: some refusals may be single ones."""
 
 TIMES = 2.0
 MAX_PATIENCE = 3.0
@@ -57,7 +59,10 @@ class _Series(msgspec.Struct):
 
 
 class RefusalRuns:
-    """Whether refusals come in runs whatever the rate. One per gate."""
+    """Whether refusals come in runs at any rate (`is_found`). One per gate.
+
+    `in_a_row` are the refusals since the last accepted attempt. `is_handled`: they have lowered the rate already.
+    """
 
     __slots__ = (
         "_counted",
@@ -75,11 +80,10 @@ class RefusalRuns:
     )
 
     def __init__(self) -> None:
-        self.is_found = False
-        self.in_a_row = 0  # refusals since the last accepted attempt
-        self.is_handled = False  # the rate was lowered for this run of refusals
-        self._fell = False
-        self._longest = 0.0
+        self.is_found = self.is_handled = False
+        self.in_a_row = 0
+        self._fell = False  # the last measurement was a fall, and the refusals since then have no end yet
+        self._longest = 0.0  # run of refusals, slowly forgotten
         self._last_s = -SERIES_S - 1
         self._series = _Series(None)
         self._watched_s = 0.0
@@ -89,7 +93,7 @@ class RefusalRuns:
 
     @property
     def is_one(self) -> bool:
-        """True within a run, which counts once. A rate slightly too high is refused now and then, not in runs."""
+        """True for all but the first refusal of a run, which counts once: a rate slightly too high has no runs."""
         return self.is_found and self.in_a_row > 1
 
     @property
@@ -133,7 +137,8 @@ class RefusalRuns:
             return False
         series = self._series
         if measured is None:
-            if self._fell and self.in_a_row >= LEAST_RUN:  # a limit slightly too low never refuses so many in a row
+            # a limit slightly below the rate never refuses so many in a row
+            if self._fell and self.in_a_row >= LEAST_RUN:
                 series.falls, self._fell = series.falls + 1, False
         elif not series.measured:
             series.measured = measured
@@ -162,6 +167,7 @@ class RefusalRuns:
         return self._series.before
 
     def _watch(self, at_s: float, *, refused: bool) -> None:
+        """Rules runs out when none came for two minutes, or when half of everything is refused."""
         if at_s - self._last_s > LASTS_S:
             self.is_found = False
         self._counted += 1

@@ -15,7 +15,7 @@ Cardwell et al. 2016; PCC Vivace, Dong et al. 2018).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import msgspec
 
@@ -24,7 +24,7 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.crowding import REMEMBERED
 from batchrun.limits.evidence import RefusedShare, SendLog, Sent, SequentialTest
 from batchrun.limits.in_flight import InFlight
-from batchrun.limits.rate_search import RateSearch, Step
+from batchrun.limits.rate_search import RateSearch
 from batchrun.limits.refusal_runs import RefusalRuns
 
 STORM_BAR = 10.9
@@ -104,31 +104,33 @@ class Refusals:
         self,
         rates: Mapping[Limit, AdaptiveRate],
         in_flight: InFlight,
-        on_kind: Callable[[str, str], None] = lambda kind, why: None,
+        on_cause: Callable[[str, str], None] = lambda cause, why: None,
     ) -> None:
-        """`rates` of requests and tokens; `on_kind` is called with the new explanation of refusals, and the reason."""
+        """`rates` of requests and tokens. `on_cause` is called with the cause of refusals (a limit, crowding, chance)
+        when there is evidence for it, and with that evidence in words.
+        """
         self.searches = {limit: RateSearch(rate) for limit, rate in rates.items()}
         self._requests, self._tokens = self.searches[Limit.REQUESTS], self.searches[Limit.TOKENS]
         self._rates = rates
         self._crowding = in_flight.crowding
         self._in_flight = in_flight
-        self._on_kind = on_kind
-        self.out = 0
+        self._on_cause = on_cause
+        self.out = 0  # attempts that are sent and not ended
         self.share = RefusedShare()
         self._log = SendLog()
         self._storm = SequentialTest(STORM_BAR, self._ordinary)
         self._excess = SequentialTest(EXCESS_BAR)
         self._runs = RefusalRuns()
         self._since = 0  # attempts of a lower order were sent before the last change, and are no evidence about it
-        self._accepted = True
-        self._limit = Limit.REQUESTS
-        self._names_time = False
+        self._accepted = True  # something was, since the last pause
+        self._limit = Limit.REQUESTS  # the one that the last refusal named
+        self._names_time = False  # it also named a time to come back
         self._trial: _SlowTrial | None = None
         self._next_trial_s = 0.0
         self._trial_wait_s = TRY_AGAIN_S
         self._is_storm = False
-        self._conclusion = NOTHING
-        self._may_add_up = False
+        self._conclusion = NOTHING  # for the next `refused` to return: a storm may be found when an answer is counted
+        self._may_add_up = False  # in quiet times accepted attempts are counted together, now and then
         self._add_up_from_s = 0.0
 
     @property
@@ -177,7 +179,7 @@ class Refusals:
 
     def correct(self, tokens: float) -> None:
         """An attempt used this many more tokens than its estimate."""
-        self._tokens.correct(tokens)
+        self._tokens.measured.correct(tokens)
 
     def rise(self, now_s: float) -> None:
         """Tries higher learned rates when it is time."""
@@ -194,24 +196,22 @@ class Refusals:
         self.searches[self._limit].reopened(now_s)
 
     def _judge(self, now_s: float) -> None:
+        """Counts every attempt of which it is now known whether it was accepted."""
         known = self._log.known(now_s)
         if known and self._may_add_up and not any(attempt.refused for _, attempt in known):
-            self._add_up(known, now_s)
+            # in quiet times an accepted attempt changes nothing by itself, so all are counted at once
+            last = known[-1][1]
+            self._requests.measured.accepted(last.at_s, len(known), len(known))
+            self._tokens.measured.accepted(last.at_s, sum([attempt.tokens for _, attempt in known]), len(known))
+            self._crowding.remember(now_s, [attempt.others for _, attempt in known[-REMEMBERED:]])
+            evidence = sum([order >= self._since for order, _ in known])
+            self._accepted |= evidence > 0
+            self.share.add(0, evidence)
         else:
             for order, attempt in known:
                 self._count(order, attempt, now_s)
         self._may_add_up = self._is_quiet and not (self._runs.in_a_row or self._runs.is_found)
         self._add_up_from_s = now_s + ADD_UP_EVERY_S
-
-    def _add_up(self, known: Sequence[tuple[int, Sent]], now_s: float) -> None:
-        """Counts accepted attempts in quiet times, when none of them changes anything."""
-        last = known[-1][1]
-        self._requests.accepted(last.at_s, len(known), len(known))
-        self._tokens.accepted(last.at_s, sum([attempt.tokens for _, attempt in known]), len(known))
-        self._crowding.remember(now_s, [attempt.others for _, attempt in known[-REMEMBERED:]])
-        evidence = sum([order >= self._since for order, _ in known])
-        self._accepted |= evidence > 0
-        self.share.add(0, evidence)
 
     def _count(self, order: int, attempt: Sent, now_s: float) -> None:
         """Counts an attempt, in the order of sending, once it is known whether it was accepted."""
@@ -231,7 +231,7 @@ class Refusals:
         most, share = self._in_flight.most, float(self.share)
         if not refused and self._crowding.accepted(now_s, attempt.at_s, attempt.others, most, share):
             self._requests.space_out(attempt.at_s, now_s)
-            self._on_kind("limit", "as many were accepted one by one")
+            self._on_cause("limit", "as many were accepted one by one")
             self._start_again()
             return
         if order < self._since:
@@ -247,14 +247,18 @@ class Refusals:
     @property
     def _is_quiet(self) -> bool:
         """True while nothing is suspected, learned or on trial: an accepted attempt then changes nothing."""
-        if not self._storm.is_at_zero or self._trial is not None or float(self.share) >= LEAST_DOUBTED:
+        if self._storm.level or self._trial is not None or float(self.share) >= LEAST_DOUBTED:
             return False
         learned = self._requests.per_s is not None or self._tokens.per_s is not None
         return not learned and self._crowding.cap is None and not self._crowding.on_trial
 
     def _is_too_much(self, at_s: float, *, refused: bool) -> bool:
+        """True if this attempt completes a storm, or an excess at a learned rate."""
         share = float(self.share)
-        ordinary = min(MOST_ORDINARY, max(self._least_ordinary, share))
+        # a lower share is enough if a limit is known, or crowding likely because no time to come back was named
+        knows_limit = any(rate.configured is not None or rate.stated is not None for rate in self._rates.values())
+        least = LEAST_ORDINARY_KNOWN if knows_limit or not self._names_time else LEAST_ORDINARY
+        ordinary = min(MOST_ORDINARY, max(least, share))
         patience = self._runs.patience * (SURER if share >= MUCH_BY_CHANCE else 1.0)
         storm = self._storm.step(ordinary, max(STORM_SHARE, ordinary + STORM_ABOVE), refused=refused, times=patience)
         self._is_storm = storm or (refused and not self._accepted and self._storm.refused >= NONE_TAKEN)
@@ -270,15 +274,8 @@ class Refusals:
             excess = self._excess.step(ordinary, min(MOST, much), refused=refused, times=search.needed(at_s))
         return self._is_storm or excess
 
-    @property
-    def _least_ordinary(self) -> float:
-        """The share that may be random for all that is known: lower if a limit is known, or crowding is likely because
-        the server names no time to come back.
-        """
-        known = any(rate.configured is not None or rate.stated is not None for rate in self._rates.values())
-        return LEAST_ORDINARY_KNOWN if known or not self._names_time else LEAST_ORDINARY
-
     def _respond(self, at_s: float, now_s: float) -> None:
+        """Too much is refused: the causes are tried in this order, and the first that fits is acted on."""
         search = self.searches[self._limit]
         if self._crowding.cap is not None:
             if self._crowding.doubt(now_s):
@@ -288,12 +285,12 @@ class Refusals:
         elif self._is_storm and not self._names_time and self._crowding.suspect(now_s, self._storm.refused):
             for each in self.searches.values():
                 each.drop(now_s, "fewer in flight instead")
-            self._on_kind("crowding", f"at most {self._crowding.cap} in flight")
+            self._on_cause("crowding", f"at most {self._crowding.cap} in flight")
             self._start_again()
         elif search.is_chance(at_s, now_s, self.share):
             self._next_trial_s = now_s + self._trial_wait_s  # this counts as a trial of going slower
             self._runs.is_chance(now_s)
-            self._on_kind("chance", f"{float(self.share):.1%} are refused at any rate")
+            self._on_cause("chance", f"{float(self.share):.1%} are refused at any rate")
             if search.per_s is None:
                 self._in_flight.unleash(self.out)
             self._start_again()
@@ -301,14 +298,15 @@ class Refusals:
             self._pause(at_s, now_s)
         elif self._rate_is_no_cause(search, at_s, now_s):
             self._start_again()
-        elif search.exceeded(at_s, now_s, float(self.share), by_chance=self._runs.are_single) is Step.TOO_EARLY:
-            self._excess.clear()
-        else:
+        elif search.exceeded(at_s, now_s, float(self.share), by_chance=self._runs.are_single):
             self._runs.is_handled = True
-            self._on_kind("limit", "more was refused than in ordinary times")
+            self._on_cause("limit", "more was refused than in ordinary times")
             self._start_again()
+        else:
+            self._excess.clear()
 
     def _pause(self, at_s: float, now_s: float, *, lone: bool = False) -> None:
+        """The gate pauses, and the rate is lowered if it may be the cause; `lone`: after one refusal that says so."""
         self._conclusion = Conclusion(storm=True, accepted=self._accepted)
         search = self.searches[self._limit]
         if not lone and self._rate_is_no_cause(search, at_s, now_s):
@@ -316,7 +314,7 @@ class Refusals:
         elif lone or not self._runs.is_handled:
             search.storm(at_s, now_s, lone=lone, keep=self._runs.is_found)
             self._runs.is_handled = True
-        self._on_kind("limit", "an empty bucket" if lone else "nearly everything was refused")
+        self._on_cause("limit", "an empty bucket" if lone else "nearly everything was refused")
         self._accepted = False
         self._start_again()
 
@@ -325,7 +323,7 @@ class Refusals:
         if not self._runs.lowered(now_s, search.per_s, search.shown(at_s)):
             return False
         search.restore(self._runs.before, now_s, "refusals come in runs, slower or not")
-        self._on_kind("chance", "refusals come in runs, slower or not")
+        self._on_cause("chance", "refusals come in runs, slower or not")
         return True
 
     def _start_again(self) -> None:
@@ -341,13 +339,14 @@ class Refusals:
             self.share.add(refused, count)
 
     def _begin_trial(self, at_s: float, now_s: float) -> None:
+        """Goes slower on purpose, if a share is refused without a storm and nothing else explains it."""
         if self._runs.is_found:
             return  # a trial of a hundred requests may fall between two runs
         share, free = float(self.share), all(rate.per_minute is None for rate in self._rates.values())
         if share < LEAST_DOUBTED or not free or self._crowding.cap is not None or now_s < self._next_trial_s:
             return
-        per_s = self._requests.lately(at_s)
-        if per_s is None or self.share.refused < EXPECTED or not self._storm.is_low:
+        per_s = self._requests.measured.delivered.lately(at_s)
+        if per_s is None or self.share.refused < EXPECTED or self._storm.level >= STORM_BAR / 3:
             return
         self._trial = _SlowTrial(now_s, share, per_s, share * (1 - 1 / math.sqrt(self.share.refused)))
         slower = SLOWER * (1 - share) * per_s * 60
@@ -367,11 +366,11 @@ class Refusals:
         if trial.evidence >= HELPED_BAR:
             self._requests.slower_helped(trial.per_s, now_s)
             self.share.set(trial.refused / trial.count, trial.count)
-            self._on_kind("limit", "slower on purpose ended the refusals")
+            self._on_cause("limit", "slower on purpose ended the refusals")
         else:
             self._requests.drop(now_s, "slower did not help")
             self._in_flight.unleash(self.out)
             self._trial_wait_s = max(2 * self._trial_wait_s, TRY_AGAIN_TIMES * (now_s - trial.started_s))
             self._next_trial_s = now_s + self._trial_wait_s
-            self._on_kind("chance", f"{trial.share:.1%} are refused, slower or not")
+            self._on_cause("chance", f"{trial.share:.1%} are refused, slower or not")
         self._start_again()

@@ -36,7 +36,10 @@ one is twice as long ago, no bucket refuses them (or the limit fell below half, 
 
 
 class RequestSpacing:
-    """`accepted_per_s` is the highest rate without a refusal; `is_searching` until the limit is known to a tenth."""
+    """`accepted_per_s` is the highest rate without a refusal; `is_searching` until the limit is known to a tenth.
+
+    Rates are tried one after another. A try lasts from the first to the last request accepted at its rate.
+    """
 
     __slots__ = (
         "_accepted",
@@ -104,7 +107,7 @@ class RequestSpacing:
         return True
 
     def prove(self) -> None:
-        """The rate ends here. If nothing was refused, the limit is no lower."""
+        """This try is over. If nothing was refused in it, the limit is at least its rate."""
         if self._accepted > self._saved and not self._refused:
             self.accepted_per_s = max(self.accepted_per_s, (self._accepted - self._saved) / self._span_s)
             self._highest_per_s = max(self._highest_per_s, self.accepted_per_s)
@@ -118,7 +121,7 @@ class RequestSpacing:
         return higher
 
     def lower(self, refused_per_s: float) -> float | None:
-        """The rate to fall back to when too much is refused at this one; None as long as nothing is accepted at it."""
+        """The rate to fall back to when this one is refused too often; None as long as nothing was accepted."""
         if refused_per_s <= self.accepted_per_s:
             self.accepted_per_s = 0.0  # the limit has fallen, or it was luck
         if not self.accepted_per_s and not self._accepted:
@@ -132,6 +135,7 @@ class RequestSpacing:
 
     @property
     def _span_s(self) -> float:
+        """How long this try has lasted."""
         assert self._from_s is not None
         assert self._until_s is not None
         return self._until_s - self._from_s

@@ -77,13 +77,9 @@ class RunVerdicts:
             return
         suspicion.rows.add(outcome.row)
         suspicion.confirmed += order >= suspicion.since
-        if suspicion.confirmed >= self._needed(subject):
+        needed = 1 if subject == OTHER_API else 1 + min(self._disproved, MOST_DISPROVED)
+        if suspicion.confirmed >= (REFUSED_IN_A_ROW - 1 if subject == _KEY else needed):
             self.stop = stop
-
-    def _needed(self, subject: str) -> int:
-        if subject == _KEY:
-            return REFUSED_IN_A_ROW - 1
-        return 1 if subject == OTHER_API else 1 + min(self._disproved, MOST_DISPROVED)
 
     def disproved_by(self, row: int, order: int) -> tuple[int, ...]:
         """Drops what this success disproves; returns the other rows whose verdict was their own."""

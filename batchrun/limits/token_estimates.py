@@ -70,10 +70,8 @@ class _Model:
             self._tokens = self._tokens * KEEP + usage.prompt_tokens
         self._answers.append(usage.completion_tokens)
         self.count += 1
-        if self.count <= EVERY or self.count % EVERY == 0:
-            self._conclude()
-
-    def _conclude(self) -> None:
+        if self.count > EVERY and self.count % EVERY:
+            return
         answers = sorted(self._answers)
         self.sizes = Sizes(
             self._tokens / self._bytes if self._bytes else self.sizes.tokens_per_byte,

@@ -1,8 +1,8 @@
 """Finds the knee of the throughput curve: the fewest requests in flight that deliver as much. PURE.
 
-For servers that never refuse but queue. Slower answers with more in flight are only a suspicion, because the answers
-may just be longer. So fewer are tried: if three quarters deliver as much, it was a queue, and a row need not wait in
-it. If answers take as long as before, it was none, and one round shows that.
+For servers that never refuse but queue. If answers get slower with more in flight, they may wait for each other, or
+just be longer. So fewer are tried. If three quarters of the number deliver as much, requests were queueing, and the
+lower number stays. If answers take as long as before, there was no queue; one round shows that.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,11 @@ MAX_AGAIN_S = 120.0
 
 
 class UsefulInFlight:
-    """The cap; None while there is none."""
+    """Rounds of answers, and the cap that they led to; None while there is none.
+
+    A round is as many answers as may be in flight. After a change of the number, answers to requests that were sent
+    before it are skipped.
+    """
 
     __slots__ = (
         "_again_s",
@@ -45,8 +49,8 @@ class UsefulInFlight:
         "cap",
     )
 
-    def __init__(self, on_change: Callable[[int | None, int | None, str], None]) -> None:
-        """`on_change` is called with each change of the cap: before, after, why."""
+    def __init__(self, on_change: Callable[[str], None]) -> None:
+        """`on_change` is called after each change of the cap, with its reason."""
         self._on_change = on_change
         self.cap: int | None = None
         self._fastest_s: float | None = None
@@ -74,6 +78,7 @@ class UsefulInFlight:
             self._watch(now_s, others, limit, free=free)
 
     def _watch(self, now_s: float, others: int, limit: int, *, free: bool) -> None:
+        """A round is complete, at the number allowed: if it was slow, that number is measured."""
         if len(self._latencies) < LEAST_ROUND:
             return
         median_s = self._median_s()
@@ -85,6 +90,7 @@ class UsefulInFlight:
             self._measure(limit, None, median_s)
 
     def _compare(self, now_s: float, compared: int, most: int) -> None:
+        """One more answer while `compared` are in flight: once there are enough, the cap falls, rises or stays."""
         count = len(self._latencies)
         one_round = self._before is not None and count == max(LEAST_ROUND, compared)
         if one_round and self._median_s() > AS_SLOW * self._slow_s:
@@ -98,19 +104,22 @@ class UsefulInFlight:
         if self._before is not None and rate < AS_MUCH * self._before:
             self._give_back(now_s, compared, most, "fewer in flight deliver less")
         elif self._fastest_s is not None and median_s > SLOWER * self._fastest_s and compared > 2:
-            fewer = max(2, int(FEWER * compared))
-            self._set(fewer, "answers wait for each other")
+            self.cap = fewer = max(2, int(FEWER * compared))
+            self._on_change("answers wait for each other")
             self._measure(fewer, max(rate, self._before or 0.0), median_s)
         else:
             self._end(now_s, AGAIN_S)
 
     def _measure(self, in_flight: int, before: float | None, slow_s: float) -> None:
+        """Measures with so many in flight; `before` is the rate to compare with, None for the first measurement."""
         self._compared = self._settling = in_flight
         self._before, self._slow_s = before, slow_s
 
     def _give_back(self, now_s: float, compared: int, most: int, why: str) -> None:
+        """Fewer were no better: the earlier number is allowed again, and the next trial is later."""
         earlier = int(compared / FEWER + 1)
-        self._set(None if earlier >= most else earlier, why)
+        self.cap = None if earlier >= most else earlier
+        self._on_change(why)
         self._end(now_s, self._again_s)
         self._again_s = min(MAX_AGAIN_S, 2 * self._again_s)
 
@@ -125,8 +134,3 @@ class UsefulInFlight:
 
     def _median_s(self) -> float:
         return sorted(self._latencies)[len(self._latencies) // 2]
-
-    def _set(self, cap: int | None, why: str) -> None:
-        before, self.cap = self.cap, cap
-        if before != cap:
-            self._on_change(before, cap, why)

@@ -307,6 +307,7 @@ PACES = {
     *("limits.adaptive_rate", "limits.crowding", "limits.in_flight", "limits.useful_in_flight", "limits.rate_search"),
     *("limits.refusals", "limits.budget", "limits.circuit", "limits.rate_climb", "limits.measured_rate", "policy"),
     *("dispatch.dispatch", "dispatch.backlog", "dispatch.heartbeat", "dispatch.worker", "dispatch.endings"),
+    "dispatch.shutdown",
 }
 """The modules that wait, limit or give up. Their clock is the event loop's: a jump of the system's does not move it."""
 

@@ -23,11 +23,10 @@ START_S = 100.0
 
 
 class Story:
-    """A crowding with its changes and a clock moved by hand."""
+    """A crowding, and a clock moved by hand."""
 
     def __init__(self) -> None:
-        self.changes: list[tuple[int | None, int | None]] = []
-        self.crowding = Crowding(lambda before, after, why: self.changes.append((before, after)))
+        self.crowding = Crowding(lambda why: None)
         self.now_s = START_S
 
     def cap(self) -> int:

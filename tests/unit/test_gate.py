@@ -38,7 +38,7 @@ def new_gate(
     daily: DailyCount | None = None,
     budget: BudgetAccount | None = None,
     overruns: Overruns | None = None,
-    on_pace: RateChange = lambda limit, before, after, why: None,
+    on_rate_change: RateChange = lambda limit, before, after, why: None,
     **limits: Any,
 ) -> Gate:
     state = Circuit(
@@ -49,7 +49,7 @@ def new_gate(
         on_change=lambda before, after: None,
     )
     loop = asyncio.get_running_loop()
-    rates = RateLimits(Limits(**limits), loop.time(), daily=daily, on_pace=on_pace)
+    rates = RateLimits(Limits(**limits), loop.time(), daily=daily, on_rate_change=on_rate_change)
     return Gate(state, SharedAdmission(loop, state, budget), rates, overruns=overruns)
 
 
@@ -252,7 +252,7 @@ async def test_every_active_limit_is_described() -> None:
 @on_moved_clock
 async def test_new_limits_apply_at_once() -> None:
     changes: list[tuple[Limit, float | None, float | None, str]] = []
-    gate = new_gate(requests_per_minute=6_000, on_pace=lambda *change: changes.append(change))
+    gate = new_gate(requests_per_minute=6_000, on_rate_change=lambda *change: changes.append(change))
     for _ in range(300):
         await use(gate, SMALL)
     gate.tune(Rates(requests_per_minute=600, tokens_per_minute=6_000))

@@ -26,9 +26,8 @@ UNPAID = RowError("http", 402, None, "no balance")
 def gates_of(*weights: float, limits: Limits = UNLIMITED, most: int = 64, budget: BudgetAccount | None = None) -> Gates:
     """One gate for each weight. All have these limits."""
     loop = asyncio.get_running_loop()
-    circuits = Circuits()
-    shared = SharedAdmission(loop, circuits, budget)
-    lanes = []
+    lanes = list[Lane]()
+    shared = SharedAdmission(loop, Circuits(lanes), budget)
     for number, weight in enumerate(weights):
         circuit = Circuit(
             in_flight=InFlight(most, most),
@@ -38,8 +37,7 @@ def gates_of(*weights: float, limits: Limits = UNLIMITED, most: int = 64, budget
             on_change=lambda before, after: None,
         )
         lanes.append(Lane(f"e{number}", Gate(circuit, shared, RateLimits(limits, loop.time())), weight))
-    circuits.gates = Gates(loop, shared, lanes)
-    return circuits.gates
+    return Gates(shared, lanes)
 
 
 async def use(gates: Gates) -> int:

@@ -23,7 +23,7 @@ def test_the_rate_is_accepted_by_time_since_empty(rate: MeasuredRate) -> None:
     rate.mark(2.0)
     accepted(rate, 2.0, 5.0, 20.0)
     assert rate.taken == 60
-    assert rate.total == 260
+    assert rate.delivered.total == 260
     assert rate.per_s(5.0) == pytest.approx(20.0)
 
 
