@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-rest test-all readers airflow strace valgrind chromium guard check lint setup bench bench-limits bench-large crash build lock clean
+.PHONY: quickstart test test-rest test-all oldest readers airflow strace valgrind chromium guard check lint setup bench bench-limits bench-large crash build lock clean
 
 quickstart: .venv/quickstart
 	@echo
@@ -48,7 +48,7 @@ ifndef SEED
 SEED := $(shell od -An -N3 -tu4 /dev/urandom | tr -d ' ')
 endif
 # Tests wait for processes, so four at a time keep two cores busy; a worker without tests takes over another's.
-PYTEST := $(BIN)/python -m pytest -n 4 --dist worksteal --seed $(SEED)
+PYTEST = $(BIN)/python -m pytest -n 4 --dist worksteal --seed $(SEED)
 
 test: .venv/test readers strace chromium
 	$(PYTEST) --level sample
@@ -58,6 +58,18 @@ test-rest: .venv/test readers strace chromium
 
 test-all: .venv/test readers strace chromium  # both in one go: what the levels share is done once
 	$(PYTEST)
+
+# Do the bounds in pyproject.toml hold? Each at its lowest, in an environment of its own.
+.venv/oldest/installed: pyproject.toml Makefile | .venv
+	$(PYTHON) -m venv .venv/oldest
+	.venv/oldest/bin/pip install --quiet --disable-pip-version-check uv
+	.venv/oldest/bin/uv pip install --quiet --python .venv/oldest/bin/python --resolution lowest-direct \
+		-e '.[uvloop,test]'
+	@touch $@
+
+oldest: BIN := .venv/oldest/bin
+oldest: .venv/oldest/installed strace
+	$(PYTEST) --level sample tests/unit tests/run
 
 guard: .venv/test valgrind  # a row costs no more instructions than it did (docs/benchmarks.md)
 	$(BIN)/python benchmarks/row.py --guard

@@ -48,13 +48,14 @@ class _JumpingSelector(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         has_connections = len(self.get_map()) > OWN_FILES
-        if timeout == 0 and not has_connections:
-            return []  # every second turn of a simulation; the pipe only wakes a loop that sleeps
-        if timeout != 0 and self._is_helped():
-            return super().select(POLL_S)
-        if timeout != 0 and has_connections:
-            self._let_arrive()
-        events = super().select(0)
+        events: list[tuple[selectors.SelectorKey, int]] = []
+        # in a simulation nothing is watched but the pipe by which a thread wakes the loop, and there is no thread
+        if has_connections or (timeout != 0 and threading.active_count() > 1):
+            if timeout != 0 and self._is_helped():
+                return super().select(POLL_S)
+            if timeout != 0 and has_connections:
+                self._let_arrive()
+            events = super().select(0)
         if not events and timeout is None:
             raise NothingWillHappen
         if not events and timeout:  # not rounded down: a timer would then ring early, again and again

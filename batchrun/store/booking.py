@@ -11,7 +11,7 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun.money import to_usd, usd_or_none
+from batchrun.money import to_pico, to_usd, usd_or_none
 from batchrun.records import DAY_S, CompletionRecord, Discarded, Ending, PossiblyBilled, Usage, replaces, utc_day
 from batchrun.run_summary import LineKey, TotalsLine
 from batchrun.store.totals import DISCARDED, Totals, Unstated, negative, plus
@@ -112,13 +112,13 @@ def _with_endings(line: TotalsLine, endings: Sequence[Ending]) -> TotalsLine:
         completion_tokens=line.completion_tokens + completion,
         reasoning_tokens=reasoning,
         total_tokens=line.total_tokens + total,
-        cost_usd=line.cost_usd + to_usd(cost),
+        cost_usd=to_usd(to_pico(line.cost_usd) + cost),
         unpriced=line.unpriced + unpriced,
         without_usage=line.without_usage + without_usage,
         offline_prompt_tokens=line.offline_prompt_tokens + offline_prompt,
         offline_completion_tokens=line.offline_completion_tokens + offline_completion,
         cache_write_tokens=written,
-        reported_cost_usd=line.reported_cost_usd + to_usd(reported),
+        reported_cost_usd=to_usd(to_pico(line.reported_cost_usd) + reported),
         reused=line.reused,
         duplicates=line.duplicates,
         saved_usd=line.saved_usd,

@@ -35,7 +35,7 @@ _SLOT_FREED_EARLY = Bug(
         ),
     ),
     "the first was forgotten",
-    point="after the put",
+    point="between answer and put",  # a put may be committed before a kill behind it
     passage=30,
 )
 

@@ -44,12 +44,12 @@ PAUSING = {
         Fault(SYNC, ("checkpoint.db",), "EIO", "1"),
     ),
     "the database at rest": (Fault("pwrite64", ("checkpoint.db",), "EIO", "3"),),
-    "the write-ahead log": (
-        Fault("pwrite64", WAL, "EIO", "40"),
+    "the write-ahead log": (  # commits first: a busy machine groups the last rows in fewer than five
         Fault(SYNC, WAL, "EIO", "6"),
+        Fault(SYNC, WAL, "EIO", "5+"),
+        Fault("pwrite64", WAL, "EIO", "40"),
         Fault("pwrite64", WAL, "ENOSPC", "60"),
         Fault("pwrite64", WAL, "ENOSPC", "30+"),
-        Fault(SYNC, WAL, "EIO", "5+"),
     ),
     "the stored input": (
         Fault("write", INPUTS, "EIO", "5"),

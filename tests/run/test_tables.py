@@ -1,7 +1,6 @@
+import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
@@ -21,6 +20,7 @@ from batchrun.run_summary import TotalsLine
 from batchrun.tables import booked, files
 from batchrun.tables.files import ROW_GROUP_BYTES, assemble, write_part
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS, joined, output_schema, own_table
+from tests import prefork
 from tests.endings import MODEL, answer_body, completion
 from tests.unit.test_source_parquet import COLUMNS
 
@@ -345,18 +345,19 @@ def test_files_of_results_are_private(tmp_path: Path) -> None:
 
 
 ASSEMBLE_FOR_EVER = """
+import json
 import sys
 from pathlib import Path
-from tests.run.test_tables import INPUT, part_of, table_of
+import pyarrow as pa
 from batchrun.job.settings import Output
 from batchrun.tables.files import assemble
 from batchrun.tables.rows import output_schema
-folder = Path(sys.argv[1])
-parts = [part_of(folder, number, table_of(500, 500 * number), 500 * number) for number in range(4)]
+folder, parts = Path(sys.argv[1]), [(Path(path), digest, rows) for path, digest, rows in json.loads(sys.argv[2])]
+schema = output_schema(pa.schema({"id": pa.int64(), "text": pa.string()}), Output())
 print("ready", flush=True)
 while True:
     for metadata in ({"which": "a"}, {"which": "b"}):
-        assemble(parts, folder / "final", output_schema(INPUT, Output()), "zstd", metadata)
+        assemble(parts, folder / "final", schema, "zstd", metadata)
         print(metadata["which"], flush=True)
 """
 
@@ -364,12 +365,13 @@ while True:
 @pytest.mark.heavy
 def test_killed_finishing_leaves_one_whole_result(tmp_path: Path) -> None:
     """The old file or the new one."""
-    command = [sys.executable, "-c", ASSEMBLE_FOR_EVER, str(tmp_path)]
+    parts = [part_of(tmp_path, number, table_of(500, 500 * number), 500 * number) for number in range(4)]
+    written = json.dumps([(str(path), digest, rows) for path, digest, rows in parts])
     for number in range(4):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
+        with prefork.script(ASSEMBLE_FOR_EVER, tmp_path, written) as process:
             assert process.stdout is not None
-            assert process.stdout.readline() == b"ready\n"
-            assert process.stdout.readline() == b"a\n"
+            assert process.stdout.readline() == "ready\n"
+            assert process.stdout.readline() == "a\n"
             time.sleep(0.011 * number)
             process.send_signal(signal.SIGKILL)
         table = pq.read_table(tmp_path / "final", page_checksum_verification=True)

@@ -37,6 +37,14 @@ def test_totals_ignore_grouping_and_order(endings: list[Ending], sizes: list[int
     assert fold(Totals(), shuffled, 1) == whole
 
 
+def test_costs_are_spelled_alike_in_any_grouping() -> None:
+    """Without spare zeros: 0.12 and 0.18 make 0.3."""
+    endings = [completion(row, last_cost_pico_usd=pico(cost)) for row, cost in enumerate(("0.12", "0.18"))]
+    for sizes in ([2], [1, 1]):
+        (line,) = in_pieces(endings, sizes).booked.values()
+        assert str(line.cost_usd) == "0.3"
+
+
 @given(ENDINGS)
 def test_totals_are_the_sum_of_results(endings: list[Ending]) -> None:
     spent = fold(Totals(), endings, 1)
