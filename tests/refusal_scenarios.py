@@ -3,6 +3,7 @@
     python -m tests.refusal_scenarios                           # the whole table over five seeds: worst and median
     python -m tests.refusal_scenarios --seeds 20 --first 200    # over seeds 200 to 219
     python -m tests.refusal_scenarios --only "chance|one a"     # scenarios whose name matches
+    python -m tests.refusal_scenarios --only "limit, 64" --log  # and what the gate changed when, with the first seed
 
 `ideal` is the time of the best client over the time taken, in per cent. `refused` is the share of all that was sent
 which was refused because of the limit or the crowd; what a server refuses by chance is not the client's to avoid.
@@ -337,12 +338,21 @@ def _measure(place: int, seeds: Iterable[int]) -> Reached:
     return measure(SCENARIOS[place], seeds)
 
 
+def log(scenario: Scenario, seed: int) -> str:
+    """What the gate changed, a line each with its second, and what came of it."""
+    played = scenario.play(seed)
+    lines = [f"{at_s:7.1f}  {what}" for at_s, what in played.changes]
+    ended = f"{played.took_s:7.1f}  {scenario.rows:,} rows, {played.refused:,} of {played.sent:,} requests refused"
+    return "\n".join([*lines, ended])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=TUNED_ON.start, help="the first seed")
     parser.add_argument("--only", default="", help="a regular expression for the names of scenarios")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--log", action="store_true", help="print what the gate did with the first seed")
     options = parser.parse_args()
     chosen = [place for place, scenario in enumerate(SCENARIOS) if re.search(options.only, scenario.name)]
     seeds = range(options.first, options.first + options.seeds)
@@ -351,6 +361,8 @@ def main() -> None:
     with ProcessPoolExecutor(options.jobs) as pool:
         for place, reached in zip(chosen, pool.map(_measure, chosen, [seeds] * len(chosen)), strict=True):
             print(line(SCENARIOS[place], reached), flush=True)
+            if options.log:
+                print(log(SCENARIOS[place], seeds[0]))
 
 
 if __name__ == "__main__":
