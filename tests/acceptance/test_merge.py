@@ -255,7 +255,7 @@ def test_everything_unfit_is_named_at_once(tmp_path: Path, three: Path, server: 
     assert (ended.exit_code, "a process works on it" in ended.stderr) == (4, True), ended.stderr
     (tmp_path / "taken").mkdir()
     ended = batchrun("merge", zero, one, two, "-o", tmp_path / "taken")
-    assert (ended.exit_code, "is there already" in ended.stderr) == (2, True), ended.stderr
+    assert (ended.exit_code, "exists already" in ended.stderr) == (2, True), ended.stderr
     merged = batchrun("merge", zero, one, two)
     assert merged.exit_code == 3, merged.stderr  # a row failed, and the job allows none
 
@@ -292,7 +292,7 @@ def test_a_shard_resumed_after_merging_is_named(tmp_path: Path, three: Path) -> 
     reported = batchrun("report", runs)
     assert "but resumed since: no figure includes at least $" in reported.stdout + reported.stderr
     again = batchrun("merge", *folders)
-    assert (again.exit_code, "is there already" in again.stderr) == (2, True)
+    assert (again.exit_code, "exists already" in again.stderr) == (2, True)
     assert batchrun("merge", *folders, "-o", runs / "second").exit_code == 3
     assert batchrun("verify", runs / "second").exit_code == 0
     assert re.search(r"runs +pending", batchrun("report", runs).stdout)
