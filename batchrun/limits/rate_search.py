@@ -376,9 +376,8 @@ class RateSearch:
     def _lower(self, per_s: float, now_s: float, *, rough: bool, steady: bool = False, why: str) -> None:
         before = self.per_s
         if before is not None and self._spacing is None:
-            per_s = min(
-                per_s, BELOW_MEASURED * before
-            )  # too much was refused at the present rate, whatever was measured
+            # too much was refused at the present rate, whatever was measured
+            per_s = min(per_s, BELOW_MEASURED * before)
         self.raised = False
         self._climb.begin(rough=rough, steady=steady)
         self._climb.restart(now_s, self._rate.taken)

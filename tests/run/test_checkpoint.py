@@ -101,7 +101,7 @@ def unexpected(error: BatchrunError) -> None:
 
 
 def test_new_columns_need_another_format_number() -> None:
-    """A run that was begun without a column has parts without it, which this version can't join with its own."""
+    """A run that was started without a column has parts without it, which this version can't join with its own."""
     columns = "\n".join(f"{field.name} {field.type}" for field in OWN_COLUMNS)
     assert (FORMAT, sha256(columns.encode()).hexdigest()[:16]) == (9, "624c9c26a21ac12e")
 

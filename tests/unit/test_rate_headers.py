@@ -65,7 +65,7 @@ def headers(limit: str | None, remaining: str | None = None, reset: str | None =
         (headers("1e6"), None),
         (headers("99999999999999"), None),
         (headers("14400", "14370", "2m59.56s"), None),  # a limit per day
-        (headers("14400", "14399", "6s"), None),  # the same, just begun: 6 s a request are 14,400 a day
+        (headers("14400", "14399", "6s"), None),  # the same, just started: 6 s a request are 14,400 a day
         (headers("1000", "999", "1m26.4s"), None),
         (headers("3600", "3500", "1m40s"), None),  # an hour
         (headers("3600", "3599", "1s"), None),
